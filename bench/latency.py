@@ -1,0 +1,147 @@
+"""Latency and throughput of a replay, with the definitions of `vllm bench serve`.
+
+| figure | is |
+|---|---|
+| TTFT | first token's time less the time the request was sent |
+| ITL | time between successive chunks of one stream |
+| E2EL | last token's time less the time the request was sent |
+| TPOT | (E2EL - TTFT) / (output tokens - 1), 0 for a single token |
+| goodput | finished requests per second that meet every target |
+
+Only finished requests count, but for the totals of failures.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.client import Replay, RequestRecord
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiles:
+    """Of one figure, in its unit; NaN where nothing was measured."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True, slots=True)
+class GoodputTargets:
+    """What a request must meet to count; None: not asked for."""
+
+    ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+    e2el_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyFigures:
+    """What the client saw."""
+
+    requests_finished: int
+    requests_failed: int
+    errors: tuple[tuple[str, int], ...]
+    """Message and count, most frequent first."""
+    duration_seconds: float
+    prompt_tokens: int
+    output_tokens: int
+    output_tokens_per_second: float
+    requests_per_second: float
+    goodput_per_second: float
+    ttft_seconds: Quantiles
+    itl_seconds: Quantiles
+    tpot_seconds: Quantiles
+    e2el_seconds: Quantiles
+    late_sends: int
+    max_late_seconds: float
+    chunks_with_several_tokens: int
+    """Tokens that shared a chunk with another: each hides one ITL."""
+
+
+def quantiles(values: FloatArray) -> Quantiles:
+    """Mean, median, p90, p99 and maximum of a [n] array, NaN when it is empty."""
+    if not len(values):
+        nan = float("nan")
+        return Quantiles(nan, nan, nan, nan, nan)
+    p50, p90, p99 = (float(v) for v in np.percentile(values, (50, 90, 99)))
+    return Quantiles(float(values.mean()), p50, p90, p99, float(values.max()))
+
+
+def ttft_seconds(records: list[RequestRecord]) -> FloatArray:
+    """[requests] time to first token."""
+    return np.array([r.token_seconds[0] - r.sent_seconds for r in records])
+
+
+def e2el_seconds(records: list[RequestRecord]) -> FloatArray:
+    """[requests] end-to-end latency."""
+    return np.array([r.token_seconds[-1] - r.sent_seconds for r in records])
+
+
+def itl_seconds(records: list[RequestRecord]) -> FloatArray:
+    """[chunks after a first one] inter-token latency over all requests."""
+    return np.concatenate([np.empty(0), *(np.diff(r.token_seconds) for r in records)])
+
+
+def tpot_seconds(records: list[RequestRecord]) -> FloatArray:
+    """[requests] mean time per output token after the first."""
+    spans = np.array([r.token_seconds[-1] - r.token_seconds[0] for r in records])
+    later = np.array([max(1, r.output_tokens - 1) for r in records])
+    return np.asarray(spans / later, dtype=np.float64)
+
+
+def finished(replay: Replay) -> list[RequestRecord]:
+    """The requests that finished."""
+    return [record for record in replay.records if record.error is None]
+
+
+def latency_figures(replay: Replay, targets: GoodputTargets | None = None) -> LatencyFigures:
+    """All figures of a replay.
+
+    Args:
+        replay: what the client recorded.
+        targets: of the goodput; None: every finished request counts.
+    """
+    records = finished(replay)
+    errors = Counter(record.error for record in replay.records if record.error is not None)
+    ttft, e2el, tpot = ttft_seconds(records), e2el_seconds(records), tpot_seconds(records)
+    good = np.ones(len(records), dtype=bool)
+    targets = targets or GoodputTargets()
+    for values, target in (
+        (ttft, targets.ttft_seconds),
+        (tpot, targets.tpot_seconds),
+        (e2el, targets.e2el_seconds),
+    ):
+        if target is not None:
+            good &= values <= target
+    duration = replay.duration_seconds
+    output_tokens = sum(record.output_tokens for record in records)
+    return LatencyFigures(
+        requests_finished=len(records),
+        requests_failed=len(replay.records) - len(records),
+        errors=tuple(errors.most_common()),
+        duration_seconds=duration,
+        prompt_tokens=sum(record.request.prompt_tokens for record in records),
+        output_tokens=output_tokens,
+        output_tokens_per_second=output_tokens / duration if duration > 0 else 0.0,
+        requests_per_second=len(records) / duration if duration > 0 else 0.0,
+        goodput_per_second=float(good.sum()) / duration if duration > 0 else 0.0,
+        ttft_seconds=quantiles(ttft),
+        itl_seconds=quantiles(itl_seconds(records)),
+        tpot_seconds=quantiles(tpot),
+        e2el_seconds=quantiles(e2el),
+        late_sends=replay.late_sends,
+        max_late_seconds=max((r.late_seconds for r in replay.records), default=0.0),
+        chunks_with_several_tokens=sum(
+            max(0, r.output_tokens - len(r.token_seconds)) for r in records
+        ),
+    )

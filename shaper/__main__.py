@@ -1,0 +1,8 @@
+"""`python -m shaper` is the `shaper` command."""
+
+import sys
+
+from shaper.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

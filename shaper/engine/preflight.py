@@ -1,0 +1,106 @@
+"""What `shaper serve` can check before it starts vLLM, each in one line to the user."""
+
+from __future__ import annotations
+
+import errno
+import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from shaper.emulator.shapes import known_models, load_model_config
+from shaper.engine.compat import vllm_version
+from shaper.errors import ConfigError, UnknownModelError
+
+DEFAULT_PORT = 8000
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?(:[\w.\-]+)?")
+
+
+def check_vllm() -> None:
+    """vLLM is installed.
+
+    Raises:
+        EngineError: it is not; the message says what to install.
+    """
+    vllm_version()
+
+
+def early_address(arguments: Sequence[str]) -> tuple[str | None, int | None]:
+    """Host and port from an unparsed command line.
+
+    The port is None where only vLLM's parser can tell (a `--config` file, a
+    Unix socket), and vLLM's default where nothing is given.
+
+    Raises:
+        ConfigError: the port is no port.
+    """
+    host = _flag_value(arguments, "--host")
+    text = _flag_value(arguments, "--port")
+    if text is None:
+        elsewhere = any(_flag_value(arguments, flag) for flag in ("--config", "--uds"))
+        return host, None if elsewhere else DEFAULT_PORT
+    try:
+        port = int(text)
+    except ValueError:
+        raise ConfigError(f"--port {text!r} is not a number") from None
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port {port} is not between 0 and 65535")
+    return host, port
+
+
+def _flag_value(arguments: Sequence[str], flag: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == flag and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
+
+
+def check_port(host: str | None, port: int | None) -> None:
+    """Nobody listens there yet. A port of None is not checked.
+
+    Raises:
+        ConfigError: the address can't be listened on.
+    """
+    if port is None:
+        return
+    family = socket.AF_INET6 if host and ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host or "", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port {port} is in use: give another one with --port, "
+                    "or end what listens there"
+                ) from error
+            raise ConfigError(
+                f"can't listen on {host or 'any address'}, port {port}: {error.strerror}; "
+                "give another --host or --port"
+            ) from error
+
+
+def check_model(model: str, *, emulated: bool) -> None:
+    """Refuses what is certainly no model; a hub id is left for vLLM to look up.
+
+    Raises:
+        UnknownModelError: there is no such model; the message lists the built-in shapes.
+    """
+    if emulated:
+        load_model_config(model)
+        return
+    if Path(model).expanduser().exists() or "://" in model:
+        return
+    if model in known_models():
+        raise UnknownModelError(
+            f"{model!r} is a built-in shape without weights: add --emulate GPU to serve it, "
+            "or name a model that has weights"
+        )
+    if not _HUB_ID.fullmatch(model):
+        raise UnknownModelError(
+            f"no model {model!r}: there is no such directory, and it is no Hugging Face id; "
+            f"with --emulate, built-in shapes are {', '.join(known_models())}"
+        )

@@ -1,0 +1,102 @@
+"""Finds the GPUs of this engine, how to read them, and the profile that describes them."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shaper.config import ShaperConfig
+from shaper.core.profile import GpuProfile
+from shaper.core.types import GpuIdentity, GpuSample
+from shaper.errors import ConfigError
+from shaper.gpu.profiles import known_profiles, load_profile, profile_for_device
+from shaper.gpu.reader import GpuReader
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+EMULATE_VARIABLE = "SHAPER_EMULATE"
+
+
+class NoSensor:
+    """A reader of nothing: the sampler goes on ticking and publishes no state."""
+
+    gpus: tuple[GpuIdentity, ...] = ()
+
+    def read(self) -> tuple[GpuSample, ...]:
+        """A sample without a reading."""
+        return (GpuSample(read_seconds=time.monotonic(), gpu_index=0),)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGpus:
+    """The GPUs of one engine."""
+
+    reader: GpuReader
+    profile: GpuProfile
+
+
+def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
+    """The reader and the profile of this engine's GPUs.
+
+    Raises:
+        GpuError: there is no GPU to read, or the driver refuses.
+        ConfigError: no profile describes the GPU.
+    """
+    if EMULATE_VARIABLE in os.environ:
+        # Only where it was asked for: the emulator is no part of a real engine.
+        from shaper.emulator.executor import emulated_reader
+
+        profile = load_profile(config.gpu_profile or os.environ[EMULATE_VARIABLE])
+        reader = emulated_reader(vllm_config)
+        return EngineGpus(reader or NoSensor(), profile)
+    if config.sensor == "none":
+        if config.gpu_profile is None:
+            raise ConfigError(
+                "sensor is 'none' and gpu_profile is not given: name the profile to predict "
+                f"with, one of {', '.join(known_profiles())}"
+            )
+        return EngineGpus(NoSensor(), load_profile(config.gpu_profile))
+    from shaper.gpu.nvml import NvmlReader, visible_gpus
+
+    parallel = vllm_config.parallel_config
+    world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    rank = parallel.data_parallel_rank_local or 0
+    nvml = NvmlReader(visible_gpus(os.environ, world, rank))
+    return EngineGpus(nvml, _profile_of(nvml, config))
+
+
+def _profile_of(reader: GpuReader, config: ShaperConfig) -> GpuProfile:
+    if config.gpu_profile is not None:
+        return load_profile(config.gpu_profile)
+    name = reader.gpus[0].name
+    profile = profile_for_device(name)
+    if profile is None:
+        raise ConfigError(
+            f"no profile describes the GPU {name!r}: set gpu_profile to the nearest of "
+            f"{', '.join(known_profiles())}, or to the path of your own"
+        )
+    return profile
+
+
+def check_gpus(config: ShaperConfig) -> None:
+    """What `shaper serve` asks before it starts vLLM on real GPUs.
+
+    Raises:
+        GpuError: there is no GPU to read.
+        ConfigError: no profile describes it.
+    """
+    if not config.limits or config.sensor == "none":
+        return
+    from shaper.gpu.nvml import NvmlReader, visible_gpus
+
+    reader = NvmlReader(visible_gpus(os.environ, 1, 0))
+    try:
+        _profile_of(reader, config)
+    finally:
+        reader.close()

@@ -1,0 +1,60 @@
+"""The exception tree.
+
+    ShaperError
+    ├── ConfigError          a setting is wrong; the message names the key, the value and the fix
+    │   ├── UnknownGpuError  no profile of that name
+    │   └── UnknownModelError  no built-in shape and no config directory of that name
+    ├── EngineError          vLLM is missing, too old, or does not have what the shaper needs
+    ├── GpuError             the GPU's driver can't be asked
+    │   ├── GpuUnavailableError  no driver, no GPU, or none of the names asked for
+    │   ├── GpuPermissionError   the driver refuses this user
+    │   └── GpuLostError         a GPU fell off the bus or was reset
+    ├── TraceError           a workload trace or a recording has a broken line
+    └── LedgerError          the ledger was asked about a time it no longer holds
+
+A command turns a `ShaperError` into one line on stderr and exit code 2.
+"""
+
+
+class ShaperError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ShaperError):
+    """A setting is wrong. The message names the key, the value and the fix."""
+
+
+class UnknownGpuError(ConfigError):
+    """No GPU profile has that name. The message lists the known ones."""
+
+
+class UnknownModelError(ConfigError):
+    """No built-in shape and no Hugging Face config directory has that name."""
+
+
+class EngineError(ShaperError):
+    """vLLM is missing, or lacks something that the shaper needs."""
+
+
+class GpuError(ShaperError):
+    """The GPU's driver can't be asked."""
+
+
+class GpuUnavailableError(GpuError):
+    """There is no driver or no GPU, or none of the GPUs that were asked for."""
+
+
+class GpuPermissionError(GpuError):
+    """The driver refuses this user the reading."""
+
+
+class GpuLostError(GpuError):
+    """A GPU fell off the bus, or its driver was unloaded."""
+
+
+class TraceError(ShaperError):
+    """A trace or a recording has a broken line. The message says which."""
+
+
+class LedgerError(ShaperError):
+    """The ledger was asked about a time that it no longer holds."""

@@ -1,0 +1,1 @@
+"""Engines that share a budget. Empty until they do."""

@@ -1,0 +1,118 @@
+"""Which readings are believed. What is not plausible is taken as missing.
+
+    watts        finite, at least 1, at most 4 times the enforced limit
+    energy       advances by what those watts allow, and does advance
+    clock, heat  finite and inside what silicon does
+
+An energy counter that jumps is not believed at once. If the next reading goes on
+from where it jumped to, the counter was reset, and counting goes on from there; if
+not, it was a bad reading. A counter that stands still while the GPU is powered is
+stuck.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from shaper.core.types import GpuSample
+
+# The draw of a step may pass the limit for some milliseconds; four times is no GPU.
+_LIMIT_MULTIPLE = 4.0
+# Used where the limit is not known: twice the largest board limit sold today (1,400 W).
+_UNKNOWN_LIMIT_WATTS = 2800.0
+# A powered GPU draws watts. A reading in kilowatts by mistake, or a dead sensor, is below this.
+_MIN_WATTS = 1.0
+_MAX_CLOCK_HERTZ = 10e9
+_MIN_CELSIUS, _MAX_CELSIUS = -40.0, 150.0
+# Counters refresh every 20 to 100 ms; a jump may hold this much more than the time between reads.
+_COUNTER_SLACK_SECONDS = 0.5
+# No driver refreshes its counter this seldom.
+_STUCK_SECONDS = 2.0
+
+
+def _within(value: float | None, lowest: float, highest: float) -> bool:
+    return value is None or (math.isfinite(value) and lowest <= value <= highest)
+
+
+@dataclass(slots=True)
+class _Counter:
+    """One GPU's energy counter: the last reading believed, and one that waits to be."""
+
+    raw_joules: float
+    read_seconds: float
+    moved_seconds: float
+    total_joules: float = 0.0
+    suspect: tuple[float, float] | None = None
+    """Seconds and raw joules of a reading that was not believed."""
+
+
+class Screen:
+    """Screens the samples of one engine's GPUs. Stateful fields: counters and the count."""
+
+    def __init__(self) -> None:
+        self._counters: dict[int, _Counter] = {}
+        self.rejected_readings = 0
+        """Single values that were taken as missing, since the start."""
+
+    def pass_on(self, samples: Sequence[GpuSample]) -> tuple[GpuSample, ...]:
+        """The samples with what is not plausible set to None, and with
+        `energy_joules` counted from the first reading, never going backwards."""
+        return tuple(self._pass_one(sample) for sample in samples)
+
+    def _pass_one(self, sample: GpuSample) -> GpuSample:
+        limit = sample.enforced_limit_watts
+        if not _within(limit, _MIN_WATTS, _LIMIT_MULTIPLE * _UNKNOWN_LIMIT_WATTS):
+            limit = None
+            self.rejected_readings += 1
+        highest = _UNKNOWN_LIMIT_WATTS if limit is None else _LIMIT_MULTIPLE * limit
+        ranges = {
+            "instant_watts": (_MIN_WATTS, highest),
+            "average_watts": (_MIN_WATTS, highest),
+            "sm_clock_hertz": (0.0, _MAX_CLOCK_HERTZ),
+            "memory_clock_hertz": (0.0, _MAX_CLOCK_HERTZ),
+            "temperature_celsius": (_MIN_CELSIUS, _MAX_CELSIUS),
+        }
+        missing: dict[str, Any] = {}
+        for name, span in ranges.items():
+            if not _within(getattr(sample, name), *span):
+                missing[name] = None
+                self.rejected_readings += 1
+        energy = self._energy(sample, highest)
+        return replace(sample, enforced_limit_watts=limit, energy_joules=energy, **missing)
+
+    def _energy(self, sample: GpuSample, highest_watts: float) -> float | None:
+        raw, now = sample.energy_joules, sample.read_seconds
+        if raw is None:
+            return None
+        if not math.isfinite(raw) or raw < 0:
+            self.rejected_readings += 1
+            return None
+        counter = self._counters.get(sample.gpu_index)
+        if counter is None:
+            self._counters[sample.gpu_index] = _Counter(raw, now, moved_seconds=now)
+            return 0.0
+        last = (counter.read_seconds, counter.raw_joules)
+        if not _follows(last, (now, raw), highest_watts):
+            if counter.suspect is None or not _follows(counter.suspect, (now, raw), highest_watts):
+                counter.suspect = (now, raw)
+                self.rejected_readings += 1
+                return None
+            # Reset: what was spent between the two readings around it is lost.
+            counter.raw_joules = counter.suspect[1]
+        if raw > counter.raw_joules:
+            counter.moved_seconds = now
+        counter.total_joules += raw - counter.raw_joules
+        counter.raw_joules, counter.read_seconds, counter.suspect = raw, now, None
+        if now - counter.moved_seconds > _STUCK_SECONDS:
+            self.rejected_readings += 1
+            return None
+        return counter.total_joules
+
+
+def _follows(before: tuple[float, float], after: tuple[float, float], highest_watts: float) -> bool:
+    """Whether a counter can go from one (seconds, joules) to the other."""
+    span_seconds = max(0.0, after[0] - before[0]) + _COUNTER_SLACK_SECONDS
+    return 0.0 <= after[1] - before[1] <= highest_watts * span_seconds

@@ -1,0 +1,1 @@
+"""Virtual time. Empty until it is there."""
