@@ -288,6 +288,8 @@ async def _replay(
                 due = start + request.arrival_seconds
                 # Yields even when late, so that tokens are read in between.
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
+                if probing.done():
+                    probing.result()
                 if in_flight >= options.max_in_flight:
                     error = f"not sent: {in_flight} requests in flight"
                     now = time.monotonic()
@@ -327,7 +329,8 @@ def replay(
     Args:
         workload: what to send.
         options: where to, and the bounds.
-        progress: called about four times a second from the event loop; None: not.
+        progress: called about four times a second from the event loop; what it
+            raises ends the replay. None: not called.
 
     Raises:
         ConfigError: the URL is refused (see `check_url`).

@@ -31,8 +31,11 @@ class ServingLoad:
     """Mean requests in the batch."""
     output_tokens: float
     prompt_tokens: float
-    prompt_sigma: float = 1.0
-    """Standard deviation of the logarithm of the prompt length."""
+    prompt_sigma: float = 1.3
+    """Standard deviation of the logarithm of the prompt length: chat prompts have a
+    long tail."""
+    computed_ratio: float = 1.0
+    """Share of the prompt tokens that prefix caching does not save."""
     length_spread: float = 0.0
     """Squared coefficient of variation of the output length: long outputs are seen
     longer, so the mean context is prompt + output / 2 * (1 + spread)."""
@@ -62,8 +65,10 @@ def _prefill_quantiles(rate: float, prompt: float, sigma: float) -> tuple[tuple[
     order = np.argsort(tokens, kind="stable")
     groups = np.array_split(order, POINTS)
     return tuple(
-        (max(int(round(counts[group].mean())), int(tokens[group].mean() >= 1)),
-         int(round(tokens[group].mean())))
+        (
+            max(int(round(counts[group].mean())), int(tokens[group].mean() >= 1)),
+            int(round(tokens[group].mean())),
+        )
         for group in groups
     )
 
@@ -74,7 +79,9 @@ def batches(load: ServingLoad) -> tuple[StepBatch, ...]:
     context = load.prompt_tokens + load.output_tokens * 0.5 * (1.0 + load.length_spread)
     decodes = max(1, int(round(load.requests)))
     found = []
-    for requests, tokens in _prefill_quantiles(rate, load.prompt_tokens, load.prompt_sigma):
+    prompt = load.prompt_tokens * load.computed_ratio
+    cached = load.prompt_tokens - prompt
+    for requests, tokens in _prefill_quantiles(rate, prompt, load.prompt_sigma):
         tokens = min(tokens, load.step_token_budget)
         each = tokens / requests if requests else 0.0
         found.append(
@@ -84,8 +91,8 @@ def batches(load: ServingLoad) -> tuple[StepBatch, ...]:
                 decode_context_tokens=int(decodes * context),
                 prefill_requests=requests if tokens else 0,
                 prefill_tokens=tokens,
-                prefill_context_tokens=tokens,
-                prefill_token_context_product=int(tokens * each),
+                prefill_context_tokens=int(tokens + requests * cached),
+                prefill_token_context_product=int(tokens * (each + cached)),
                 prefill_squared_tokens=int(tokens * each),
             )
         )

@@ -71,6 +71,7 @@ class StatusWriter:
         header = json.dumps({"pid": os.getpid(), "engine": engine, **info}).encode()
         if len(header) > _HEADER_BYTES - 8:
             raise ValueError(f"status info takes {len(header)} bytes of {_HEADER_BYTES - 8}")
+        _sweep()
         self.path = block_directory() / _pattern(run, str(engine))
         # A block left by a killed engine of this run is replaced, never reused.
         with contextlib.suppress(FileNotFoundError):
@@ -98,6 +99,17 @@ class StatusWriter:
         """Remove the block. May be called twice."""
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
+
+
+def _sweep() -> None:
+    """Remove this user's blocks whose writer is gone: a killed engine leaves its own."""
+    for path in block_directory().glob(_pattern("*", "*")):
+        with contextlib.suppress(OSError, ValueError, struct.error):
+            pid = int(str(_read(path).info["pid"]))
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                path.unlink()
 
 
 def read_statuses(run: str) -> list[Status]:

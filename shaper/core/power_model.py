@@ -93,18 +93,23 @@ class StepModel:
         self._attention_overhead = layers * kernel.attention_seconds
         self._attention_request = layers * coefficients.kv_heads * kernel.attention_request_seconds
         self._sampler_row = kernel.sampler_seconds_per_logit * shape.vocab_size
-        reduces = 2 * layers if tp > 1 else 0
+        # One all-reduce after attention and one after the feed-forward part; experts
+        # that are spread over engines gather and scatter their tokens instead.
+        spread = coefficients.expert_parallel
+        exchanges = (2 * layers if tp > 1 else 0) + (2 * shape.moe_layers if spread > 1 else 0)
+        partners = max(tp, spread)
         link = profile.link
-        self._reduce_seconds = reduces * (
-            link.allreduce_seconds + link.allreduce_gpu_seconds * max(0, tp - 2)
+        self._reduce_seconds = exchanges * (
+            link.allreduce_seconds + link.allreduce_gpu_seconds * max(0, partners - 2)
         )
         self._reduce_token_seconds = (
-            reduces
+            exchanges
             * shape.hidden_size
             * shape.activation_bytes_per_value
             * 2.0
-            * (tp - 1)
-            / tp
+            * (partners - 1)
+            / partners
+            * spread
             / link.bandwidth_bytes_per_second
         )
         self._expert_byte_seconds = 1.0 / (self._bandwidth * memory.expert_ratio)
@@ -147,8 +152,8 @@ class StepModel:
             seconds = self._host_seconds(batch)
             return StepPrediction(seconds, seconds * self.gap_watts)
         ratio = 1.0 if sm_clock_hertz is None else sm_clock_hertz * self._clock_reciprocal
-        memory, compute, attention, overhead, reduce, sampler, n_bytes, n_flops = self._parts(
-            batch, ratio
+        memory, compute, attention, overhead, reduce, sampler, byte_joules, flop_joules = (
+            self._parts(batch, ratio)
         )
         device = memory + compute + attention + overhead + reduce + sampler
         host = self._host_seconds(batch)
@@ -167,8 +172,8 @@ class StepModel:
         joules = (
             base * seconds
             + (power.active_watts * device + power.sampler_watts * sampler) * ratio * squared
-            + power.joules_per_byte * n_bytes * (1.0 - core + core * squared)
-            + power.joules_per_flop * n_flops * squared
+            + byte_joules * (1.0 - core + core * squared)
+            + flop_joules * squared
         )
         return StepPrediction(seconds, joules * self.gpu_count)
 
@@ -194,8 +199,8 @@ class StepModel:
             term = StepTerm("host", whole.seconds, whole.joules)
             return StepExplanation(whole, (term,), "host")
         ratio = 1.0 if sm_clock_hertz is None else sm_clock_hertz * self._clock_reciprocal
-        memory, compute, attention, overhead, reduce, sampler, n_bytes, n_flops = self._parts(
-            batch, ratio
+        memory, compute, attention, overhead, reduce, sampler, byte_joules, flop_joules = (
+            self._parts(batch, ratio)
         )
         device = memory + compute + attention + overhead + reduce + sampler
         power = self.profile.power
@@ -210,10 +215,8 @@ class StepModel:
         active = power.active_watts * ratio * squared * self.gpu_count
         per_second = base + active
         core = power.byte_core_ratio
-        byte_joules = (
-            power.joules_per_byte * n_bytes * (1.0 - core + core * squared) * self.gpu_count
-        )
-        flop_joules = power.joules_per_flop * n_flops * squared * self.gpu_count
+        byte_joules = byte_joules * (1.0 - core + core * squared) * self.gpu_count
+        flop_joules = flop_joules * squared * self.gpu_count
         sampler_watts = power.sampler_watts * ratio * squared * self.gpu_count
         host = whole.seconds - device
         terms = (
@@ -245,7 +248,7 @@ class StepModel:
         self, batch: StepBatch, ratio: float
     ) -> tuple[float, float, float, float, float, float, float, float]:
         """Seconds of GEMM memory, GEMM compute, attention, overhead, all-reduce and
-        sampler, then bytes and FLOPs; one GPU."""
+        sampler, then joules of bytes and of FLOPs; one GPU."""
         tokens = batch.decode_tokens + batch.prefill_tokens
         logits = batch.decode_tokens + batch.prefill_requests
         slow = 1.0 / ratio
@@ -303,7 +306,10 @@ class StepModel:
         reduce = 0.0
         if self._reduce_seconds:
             reduce = self._reduce_seconds + tokens * self._reduce_token_seconds
-        n_bytes = weight_bytes + kv_bytes + activation_bytes * self.profile.memory.activation_ratio
+        power = self.profile.power
+        byte_joules = (
+            weight_bytes + activation_bytes * self.profile.memory.activation_ratio
+        ) * power.joules_per_byte + kv_bytes * power.joules_per_kv_byte
         return (
             memory,
             compute,
@@ -311,8 +317,8 @@ class StepModel:
             overhead,
             reduce,
             logits * self._sampler_row * slow,
-            n_bytes,
-            gemm_flops + attention_flops,
+            byte_joules,
+            (gemm_flops + attention_flops) * power.joules_per_flop,
         )
 
     def _host_seconds(self, batch: StepBatch) -> float:

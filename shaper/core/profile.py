@@ -125,6 +125,10 @@ class PowerSpec(_Checked):
     active_watts: float
     """Added while any kernel runs, at the highest clock."""
     joules_per_byte: float
+    """Of weights and activations."""
+    joules_per_kv_byte: float
+    """Of the KV cache: decode attention multiplies each with a tile of mostly padded
+    query rows, so that a byte costs more than one of weights."""
     joules_per_flop: float
     sampler_watts: float
     """Added, beside `active_watts`, while the sampler runs."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 
 EMULATE_VARIABLE = "SHAPER_EMULATE"
+"""Name of a GPU profile, or path to one."""
+TRACE_VARIABLE = "SHAPER_EMULATE_TRACE"
+"""Where the true power goes: `PREFIX.rank0` and so on."""
+TIME_SCALE_VARIABLE = "SHAPER_EMULATE_TIME_SCALE"
+"""1: steps take their modelled time; 0: they take none."""
 PLATFORM_CLASS_PATH = "shaper.emulator.platform.EmulatedPlatform"
 
 

@@ -26,7 +26,7 @@ from vllm.v1.outputs import (
 
 from shaper.core.shape import ModelShape
 from shaper.core.types import StepBatch
-from shaper.emulator.activate import EMULATE_VARIABLE
+from shaper.emulator.activate import EMULATE_VARIABLE, TIME_SCALE_VARIABLE, TRACE_VARIABLE
 from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.device import EmulatedDevice
 from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
@@ -38,9 +38,6 @@ if TYPE_CHECKING:
 
     from shaper.emulator.meter import EmulatedReader
     from shaper.emulator.silicon import StepRun
-
-TRACE_VARIABLE = "SHAPER_EMULATE_TRACE"
-TIME_SCALE_VARIABLE = "SHAPER_EMULATE_TIME_SCALE"
 
 _executors: weakref.WeakValueDictionary[int, EmulatedExecutor] = weakref.WeakValueDictionary()
 

@@ -23,6 +23,7 @@ from shaper.config import (
     parse_config_text,
 )
 from shaper.errors import ConfigError
+from shaper.status import run_id
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,24 @@ def register() -> None:
     try:
         from vllm.engine.arg_utils import EngineArgs
 
+        # Before any child is started, so that all processes of this run share it.
+        run_id()
+        _share_log_handlers()
         _wrap_add_cli_args(EngineArgs)
         _wrap_from_cli_args(EngineArgs)
         _wrap_metrics_registry()
     except Exception:
         # The boundary to a vLLM that has changed: serving goes on without the flag.
         logger.exception("%s is not available with this vLLM", FLAG)
+
+
+def _share_log_handlers() -> None:
+    """Log where vLLM logs, in its format and at its level, unless the user set it up."""
+    ours, theirs = logging.getLogger("shaper"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def _wrap_add_cli_args(engine_args: Any) -> None:

@@ -20,6 +20,9 @@ from shaper.status import StatusWriter
 
 logger = logging.getLogger(__name__)
 
+# The counter moves about every 100 ms and is read every 20: over a shorter span the
+# reading's time is too coarse, and the meter's own short window says more.
+_COUNTER_SECONDS = 0.5
 # Polls of a held engine repeat these a thousand times a second; the first says it all.
 _REPEATED = frozenset({Reason.PAUSE, Reason.TURN, Reason.IDLE})
 # A log that nobody drains must not eat the memory: a minute of steps.
@@ -37,12 +40,15 @@ class MeterWindows:
 
     def observe(self, state: PowerState) -> tuple[float, float]:
         """`(headroom in watts, pressure ratio)` after this reading; NaN without limits."""
-        if not self._limits or state.energy_joules is None:
+        energy = state.energy_joules
+        if not self._limits or energy is None:
             return NAN, NAN
-        if self._readings and state.energy_joules < self._readings[-1][1]:
+        if self._readings and energy < self._readings[-1][1]:
             self._readings.clear()  # the counter was reset
-        self._readings.append((state.sampled_seconds, state.energy_joules))
-        oldest = state.sampled_seconds - self._longest - 0.2
+        # Only where it moved: between two moves the time is known, not the energy.
+        if not self._readings or energy > self._readings[-1][1]:
+            self._readings.append((state.sampled_seconds, energy))
+        oldest = state.sampled_seconds - self._longest - 1.0
         while len(self._readings) > 2 and self._readings[1][0] < oldest:
             self._readings.popleft()
         headroom, pressure = math.inf, 0.0
@@ -55,10 +61,10 @@ class MeterWindows:
 
     def _mean_watts(self, window_seconds: float, state: PowerState) -> float:
         now, energy = self._readings[-1]
-        for then, before in reversed(self._readings):
-            # The counter moves every 100 ms: a shorter span would show its steps.
-            if now - then >= max(window_seconds, 0.1):
-                return (energy - before) / (now - then)
+        if window_seconds >= _COUNTER_SECONDS:
+            for then, before in reversed(self._readings):
+                if now - then >= window_seconds:
+                    return (energy - before) / (now - then)
         return state.instant_watts or state.average_watts or 0.0
 
 

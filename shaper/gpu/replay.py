@@ -28,7 +28,8 @@ class ReplayReader:
         path: a `.csv` or `.parquet` file.
         clock: None returns one reading per `read` call, stamped as recorded. A clock
             (seconds) returns the latest reading that is due, counted from the first
-            call, stamped with the clock's time.
+            call, stamped with the clock's time; the last one is due for as long as the
+            one before it was.
 
     Raises:
         TraceError: the file is missing, empty, or has a broken row.
@@ -47,6 +48,8 @@ class ReplayReader:
             )
             for sample in self._readings[0]
         )
+        last, before = self._readings[-1][0], self._readings[max(0, len(self._readings) - 2)][0]
+        self._end_seconds = 2 * last.read_seconds - before.read_seconds
         self._next = 0
         self._offset_seconds: float | None = None
         self._open = True
@@ -80,7 +83,7 @@ class ReplayReader:
         if self._offset_seconds is None:
             self._offset_seconds = now_seconds - self._readings[0][0].read_seconds
         recorded_seconds = now_seconds - self._offset_seconds
-        if recorded_seconds > self._readings[-1][0].read_seconds:
+        if recorded_seconds > self._end_seconds:
             raise GpuLostError(f"the recording {self._path} has ended")
         while (
             self._next + 1 < len(self._readings)

@@ -167,7 +167,7 @@ function shaperPlot(name,figure){
   const element=document.getElementById(name);
   figure.layout.autosize=true;
   Plotly.newPlot(element,figure.data,figure.layout,
-    {responsive:true,displaylogo:false,displayModeBar:!shaperNarrow.matches&&'hover',
+    {responsive:true,displaylogo:false,displayModeBar:false,
      plotlyServerURL:'',scrollZoom:false}).then(()=>Plotly.relayout(element,shaperStyle(figure.layout)));
   shaperPlots.push([element,figure.layout]);}
 function shaperRestyle(){for(const [element,layout] of shaperPlots)

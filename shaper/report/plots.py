@@ -6,6 +6,7 @@ and transparent background; `shaper.report.html` gives it the page's colours.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ def extremes(times: FloatArray, values: FloatArray, buckets: int) -> tuple[Float
         return times, values
     edges = np.linspace(0, count, buckets + 1).astype(int)
     kept: list[int] = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         part = values[begin:end]
         kept += sorted({begin + int(part.argmin()), begin + int(part.argmax())})
     return times[kept], values[kept]
@@ -184,9 +185,13 @@ def _fine_traces(run: PowerSeries, colour: str, in_legend: bool) -> list[go.Scat
 
 
 def distribution(
-    names: Sequence[str], samples: Sequence[FloatArray], x_title: str, tail: bool = False
+    names: Sequence[str],
+    samples: Sequence[FloatArray],
+    x_title: str,
+    tail: bool = False,
+    logarithmic: bool = True,
 ) -> go.Figure:
-    """Empirical distribution of positive samples per run, on a logarithmic axis.
+    """Empirical distribution of samples per run.
 
     Args:
         names: of the runs.
@@ -194,6 +199,7 @@ def distribution(
         x_title: what they are, with unit.
         tail: show the share above x on a logarithmic axis in place of the
             share below it: what is rare becomes visible.
+        logarithmic: the axis of the samples, which are then above 0.
     """
     figure = go.Figure()
     for index, (name, values) in enumerate(zip(names, samples, strict=True)):
@@ -214,7 +220,8 @@ def distribution(
             )
         )
     _base(figure, x_title, "share above (%)" if tail else "share at or below (%)")
-    figure.update_xaxes(type="log", dtick="D2", minorloglabels="none")
+    if logarithmic:
+        figure.update_xaxes(type="log", dtick="D2", minorloglabels="complete")
     if tail:
         figure.update_yaxes(type="log")
     return figure
@@ -270,7 +277,7 @@ def chunk_sizes(
     ):
         keep = values > 0
         figure.add_trace(
-            go.Scattergl(
+            go.Scatter(
                 x=np.round(times[keep], 3),
                 y=values[keep],
                 mode="markers",

@@ -1,0 +1,125 @@
+"""Command-line options that the load tests share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from bench.synthetic import load_summary, synthesise
+from bench.traces import TRACE_FORMATS, load_trace
+from bench.workload import Workload
+from shaper.config import parse_seconds
+from shaper.errors import ConfigError
+
+MAX_DURATION_SECONDS = 24 * 3600.0
+MAX_RATE_HERTZ = 1000.0
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `ConfigError` in place of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        """See the class."""
+        raise ConfigError(f"{message}; see {self.prog} --help")
+
+
+def seconds(text: str) -> float:
+    """A duration such as `60s`, `2min` or `500ms`; a bare number is seconds."""
+    try:
+        value = float(text)
+    except ValueError:
+        try:
+            value = float(str(parse_seconds(text)))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    if not 0 < value <= MAX_DURATION_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and up to 24 hours")
+    return value
+
+
+def rate(text: str) -> float:
+    """Requests per second."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of requests/s") from error
+    if not 0 < value <= MAX_RATE_HERTZ:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not above 0 and up to {MAX_RATE_HERTZ:g} requests/s"
+        )
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number from 0 on."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def ratio(text: str) -> float:
+    """A share above 0 and up to 2."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not 0 < value <= 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and up to 2")
+    return value
+
+
+def add_workload_options(parser: argparse.ArgumentParser, default_rate: float | None) -> None:
+    """`--duration`, `--rate`, `--seed`, `--trace`, `--trace-format`."""
+    shown = load_summary().rate_hertz if default_rate is None else default_rate
+    group = parser.add_argument_group("traffic")
+    group.add_argument(
+        "--duration",
+        type=seconds,
+        metavar="TIME",
+        help="requests arrive for this long, like 60s (default: 60s; a trace: all of it)",
+    )
+    group.add_argument(
+        "--rate",
+        type=rate,
+        metavar="PER_SECOND",
+        help=f"mean requests per second (default: {shown:g}; a trace: as recorded, "
+        "else its times are stretched)",
+    )
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="of the traffic")
+    group.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="replay recorded traffic in place of synthetic: Azure's CSV, Mooncake's JSONL "
+        "or vLLM's timed trace",
+    )
+    group.add_argument(
+        "--trace-format",
+        choices=TRACE_FORMATS,
+        default="auto",
+        help="what the trace file is (default: told by its content)",
+    )
+
+
+def workload(
+    options: argparse.Namespace, default_rate: float | None, default_seconds: float
+) -> Workload:
+    """The traffic that the options of `add_workload_options` ask for.
+
+    Raises:
+        TraceError: the trace has a broken line or can't be read.
+        ConfigError: no request is left.
+    """
+    duration: float | None = options.duration
+    if options.trace is None:
+        chosen = synthesise(duration or default_seconds, options.rate or default_rate, options.seed)
+    else:
+        chosen = load_trace(options.trace, options.trace_format, options.seed)
+        if options.rate is not None:
+            chosen = chosen.at_rate(options.rate)
+        if duration is not None:
+            chosen = chosen.clipped(duration)
+    if not chosen.requests:
+        raise ConfigError("no request arrives in that time; give a longer --duration")
+    return chosen

@@ -1,0 +1,232 @@
+"""The HTML report of a comparison."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench import latency
+from bench.compare import Comparison, RunResult
+from bench.decisions import DecisionLog
+from bench.figures import GRID_SECONDS, window_means
+from bench.tables import comparison_checks, comparison_table
+from shaper.gpu.profiles import load_profile
+from shaper.report import plots
+from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
+from shaper.report.table import to_html
+
+FloatArray = NDArray[np.float64]
+
+
+def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str:
+    """The whole page.
+
+    Args:
+        comparison: what was run.
+        about: settings, versions and the like, as name and value.
+    """
+    limit = comparison.limit
+    settings = comparison.settings
+    window = f"{limit.window_seconds * 1e3:g} ms"
+    sections = [
+        Section(
+            "What it shows",
+            (
+                checks(comparison_checks(comparison)),
+                Block(to_html(comparison_table(comparison))),
+                paragraph(
+                    "Latencies are as the client saw them over HTTP. Watts and joules are the "
+                    "emulated GPU's true power; a shaped figure that is worse by over 1% is "
+                    "marked.",
+                    "note",
+                ),
+            ),
+        ),
+        Section("Power", _power_plots(comparison)),
+        Section("Latency", _latency_plots(comparison)),
+        Section("What the shaper decided", _decision_parts(comparison.shaped)),
+        Section("How it was run", (definitions([*about, *_machine_lines(comparison)]),)),
+    ]
+    lead = (
+        f"{settings.workload.name}, replayed at {settings.model} on an emulated {settings.gpu}: "
+        f"once unshaped, once with {limit.watts:.1f} W over {window}, "
+        f"{settings.limit_ratio:.0%} of the unshaped run's highest 100 ms mean power."
+    )
+    return render("Shaper: unshaped and shaped under the same traffic", lead, sections)
+
+
+def _power_series(run: RunResult, gpu: str, window_seconds: float) -> plots.PowerSeries:
+    means = window_means(run.grid, window_seconds)
+    first = round(window_seconds / GRID_SECONDS)
+    times = np.asarray((np.arange(len(means)) + first) * GRID_SECONDS, dtype=np.float64)
+    meter_times, meter_watts = meter_series(run, gpu)
+    return plots.PowerSeries(run.name, times, means, run.grid.watts, meter_times, meter_watts)
+
+
+def meter_series(run: RunResult, gpu: str) -> tuple[FloatArray, FloatArray]:
+    """What the GPU's power meter said, by seconds since the run's start.
+
+    From the decision log where there is one; else the true power as that
+    GPU's meter averages and refreshes it.
+    """
+    log = run.decisions
+    if log is not None and np.isfinite(log.meter_watts).any():
+        keep = np.isfinite(log.meter_watts)
+        watts = log.meter_watts[keep]
+        # The meter holds a value until it refreshes: one point per new value.
+        new = np.concatenate(([True], np.diff(watts) != 0.0))
+        return log.times[keep][new] - run.grid.start_seconds, watts[new]
+    meter = load_profile(gpu).meter
+    means = window_means(run.grid, meter.instant_window_seconds)
+    width = round(meter.instant_window_seconds / GRID_SECONDS)
+    every = max(1, round(meter.instant_refresh_seconds / GRID_SECONDS))
+    places = np.arange(0, len(means), every)
+    return np.asarray((places + width) * GRID_SECONDS, dtype=np.float64), means[places]
+
+
+def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
+    limit, gpu = comparison.limit, comparison.settings.gpu
+    series = [_power_series(run, gpu, limit.window_seconds) for run in comparison.runs]
+    window = f"{limit.window_seconds * 1e3:g} ms"
+    line = plots.LimitLine(f"limit {limit.watts:.1f} W", limit.watts)
+    from_log = [
+        run.name
+        for run in comparison.runs
+        if run.decisions is not None and np.isfinite(run.decisions.meter_watts).any()
+    ]
+    return (
+        Plot(
+            f"Mean power over {window}",
+            plots.window_power(series, [line]),
+            f"Each point is the mean of the {window} before it. The limit is on this curve.",
+            420,
+        ),
+        Plot(
+            "Power by the millisecond, and the meter",
+            plots.fine_power(series, [line]),
+            "Single milliseconds may lie above the limit: it holds for the mean over "
+            f"{window}. Dots are the GPU's instant power reading"
+            + _meter_source(from_log, [run.name for run in comparison.runs]),
+            560,
+        ),
+        Plot(
+            f"How often which power: {window} windows",
+            plots.distribution(
+                [run.name for run in series],
+                [run.window_watts for run in series],
+                f"mean power over {window} (W)",
+                logarithmic=False,
+            ),
+            f"Share of the run's {window} windows at or below a power.",
+        ),
+    )
+
+
+def _meter_source(from_log: list[str], names: list[str]) -> str:
+    others = [name for name in names if name not in from_log]
+    if not others:
+        return ", as the shaper read it."
+    return (
+        f"; for the {' and '.join(others)} run it is worked out from the true power with the "
+        "meter's window and refresh."
+    )
+
+
+def _latency_plots(comparison: Comparison) -> tuple[Plot, ...]:
+    names = [run.name for run in comparison.runs]
+    finished = [latency.finished(run.replay) for run in comparison.runs]
+
+    def milliseconds(values: list[FloatArray]) -> list[FloatArray]:
+        return [1e3 * each for each in values]
+
+    itl = milliseconds([latency.itl_seconds(records) for records in finished])
+    ttft = milliseconds([latency.ttft_seconds(records) for records in finished])
+    e2el = [latency.e2el_seconds(records) for records in finished]
+    return (
+        Plot(
+            "Inter-token latency",
+            plots.distribution(names, itl, "inter-token latency (ms)"),
+            wide=False,
+        ),
+        Plot(
+            "Inter-token latency, the tail",
+            plots.distribution(names, itl, "inter-token latency (ms)", tail=True),
+            wide=False,
+        ),
+        Plot(
+            "Time to first token",
+            plots.distribution(names, ttft, "time to first token (ms)"),
+            wide=False,
+        ),
+        Plot(
+            "End-to-end latency",
+            plots.distribution(names, e2el, "end-to-end latency (s)"),
+            wide=False,
+        ),
+    )
+
+
+def _decision_parts(run: RunResult) -> tuple[Plot | Block, ...]:
+    log = run.decisions
+    if log is None or not len(log.times):
+        return (paragraph("The server wrote no decision log.", "note"),)
+    times = log.times - run.grid.start_seconds
+    return (
+        Plot(
+            "Decisions by reason",
+            plots.decision_counts(times, log.reasons, 1.0),
+            "One decision per engine step; successive polls of a held engine count once.",
+        ),
+        Plot(
+            "Prefill chunks",
+            plots.chunk_sizes(times, log.prefill_tokens, log.limit_prefill_tokens),
+            "Prefill tokens that a step computed, and the limit that it was given.",
+            wide=False,
+        ),
+        Plot(
+            "Running decodes",
+            plots.lines(times, [("decodes in the step", log.decodes)], "requests"),
+            "Decoding requests of each step.",
+            wide=False,
+        ),
+        *_headroom(times, log),
+    )
+
+
+def _headroom(times: FloatArray, log: DecisionLog) -> tuple[Plot, ...]:
+    if not (np.isfinite(log.predicted_watts).any() or np.isfinite(log.headroom_watts).any()):
+        return ()
+    return (
+        Plot(
+            "Predicted step power and headroom",
+            plots.lines(
+                times,
+                [
+                    ("predicted power of the step", log.predicted_watts),
+                    ("headroom under the limit", log.headroom_watts),
+                ],
+                "power (W)",
+            ),
+            "What each step was expected to draw, and what the ledger had left for it.",
+        ),
+    )
+
+
+def _machine_lines(comparison: Comparison) -> list[tuple[str, str]]:
+    lines = []
+    for run in comparison.runs:
+        use = run.machine
+        cost = run.replay
+        text = (
+            f"client {cost.client_cpu_seconds:.1f} CPU s, event loop late by at most "
+            f"{cost.max_loop_lag_seconds * 1e3:.0f} ms, {run.latency.late_sends} late sends, "
+            f"{run.latency.chunks_with_several_tokens} tokens shared a chunk with another"
+        )
+        if use is not None:
+            text = (
+                f"CPUs {use.busy_share:.0%} busy (server {use.server_share:.0%}, client "
+                f"{use.client_share:.0%} of {use.cpus} CPUs), load average "
+                f"{use.load_average:.2f}; {text}"
+            )
+        lines.append((f"machine during the {run.name} run", text))
+    return lines

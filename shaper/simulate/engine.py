@@ -1,0 +1,210 @@
+"""One engine in virtual time: vLLM's real scheduler over emulated GPUs, no sleeping.
+
+The loop is that of vLLM's `EngineCore.step_with_batch_queue` with asynchronous
+scheduling (two batches in flight) and of `EngineCore.step` without; a step that
+schedules nothing costs `EMPTY_STEP_SECONDS`, as it does there. The host is taken
+to be infinitely fast otherwise; what it costs on a GPU is in the GPU's profile.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from shaper.emulator.activate import EMULATE_VARIABLE
+from shaper.emulator.batching import RequestTracker, TrackedStep
+from shaper.emulator.silicon import EmulatedGpus, StepRun
+
+EMPTY_STEP_SECONDS = 0.001
+# A step in which nothing is done at all still takes the loop some time.
+_IDLE_LOOP_SECONDS = 1e-5
+
+
+def engine_config(model: str, gpu: str, **arguments: Any) -> Any:
+    """vLLM's configuration of an engine of `model` on an emulated `gpu`.
+
+    Must be called before anything else imports vLLM in this process: the platform
+    is chosen at import.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ[EMULATE_VARIABLE] = gpu
+    from vllm.engine.arg_utils import EngineArgs
+
+    from shaper.emulator.models import model_directory
+
+    defaults: dict[str, Any] = {
+        "model": str(model_directory(model)),
+        "max_num_batched_tokens": 8192,
+        "max_num_seqs": 1024,
+        "load_format": "dummy",
+        "async_scheduling": True,
+        "distributed_executor_backend": "shaper.emulator.executor.EmulatedExecutor",
+    }
+    return EngineArgs(**(defaults | arguments)).create_engine_config()
+
+
+def new_scheduler(config: Any, kind: Callable[..., Any], kv_blocks: int) -> Any:
+    """A scheduler of `kind` for this configuration, with a KV cache of `kv_blocks` blocks."""
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    from shaper.core.shape import ModelShape
+    from shaper.emulator.kv_cache import kv_cache_specs
+
+    shape = ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
+    specs = kv_cache_specs(config, shape)
+    groups: dict[Any, list[str]] = {}
+    for name, spec in specs.items():
+        groups.setdefault(spec, []).append(name)
+    config.cache_config.num_gpu_blocks = kv_blocks
+    kv_config = KVCacheConfig(
+        num_blocks=kv_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec(names, spec) for spec, names in groups.items()],
+    )
+    block_size = config.cache_config.block_size
+    return kind(
+        config,
+        kv_config,
+        StructuredOutputManager(config),
+        block_size=block_size,
+        hash_block_size=block_size,
+        log_stats=False,
+    )
+
+
+def new_request(request_id: str, prompt: list[int], output_tokens: int, config: Any) -> Any:
+    """A request of exactly `output_tokens` tokens, with prefix caching as configured."""
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    hasher = None
+    if config.cache_config.enable_prefix_caching:
+        hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+        init_none_hash(hash_fn)
+        hasher = get_request_block_hasher(config.cache_config.block_size, hash_fn)
+    return Request(
+        request_id,
+        prompt,
+        SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+        None,
+        arrival_time=0.0,
+        block_hasher=hasher,
+    )
+
+
+@dataclass(slots=True)
+class VirtualRequest:
+    """What became of one request."""
+
+    arrival_seconds: float
+    token_seconds: list[float] = field(default_factory=list)
+    finished_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    output: Any
+    step: TrackedStep | None
+    run: StepRun | None
+
+
+class VirtualEngine:
+    """The engine core's loop over a scheduler and emulated GPUs.
+
+    Args:
+        scheduler: vLLM's, shaped or not.
+        gpus: run its steps.
+        asynchronous: two batches in flight instead of one.
+
+    `now_seconds` is the engine's time; give `lambda: engine.now_seconds` to what
+    needs a clock. `on_output` sees each non-empty `SchedulerOutput`.
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        gpus: EmulatedGpus,
+        *,
+        asynchronous: bool = True,
+        on_output: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.scheduler = scheduler
+        self.gpus = gpus
+        self.now_seconds = 0.0
+        self.steps = 0
+        self.requests: dict[str, VirtualRequest] = {}
+        self._depth = 2 if asynchronous else 1
+        self._queue: deque[_Batch] = deque()
+        self._tracker = RequestTracker()
+        self._on_output = on_output
+
+    def add(self, request: Any) -> None:
+        """A request arrives now."""
+        self.requests[request.request_id] = VirtualRequest(self.now_seconds)
+        self.scheduler.add_request(request)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._queue) or self.scheduler.has_requests()
+
+    def run_until(self, seconds: float) -> None:
+        """Step until this time, or until nothing is left to do; then it is that time."""
+        while self.now_seconds < seconds and self.busy:
+            self.step()
+        self.now_seconds = max(self.now_seconds, seconds)
+        self.gpus.advance(self.now_seconds)
+
+    def step(self) -> None:
+        """One turn of the engine core's loop."""
+        executed = False
+        if self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            executed = output.total_num_scheduled_tokens > 0
+            self._queue.append(self._launch(output))
+            if len(self._queue) < self._depth:
+                self._after(executed)
+                return
+        if self._queue:
+            self._finish(self._queue.popleft())
+        self._after(executed)
+
+    def _launch(self, output: Any) -> _Batch:
+        step = self._tracker.observe(output)
+        if step is None:
+            return _Batch(output, None, None)
+        self.steps += 1
+        if self._on_output is not None:
+            self._on_output(output)
+        return _Batch(output, step, self.gpus.launch(step.batch, self.now_seconds))
+
+    def _finish(self, batch: _Batch) -> None:
+        from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+
+        answer = EMPTY_MODEL_RUNNER_OUTPUT
+        if batch.step is not None and batch.run is not None:
+            self.now_seconds = max(self.now_seconds, batch.run.end_seconds)
+            names = [request.request_id for request in batch.step.requests]
+            answer = ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: index for index, name in enumerate(names)},
+                # Which token is of no interest here; 65 is a letter.
+                sampled_token_ids=[[] if o is None else [65] for o in batch.step.outputs],
+            )
+        for outputs in self.scheduler.update_from_output(batch.output, answer).values():
+            for each in outputs.outputs:
+                record = self.requests[each.request_id]
+                record.token_seconds.extend([self.now_seconds] * len(each.new_token_ids))
+                if each.finish_reason is not None:
+                    record.finished_seconds = self.now_seconds
+
+    def _after(self, executed: bool) -> None:
+        if not executed:
+            idle = self.scheduler.has_requests()
+            self.now_seconds += EMPTY_STEP_SECONDS if idle else _IDLE_LOOP_SECONDS

@@ -1,0 +1,90 @@
+"""The budget in closed loop: vLLM's scheduler, the shaper and an emulated GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shaper.core.types import PowerLimit, Reason
+
+# A cadence of the meter's own: what the driver says is a window late, never exact.
+TOLERANCE_RATIO = 0.01
+
+
+def sliding(segments, window: float) -> np.ndarray:
+    """Mean power of every window of this length, each millisecond."""
+    edges = np.concatenate(([segments[0, 0]], segments[:, 1]))
+    joules = np.concatenate(([0.0], np.cumsum((segments[:, 1] - segments[:, 0]) * segments[:, 2])))
+    times = np.arange(edges[0] + window, edges[-1], 0.001)
+    return (np.interp(times, edges, joules) - np.interp(times - window, edges, joules)) / window
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        (PowerLimit(560.0, 0.1),),
+        (PowerLimit(520.0, 0.1), PowerLimit(480.0, 1.0)),
+        (PowerLimit(420.0, 0.1),),
+        (PowerLimit(600.0, 0.05), PowerLimit(450.0, 3.0)),
+    ],
+    ids=["one", "two", "below-decode", "short-and-long"],
+)
+@pytest.mark.parametrize("itl", [None, 0.05])
+def test_no_window_is_exceeded(make_rig, random_traffic, limits, itl):
+    """With a model that knows the GPU, no window of any limit is over by more than 1%."""
+    rig, unshaped = make_rig(limits, itl_target_seconds=itl), make_rig(None)
+    rig.run(random_traffic(11, count=80))
+    unshaped.run(random_traffic(11, count=80))
+    power, free = rig.engine.gpus.take_segments(), unshaped.engine.gpus.take_segments()
+    forced = [d for d in rig.log.decisions if d.reason is Reason.FORCED]
+    assert not forced
+    for limit in limits:
+        assert sliding(free, limit.window_seconds).max() > limit.watts  # it has to work for it
+        assert sliding(power, limit.window_seconds).max() <= limit.watts * (1 + TOLERANCE_RATIO)
+    records = rig.engine.requests.values()
+    assert all(record.finished_seconds is not None for record in records)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_itl_target_bounds_the_chunk(make_rig, random_traffic, seed):
+    """With a target of 30 ms and no budget, no token waits longer than that behind a prompt."""
+    rig = make_rig((), itl_target_seconds=0.03)
+    rig.run(random_traffic(seed))
+    gaps = [
+        later - earlier
+        for record in rig.engine.requests.values()
+        for earlier, later in zip(record.token_seconds, record.token_seconds[1:], strict=False)
+    ]
+    assert max(gaps) <= 0.03 * 1.02
+    assert any(d.reason is Reason.CHUNK_ITL for d in rig.log.decisions)
+
+
+def test_a_budget_below_the_floor_serves_on_and_says_so(make_rig, random_traffic):
+    """No step fits 160 W; every request still finishes, over the budget, and is counted."""
+    rig = make_rig((PowerLimit(160.0, 0.1),), max_pause_seconds=0.2)
+    rig.run(random_traffic(3, count=4), seconds=400.0)
+    assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
+    assert rig.shaper.counters.forced > 0
+
+
+def test_preemption_and_a_small_cache_keep_requests_moving(make_rig, random_traffic):
+    """With a KV cache that preempts, a binding budget starves nobody."""
+    rig = make_rig((PowerLimit(430.0, 0.1),), kv_blocks=1100)
+    rig.run(random_traffic(9))
+    assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
+    assert rig.shaper.counters.errors == 0
+
+
+def test_aborts_leave_nothing_behind(make_rig, random_traffic):
+    """Aborting held, running and waiting requests leaves no state in the shaper or scheduler."""
+    from vllm.v1.request import RequestStatus
+
+    rig = make_rig((PowerLimit(420.0, 0.1),))
+    rig.run(random_traffic(6), seconds=0.5)
+    scheduler = rig.engine.scheduler
+    assert scheduler.requests
+    scheduler.finish_requests(list(scheduler.requests), RequestStatus.FINISHED_ABORTED)
+    rig.engine.run_until(rig.engine.now_seconds + 1.0)
+    assert not rig.engine.busy
+    assert not scheduler.requests
+    assert not rig.shaper._controller._flights

@@ -1,0 +1,124 @@
+"""Which readings are believed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shaper.core.types import GpuSample
+from shaper.gpu.screen import Screen
+
+
+def sample(at_seconds: float = 0.0, **values: float | None) -> GpuSample:
+    fields: dict[str, float | None] = {"instant_watts": 400.0, "enforced_limit_watts": 700.0}
+    fields.update(values)
+    return GpuSample(read_seconds=at_seconds, gpu_index=0, **fields)  # type: ignore[arg-type]
+
+
+def energies(*readings: tuple[float, float | None]) -> list[float | None]:
+    """What a screen makes of counter readings, given as (seconds, joules)."""
+    screen = Screen()
+    return [
+        screen.pass_on([sample(at_seconds, energy_joules=joules)])[0].energy_joules
+        for at_seconds, joules in readings
+    ]
+
+
+@pytest.mark.parametrize("field", ["instant_watts", "average_watts"])
+@pytest.mark.parametrize("watts", [math.nan, math.inf, -math.inf, -5.0, 0.0, 0.4, 2801.0, 4e5])
+def test_watts_that_no_gpu_draws_are_missing(field: str, watts: float) -> None:
+    """NaN, negative, a thousandth, a thousandfold, above four times the limit."""
+    screen = Screen()
+    (passed,) = screen.pass_on([sample(**{field: watts})])
+    assert getattr(passed, field) is None
+    assert screen.rejected_readings == 1
+
+
+@pytest.mark.parametrize("watts", [1.0, 60.0, 700.0, 900.0, 2800.0])
+def test_watts_that_a_gpu_may_draw_pass(watts: float) -> None:
+    """A step may pass the enforced limit for some milliseconds."""
+    screen = Screen()
+    (passed,) = screen.pass_on([sample(instant_watts=watts)])
+    assert passed.instant_watts == watts
+    assert screen.rejected_readings == 0
+
+
+@pytest.mark.parametrize("limit", [math.nan, 0.7, 7e5])
+def test_an_absurd_limit_neither_passes_nor_widens_the_range(limit: float) -> None:
+    """Watts are then held against what boards exist."""
+    screen = Screen()
+    (passed,) = screen.pass_on([sample(enforced_limit_watts=limit, instant_watts=3000.0)])
+    assert (passed.enforced_limit_watts, passed.instant_watts) == (None, None)
+    assert screen.rejected_readings == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("sm_clock_hertz", 1.98e12),
+        ("sm_clock_hertz", -1.0),
+        ("memory_clock_hertz", math.nan),
+        ("temperature_celsius", 61_000.0),
+        ("temperature_celsius", -300.0),
+    ],
+)
+def test_other_fields_have_their_range(field: str, value: float) -> None:
+    """A field that is wrong does not take the others with it."""
+    (passed,) = Screen().pass_on([sample(**{field: value})])
+    assert getattr(passed, field) is None
+    assert passed.instant_watts == 400.0
+
+
+def test_energy_counts_from_the_first_reading() -> None:
+    """The counter's own zero is arbitrary."""
+    assert energies((0.0, 9000.0), (1.0, 9400.0), (2.0, 9900.0)) == [0.0, 400.0, 900.0]
+
+
+def test_a_missing_reading_is_made_up_for_by_the_next() -> None:
+    """The counter holds what was spent meanwhile."""
+    assert energies((0.0, 10.0), (1.0, None), (2.0, 810.0)) == [0.0, None, 800.0]
+
+
+@pytest.mark.parametrize("wrong", [0.0, 9.4, 9_400_000.0, math.nan, -9400.0])
+def test_one_bad_counter_reading_is_skipped(wrong: float) -> None:
+    """It is not believed, and what follows counts on as if it had not been."""
+    seen = energies((0.0, 9000.0), (0.1, wrong), (0.2, 9080.0), (0.3, 9120.0))
+    assert seen == [0.0, None, 80.0, 120.0]
+
+
+def test_a_reset_counter_counts_on_from_the_second_reading() -> None:
+    """A driver that was reloaded starts at zero; published energy never goes backwards."""
+    seen = energies((0.0, 9000.0), (0.1, 9040.0), (0.2, 3.0), (0.3, 43.0), (0.4, 83.0))
+    assert seen == [0.0, 40.0, None, 80.0, 120.0]
+
+
+def test_a_counter_that_stands_still_is_stuck_until_it_moves() -> None:
+    """Refreshes of 100 ms are no fault, seconds without one are."""
+    seen = energies((0.0, 50.0), (0.1, 50.0), (1.9, 50.0), (2.1, 50.0), (2.2, 60.0))
+    assert seen == [0.0, 0.0, 0.0, None, 10.0]
+
+
+def test_each_gpu_has_its_own_counter() -> None:
+    """Samples of one reading do not mix."""
+    screen = Screen()
+    for at_seconds, (first, second) in enumerate([(10.0, 5000.0), (110.0, 5200.0)]):
+        passed = screen.pass_on(
+            [
+                GpuSample(read_seconds=float(at_seconds), gpu_index=0, energy_joules=first),
+                GpuSample(read_seconds=float(at_seconds), gpu_index=1, energy_joules=second),
+            ]
+        )
+    assert [one.energy_joules for one in passed] == [100.0, 200.0]
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=30))
+def test_whatever_the_counter_says_published_energy_is_finite_and_never_falls(
+    readings: list[float],
+) -> None:
+    """No order of broken readings makes energy go backwards."""
+    seen = [e for e in energies(*((0.02 * i, r) for i, r in enumerate(readings))) if e is not None]
+    assert all(math.isfinite(joules) for joules in seen)
+    assert seen == sorted(seen)

@@ -1,0 +1,137 @@
+"""The rules of the house that a machine can hold: who imports what, and how long files are."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "shaper"
+SOURCES = sorted(path for path in PACKAGE.rglob("*.py"))
+ALL_SOURCES = sorted(
+    path for folder in ("shaper", "bench", "tests") for path in (ROOT / folder).rglob("*.py")
+)
+
+# Time, chance and the outside come into the core as arguments.
+NOT_IN_CORE = frozenset(
+    {"time", "datetime", "random", "secrets", "threading", "multiprocessing", "concurrent"}
+    | {"asyncio", "queue", "signal", "socket", "subprocess", "os", "io", "pathlib", "shutil"}
+    | {"tempfile", "logging", "sys", "importlib"}
+)
+# What a room may import of this package, itself and `shaper.errors` apart.
+ROOMS: dict[str, frozenset[str]] = {
+    "core": frozenset(),
+    "gpu": frozenset({"core"}),
+    "emulator": frozenset({"core", "gpu"}),
+    "fleet": frozenset({"core"}),
+}
+# The part of the emulator that vLLM's engine runs; the rest of it knows no vLLM.
+EMULATED_EXECUTOR = (
+    "emulator/executor.py",
+    "emulator/kv_cache.py",
+    "emulator/platform.py",
+    "emulator/selfcheck.py",
+)
+# Libraries that are imported in one place.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "pynvml": ("gpu/nvml.py",),
+    "prometheus_client": ("metrics.py", "engine/stats.py"),
+    "vllm": ("engine/", "simulate/", *EMULATED_EXECUTOR),
+    "torch": ("engine/", "simulate/", *EMULATED_EXECUTOR),
+}
+# "About 300" and "about 60": this is where "about" ends.
+MAX_FILE_LINES = 360
+MAX_FUNCTION_LINES = 80
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Absolute names of what a file imports, wherever in it the import stands; imports for
+    the type checker alone are left out."""
+    tree = ast.parse(path.read_text())
+    skipped: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").rglob("*.py")), ids=name_of)
+def test_the_core_imports_numpy_and_itself(path: Path) -> None:
+    """No I/O, clock, thread or chance, and no library but numpy, in `shaper/core/`."""
+    for name in imports(path):
+        top = name.split(".")[0]
+        if top == "shaper":
+            assert name.startswith(("shaper.core", "shaper.errors")), name
+        else:
+            assert top == "numpy" or top in sys.stdlib_module_names, name
+            assert top not in NOT_IN_CORE, name
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_what_stands_before_them(room: str) -> None:
+    """Data flows left to right, and so do imports."""
+    allowed = {"errors", room} | ROOMS[room]
+    for path in sorted((PACKAGE / room).rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[0] == "shaper" and len(parts) > 1:
+                assert parts[1] in allowed, f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_outside_library_has_its_place(library: str) -> None:
+    """A change of its API is then a change of one place here."""
+    for path in SOURCES:
+        inside = path.relative_to(PACKAGE).as_posix()
+        if not inside.startswith(LIBRARIES[library]):
+            used = [name for name in imports(path) if name.split(".")[0] == library]
+            assert not used, f"{name_of(path)} imports {used}"
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
+def test_files_and_functions_are_short(path: Path) -> None:
+    """When they can't be, the design is telling something."""
+    text = path.read_text()
+    line_count = len(text.splitlines())
+    assert line_count <= MAX_FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_nothing_is_swallowed(path: Path) -> None:
+    """A broad `except` handles what it catches; the wall clock appears nowhere."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler) and all(isinstance(s, ast.Pass) for s in node.body):
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in {"everything", "Exception", "BaseException"}, node.lineno
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in {"time.time", "datetime.now"}, node.lineno
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=name_of)
+def test_every_test_says_what_it_shows(path: Path) -> None:
+    """One sentence in its docstring."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith(
+            "test_"
+        ):
+            assert ast.get_docstring(node), node.name
