@@ -20,10 +20,13 @@ from bench.servers import Server, ServerCommand, clean_environment, free_port, s
 from bench.synthetic import synthesise
 from bench.workload import Workload
 from shaper.core.types import PowerLimit
+from shaper.emulator import selfcheck
+from shaper.emulator.selfcheck import SelfCheck
 from shaper.emulator.trace import read_power_trace
 from shaper.errors import TraceError
 
 START_SECONDS = 25.0
+_SELF_CHECK_SECONDS = 22.0
 _STOP_SECONDS = 4.0
 _REPORT_SECONDS = 4.0
 # Warm-up: every code path of the server has run, and its caches hold it.
@@ -45,8 +48,8 @@ class DemoSettings:
     limit_ratio: float = 0.85
     window_seconds: float = 0.1
     itl_target: str | None = None
-    extra_arguments: tuple[str, ...] = ()
-    """Given to both servers."""
+    self_check: bool = True
+    """Measure first whether the emulated engine keeps up on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class Comparison:
     limit: PowerLimit
     unshaped: RunResult
     shaped: RunResult
+    self_check: SelfCheck | None = None
 
     @property
     def runs(self) -> tuple[RunResult, RunResult]:
@@ -80,18 +84,23 @@ class Comparison:
         return self.unshaped, self.shaped
 
 
-def phases(workload: Workload) -> list[Phase]:
+def phases(settings: DemoSettings) -> list[Phase]:
     """What `compare` goes through, with the time that each part takes."""
-    replaying = workload.span_seconds + _WARM_UP_SECONDS + _SETTLE_SECONDS + 5.0
-    return [
-        phase
-        for name in ("unshaped", "shaped")
-        for phase in (
-            Phase(f"starting the {name} server", START_SECONDS),
-            Phase(f"replaying the traffic, {name}", replaying),
-            Phase(f"stopping the {name} server", _STOP_SECONDS),
-        )
-    ] + [Phase("writing the report", _REPORT_SECONDS)]
+    replaying = settings.workload.span_seconds + _WARM_UP_SECONDS + _SETTLE_SECONDS + 5.0
+    checking = [Phase("measuring the emulated engine", _SELF_CHECK_SECONDS)]
+    return (
+        checking * settings.self_check
+        + [
+            phase
+            for name in ("unshaped", "shaped")
+            for phase in (
+                Phase(f"starting the {name} server", START_SECONDS),
+                Phase(f"replaying the traffic, {name}", replaying),
+                Phase(f"stopping the {name} server", _STOP_SECONDS),
+            )
+        ]
+        + [Phase("writing the report", _REPORT_SECONDS)]
+    )
 
 
 def compare(settings: DemoSettings, progress: PhaseProgress) -> Comparison:
@@ -104,7 +113,12 @@ def compare(settings: DemoSettings, progress: PhaseProgress) -> Comparison:
     Raises:
         ServerError: a server did not start or ended by itself.
         TraceError: it left no power trace.
+        EngineError: the self-check failed.
     """
+    check = None
+    if settings.self_check:
+        progress.next()
+        check = selfcheck.run(settings.gpu, settings.model)
     unshaped = run_one(settings, "unshaped", ("--shaper-off",), progress)
     limit = PowerLimit(
         round(settings.limit_ratio * unshaped.power.peak_watts, 1), settings.window_seconds
@@ -117,7 +131,7 @@ def compare(settings: DemoSettings, progress: PhaseProgress) -> Comparison:
     judged = tuple(
         replace(run, power=power_figures(run.grid, (limit,))) for run in (unshaped, shaped)
     )
-    return Comparison(settings, limit, judged[0], judged[1])
+    return Comparison(settings, limit, judged[0], judged[1], check)
 
 
 def limit_arguments(settings: DemoSettings, limit: PowerLimit) -> tuple[str, ...]:
@@ -143,7 +157,6 @@ def run_one(
     arguments = (
         *(settings.model, "--emulate", settings.gpu, *shaping),
         *("--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"),
-        *settings.extra_arguments,
     )
     environment = {"SHAPER_EMULATE_TRACE": str(trace_prefix)}
     if "--shaper-off" not in shaping:

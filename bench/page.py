@@ -10,12 +10,15 @@ from bench.compare import Comparison, RunResult
 from bench.decisions import DecisionLog
 from bench.figures import GRID_SECONDS, window_means
 from bench.tables import comparison_checks, comparison_table
+from shaper.emulator.selfcheck import SelfCheck
 from shaper.gpu.profiles import load_profile
 from shaper.report import plots
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
 from shaper.report.table import to_html
 
 FloatArray = NDArray[np.float64]
+
+_SHOWN_HEADROOM_WATTS = 1000.0
 
 
 def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str:
@@ -203,17 +206,40 @@ def _headroom(times: FloatArray, log: DecisionLog) -> tuple[Plot, ...]:
                 times,
                 [
                     ("predicted power of the step", log.predicted_watts),
-                    ("headroom under the limit", log.headroom_watts),
+                    ("left by the limit", np.minimum(log.headroom_watts, _SHOWN_HEADROOM_WATTS)),
                 ],
                 "power (W)",
             ),
-            "What each step was expected to draw, and what the ledger had left for it.",
+            "What each step was expected to draw, and what the windows had left for it "
+            f"(a short step may draw far more than the limit: cut at {_SHOWN_HEADROOM_WATTS:g} W).",
         ),
     )
 
 
+def self_check_lines(check: SelfCheck | None) -> list[tuple[str, str]]:
+    """What the emulator's self-check measured, as name and value."""
+    if check is None:
+        return [("emulator's self-check", "left out")]
+    rate, timing = check.step_rate, check.timing_error
+    return [
+        (
+            "emulated engine without delay",
+            f"{rate.steps_per_second:,.0f} steps/s, {rate.concurrency} stream, this machine "
+            f"{rate.busy_ratio:.0%} busy",
+        ),
+        (
+            "emulated engine with delay",
+            f"timing error {timing.error_ratio:+.2%} at steps of "
+            f"{timing.step_seconds * 1e3:.2f} ms; steps returned late by "
+            f"{timing.late_p50_seconds * 1e3:.2f} ms (p50) and "
+            f"{timing.late_p99_seconds * 1e3:.2f} ms (p99), {timing.stalls} stalls over 2 ms in "
+            f"{timing.steps} steps, this machine {timing.busy_ratio:.0%} busy",
+        ),
+    ]
+
+
 def _machine_lines(comparison: Comparison) -> list[tuple[str, str]]:
-    lines = []
+    lines = self_check_lines(comparison.self_check)
     for run in comparison.runs:
         use = run.machine
         cost = run.replay

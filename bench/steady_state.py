@@ -31,7 +31,7 @@ class ServingLoad:
     """Mean requests in the batch."""
     output_tokens: float
     prompt_tokens: float
-    prompt_sigma: float = 1.3
+    prompt_sigma: float = 2.0
     """Standard deviation of the logarithm of the prompt length: chat prompts have a
     long tail."""
     computed_ratio: float = 1.0
@@ -39,7 +39,9 @@ class ServingLoad:
     length_spread: float = 0.0
     """Squared coefficient of variation of the output length: long outputs are seen
     longer, so the mean context is prompt + output / 2 * (1 + spread)."""
-    step_token_budget: int = 8192
+    step_token_budget: int = 2048
+    context_limit_tokens: float | None = None
+    """Mean context that the KV cache has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +77,20 @@ def _prefill_quantiles(rate: float, prompt: float, sigma: float) -> tuple[tuple[
 
 def batches(load: ServingLoad) -> tuple[StepBatch, ...]:
     """The steps, each as likely as the others."""
-    rate = load.requests / load.output_tokens
     context = load.prompt_tokens + load.output_tokens * 0.5 * (1.0 + load.length_spread)
-    decodes = max(1, int(round(load.requests)))
-    found = []
+    if load.context_limit_tokens is not None:
+        context = min(context, load.context_limit_tokens)
     prompt = load.prompt_tokens * load.computed_ratio
     cached = load.prompt_tokens - prompt
+    # When decodes and new prompts want more than a step holds, the steps are full and
+    # only this many requests decode in each.
+    full = load.step_token_budget / (1.0 + prompt / load.output_tokens)
+    decodes = max(1, int(round(min(load.requests, full))))
+    rate = decodes / load.output_tokens
+    room = max(0, load.step_token_budget - decodes)
+    found = []
     for requests, tokens in _prefill_quantiles(rate, prompt, load.prompt_sigma):
-        tokens = min(tokens, load.step_token_budget)
+        tokens = min(tokens, room)
         each = tokens / requests if requests else 0.0
         found.append(
             StepBatch(

@@ -6,8 +6,8 @@
 
 An energy counter that jumps is not believed at once. If the next reading goes on
 from where it jumped to, the counter was reset, and counting goes on from there; if
-not, it was a bad reading. A counter that stands still while the GPU is powered is
-stuck.
+not, it was a bad reading. A counter that has moved and then stands still is stuck, and
+the watts, which come from the same meter, are then not believed either.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class _Counter:
 
     raw_joules: float
     read_seconds: float
-    moved_seconds: float
+    moved_seconds: float | None = None
+    """When it last rose; None until it first does, as where it is not really supported."""
     total_joules: float = 0.0
     suspect: tuple[float, float] | None = None
     """Seconds and raw joules of a reading that was not believed."""
@@ -81,7 +82,19 @@ class Screen:
                 missing[name] = None
                 self.rejected_readings += 1
         energy = self._energy(sample, highest)
+        if self._stuck(sample):
+            self.rejected_readings += 1
+            energy = missing["instant_watts"] = missing["average_watts"] = None
         return replace(sample, enforced_limit_watts=limit, energy_joules=energy, **missing)
+
+    def _stuck(self, sample: GpuSample) -> bool:
+        counter = self._counters.get(sample.gpu_index)
+        if counter is None or counter.moved_seconds is None:
+            return False
+        # Readings that are missing or not believed are lost, not stuck.
+        if counter.read_seconds != sample.read_seconds:
+            return False
+        return sample.read_seconds - counter.moved_seconds > _STUCK_SECONDS
 
     def _energy(self, sample: GpuSample, highest_watts: float) -> float | None:
         raw, now = sample.energy_joules, sample.read_seconds
@@ -92,7 +105,7 @@ class Screen:
             return None
         counter = self._counters.get(sample.gpu_index)
         if counter is None:
-            self._counters[sample.gpu_index] = _Counter(raw, now, moved_seconds=now)
+            self._counters[sample.gpu_index] = _Counter(raw, now)
             return 0.0
         last = (counter.read_seconds, counter.raw_joules)
         if not _follows(last, (now, raw), highest_watts):
@@ -106,9 +119,6 @@ class Screen:
             counter.moved_seconds = now
         counter.total_joules += raw - counter.raw_joules
         counter.raw_joules, counter.read_seconds, counter.suspect = raw, now, None
-        if now - counter.moved_seconds > _STUCK_SECONDS:
-            self.rejected_readings += 1
-            return None
         return counter.total_joules
 
 

@@ -164,14 +164,15 @@ function shaperStyle(layout){
   out['font.size']=shaperNarrow.matches?11:13;
   return out;}
 function shaperPlot(name,figure){
-  const element=document.getElementById(name);
-  figure.layout.autosize=true;
-  Plotly.newPlot(element,figure.data,figure.layout,
-    {responsive:true,displaylogo:false,displayModeBar:false,
-     plotlyServerURL:'',scrollZoom:false}).then(()=>Plotly.relayout(element,shaperStyle(figure.layout)));
-  shaperPlots.push([element,figure.layout]);}
-function shaperRestyle(){for(const [element,layout] of shaperPlots)
-  Plotly.relayout(element,shaperStyle(layout));}
+  const element=document.getElementById(name),layout=figure.layout;
+  layout.autosize=true;
+  for(const [path,value] of Object.entries(shaperStyle(layout))){
+    const [group,key]=path.split('.');(layout[group]??={})[key]=value;}
+  Plotly.newPlot(element,figure.data,layout,
+    {responsive:true,displaylogo:false,displayModeBar:false,plotlyServerURL:'',scrollZoom:false});
+  shaperPlots.push(element);}
+function shaperRestyle(){for(const element of shaperPlots)
+  Plotly.relayout(element,shaperStyle(element.layout));}
 shaperDark.addEventListener('change',shaperRestyle);
 shaperNarrow.addEventListener('change',shaperRestyle);
 """

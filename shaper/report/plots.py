@@ -7,7 +7,7 @@ and transparent background; `shaper.report.html` gives it the page's colours.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ FloatArray = NDArray[np.float64]
 # Blue, orange, green, purple, grey, pink, brown: told apart by readers with
 # red-green blindness, and legible on white and on near-black.
 COLOURS = ("#e8871e", "#2f81d6", "#2a9d6f", "#9467d8", "#8a929b", "#d6609a", "#a8763e")
+PLAIN_COLOUR = "#b3bac2"
 LIMIT_COLOUR = "#e5484d"
 
 
@@ -119,6 +120,7 @@ def window_power(runs: Sequence[PowerSeries], limits: Sequence[LimitLine] = ()) 
         )
     longest = max((float(run.window_times[-1]) for run in runs if len(run.window_times)), default=0)
     _add_limits(figure, limits, longest)
+    figure.update_xaxes(range=[0.0, longest])
     return _base(figure, "time since the replay's start (s)", "mean power over the window (W)")
 
 
@@ -128,7 +130,6 @@ def fine_power(runs: Sequence[PowerSeries], limits: Sequence[LimitLine] = ()) ->
         rows=len(runs),
         cols=1,
         shared_xaxes=True,
-        shared_yaxes="all",
         vertical_spacing=0.09,
         subplot_titles=[run.name for run in runs],
     )
@@ -145,6 +146,12 @@ def fine_power(runs: Sequence[PowerSeries], limits: Sequence[LimitLine] = ()) ->
     _base(figure, "", "power (W)")
     figure.update_xaxes(title_text="time since the replay's start (s)", row=len(runs), col=1)
     figure.update_layout(margin_t=56, legend_y=1.06)
+    longest = max(len(run.fine_watts) * run.fine_step_seconds for run in runs)
+    figure.update_xaxes(range=[0.0, longest])
+    # One scale for all rows, given here: plotly draws nothing when it has to find
+    # the range of matched axes whose other axis has a fixed one.
+    highest = max((float(run.fine_watts.max()) for run in runs if len(run.fine_watts)), default=1.0)
+    figure.update_yaxes(range=[0.0, 1.05 * highest])
     return figure
 
 
@@ -178,6 +185,7 @@ def _fine_traces(run: PowerSeries, colour: str, in_legend: bool) -> list[go.Scat
                 mode="markers",
                 marker={"color": "#8a929b", "size": 4, "line": {"width": 0}},
                 name="what the meter said",
+                showlegend=in_legend,
                 hovertemplate="%{x:.2f} s: meter %{y:.0f} W",
             )
         )
@@ -223,36 +231,46 @@ def distribution(
     if logarithmic:
         figure.update_xaxes(type="log", dtick="D2", minorloglabels="complete")
     if tail:
-        figure.update_yaxes(type="log")
+        figure.update_yaxes(type="log", dtick=1)
     return figure
 
 
 def _levels(count: int) -> FloatArray:
     """Quantile levels: even in the middle, dense towards the upper end."""
     rare = 1.0 - np.logspace(-1, -np.log10(max(count, 11)), 120)
-    return np.unique(np.concatenate((np.linspace(0.0, 0.9, 181), rare, [1.0 - 0.5 / count])))
+    last = [1.0 - 0.5 / count, 1.0]
+    return np.unique(np.concatenate((np.linspace(0.0, 0.9, 181), rare, last)))
 
 
-def decision_counts(times: FloatArray, reasons: Sequence[str], bin_seconds: float) -> go.Figure:
+def decision_counts(
+    times: FloatArray,
+    reasons: Sequence[str],
+    bin_seconds: float,
+    plain: Collection[str] = ("unconstrained", "idle"),
+) -> go.Figure:
     """Decisions by reason over time, stacked.
 
     Args:
         times: [n] seconds since the replay's start.
         reasons: [n].
         bin_seconds: width of a bar.
+        plain: reasons that are drawn in grey.
     """
     figure = go.Figure()
     labels = np.asarray(reasons)
     edges = np.arange(0.0, (float(times.max()) if len(times) else 0.0) + bin_seconds, bin_seconds)
     names, counts = np.unique(labels, return_counts=True)
-    for index, name in enumerate(names[np.argsort(-counts)]):
+    coloured = itertools.cycle(COLOURS[:4] + COLOURS[5:])
+    for name in names[np.argsort(-counts)]:
+        # Grey for steps that nothing held back, so that the others stand out.
+        colour = PLAIN_COLOUR if name in plain else next(coloured)
         heights = np.histogram(times[labels == name], edges)[0] / bin_seconds
         figure.add_trace(
             go.Bar(
                 x=edges[:-1] + bin_seconds / 2,
                 y=np.round(heights, 2),
                 name=str(name),
-                marker={"color": COLOURS[index % len(COLOURS)], "line": {"width": 0}},
+                marker={"color": colour, "line": {"width": 0}},
                 hovertemplate="%{x:.0f} s: %{y:.1f}/s",
             )
         )

@@ -57,7 +57,7 @@ def worst_excess(curve: Curve, limit: PowerLimit, start: float, end: float) -> f
 
 @given(strategies.runs, strategies.limits, strategies.step_seconds, st.floats(IDLE, 450.0))
 def test_what_fits_keeps_every_window_and_a_watt_more_does_not(runs, limits, seconds, floor):
-    """A step at exactly the allowed watts breaks no window that it touches, and one at more does."""
+    """A step at exactly the allowed watts breaks no window that it touches; at more, it does."""
     ledger, _ = build(runs, limits)
     start = ledger.end_seconds
     allowed = ledger.ask(start, floor).max_watts(seconds)

@@ -31,6 +31,7 @@ def requests_of(seed: int) -> list[tuple[list[int], int]]:
 def main() -> None:
     settings = json.loads(sys.argv[1])
     blocks = settings.pop("blocks", None)
+    model = settings.pop("model", "llama-3.1-8b")
     from vllm import SamplingParams
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.core import EngineCore
@@ -46,7 +47,7 @@ def main() -> None:
         "async_scheduling": True,
     } | settings
     config = EngineArgs(
-        model=str(model_directory("llama-3.1-8b")),
+        model=str(model_directory(model)),
         distributed_executor_backend=EmulatedExecutor,
         load_format="dummy",
         num_gpu_blocks_override=blocks,

@@ -97,8 +97,27 @@ def test_a_reset_counter_counts_on_from_the_second_reading() -> None:
 
 def test_a_counter_that_stands_still_is_stuck_until_it_moves() -> None:
     """Refreshes of 100 ms are no fault, seconds without one are."""
-    seen = energies((0.0, 50.0), (0.1, 50.0), (1.9, 50.0), (2.1, 50.0), (2.2, 60.0))
-    assert seen == [0.0, 0.0, 0.0, None, 10.0]
+    seen = energies((0.0, 40.0), (0.1, 50.0), (0.2, 50.0), (2.0, 50.0), (2.2, 50.0), (2.3, 60.0))
+    assert seen == [0.0, 10.0, 10.0, 10.0, None, 20.0]
+
+
+def test_a_stuck_counter_takes_the_watts_with_it() -> None:
+    """They come from the same meter, and a frozen one looks like a steady load."""
+    screen = Screen()
+    for at_seconds, joules in ((0.0, 10.0), (0.1, 20.0)):
+        screen.pass_on([sample(at_seconds, energy_joules=joules)])
+    (passed,) = screen.pass_on([sample(3.0, energy_joules=20.0, average_watts=390.0)])
+    assert (passed.instant_watts, passed.average_watts) == (None, None)
+    assert screen.rejected_readings == 1
+
+
+def test_a_counter_that_never_moved_does_not_cost_the_watts() -> None:
+    """Some drivers answer with a constant where the counter is not supported."""
+    screen = Screen()
+    for at_seconds in (0.0, 1.0, 3.0, 9.0):
+        (passed,) = screen.pass_on([sample(at_seconds, energy_joules=0.0)])
+    assert passed.instant_watts == 400.0
+    assert screen.rejected_readings == 0
 
 
 def test_each_gpu_has_its_own_counter() -> None:

@@ -1,0 +1,179 @@
+"""The control loop: what it commits, learns and keeps free."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from shaper.core.controller import BLIND_MARGIN_RATIO, Controller
+from shaper.core.estimator import Estimator
+from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.types import (
+    ClockEventReasons,
+    EngineLoad,
+    PowerLimit,
+    PowerState,
+    PrefillDemand,
+    Reason,
+    StepBatch,
+    StepPrediction,
+)
+
+DECODES = EngineLoad(8, 8, 8000)
+BATCH = DECODES.batch()
+
+
+class Model:
+    """A decode step of 8 ms at 450 W; remembers the clocks it was asked for."""
+
+    gap_watts = 140.0
+
+    def __init__(self) -> None:
+        self.clocks: list[float | None] = []
+
+    def predict(self, batch, *, sm_clock_hertz=None, temperature_celsius=None):
+        self.clocks.append(sm_clock_hertz)
+        seconds = 0.008 + 20e-6 * batch.prefill_tokens
+        return StepPrediction(seconds, 450.0 * 0.008 + 0.014 * batch.prefill_tokens)
+
+
+def controller(*limits: PowerLimit, **settings) -> Controller:
+    return Controller(Model(), WindowedPlanner(), limits, 0.0, **settings)
+
+
+def state(now: float, **fields) -> PowerState:
+    return PowerState(sampled_seconds=now, gpu_count=1, **fields)
+
+
+def test_finished_steps_become_spent_energy():
+    """A step's joules lie between its start and its return."""
+    control = controller(PowerLimit(600.0, 0.1))
+    control.plan(DECODES, 1.0)
+    control.launched(BATCH, 1.0)
+    assert control.finished(1.008) == pytest.approx(0.008)
+    assert control.ledger.joules_between(1.0, 1.008) == pytest.approx(3.6)
+
+
+def test_a_queued_step_starts_when_its_predecessor_ends():
+    """With two in flight, the second is timed from the first one's return."""
+    control = controller(PowerLimit(600.0, 0.1))
+    for now in (1.0, 1.001):
+        control.plan(DECODES, now)
+        control.launched(BATCH, now)
+    assert control.finished(1.010) == pytest.approx(0.010)
+    assert control.finished(1.018) == pytest.approx(0.008)
+
+
+def test_a_slow_step_adds_idle_power_only():
+    """The same work over a longer time draws the same joules above the gap power."""
+    control = controller(PowerLimit(600.0, 0.1))
+    control.plan(DECODES, 1.0)
+    control.launched(BATCH, 1.0)
+    control.finished(1.018)
+    assert control.ledger.joules_between(1.0, 1.018) == pytest.approx(3.6 + 0.010 * 140.0)
+
+
+def test_no_recent_reading_keeps_more_free():
+    """Blind, the controller plans for a lower limit; with a fresh reading, for the limit."""
+    watts = 450.0 / (1 - BLIND_MARGIN_RATIO / 2)  # decodes fit it only when seen
+    long = PowerLimit(watts, 0.1)
+
+    def steady(read: bool) -> Reason:
+        control = controller(long)
+        reason = Reason.IDLE
+        for tick in range(40):
+            now = 0.008 * tick
+            if read:
+                control.observe(state(now, instant_watts=450.0))
+            limits = control.plan(DECODES, now)
+            reason = control.launched(BATCH if limits.run else StepBatch(), now).reason
+            control.finished(now + 0.008)
+        return reason
+
+    assert steady(read=True) is Reason.UNCONSTRAINED
+    assert steady(read=False) is Reason.PAUSE
+
+
+def test_predictions_follow_the_measured_clock_but_not_an_idle_one():
+    """A sagging clock reaches the model; what an idle GPU shows does not."""
+    control = controller()
+    model = control._model
+    control.observe(state(1.0, sm_clock_hertz=1.2e9))
+    control.plan(DECODES, 1.0)
+    assert model.clocks[-1] == 1.2e9
+    control.observe(
+        state(2.0, sm_clock_hertz=0.3e9, clock_event_reasons=ClockEventReasons.GPU_IDLE)
+    )
+    control.plan(DECODES, 2.0)
+    assert model.clocks[-1] is None
+
+
+def test_an_old_state_again_teaches_nothing():
+    """The sampler publishes the same state to many steps."""
+    control = controller()
+    seen = state(1.0, energy_joules=5.0)
+    control.observe(seen)
+    control.observe(seen)
+    control.observe(state(0.5, energy_joules=900.0))
+    assert control._state is seen
+
+
+@pytest.mark.parametrize("true_ratio", [0.85, 1.15])
+def test_the_energy_counter_corrects_joules(true_ratio):
+    """A GPU that draws 15% more or less than its profile is known after a minute."""
+    control = controller(PowerLimit(900.0, 0.1))
+    now, joules = 0.0, 0.0
+    for tick in range(8000):
+        now = 0.008 * tick
+        control.plan(DECODES, now)
+        control.launched(BATCH, now)
+        control.finished(now + 0.008)
+        joules += 3.6 * true_ratio
+        if tick % 12 == 0:
+            control.observe(state(now + 0.008, energy_joules=joules))
+    assert control.estimator.joules_gain_ratio == pytest.approx(true_ratio, abs=0.02)
+
+
+def test_step_times_correct_seconds():
+    """Steps that take a tenth longer are predicted so after a few hundred."""
+    estimator = Estimator()
+    for _ in range(600):
+        estimator.observe_step(0.008, 0.0088)
+    corrected = estimator.correct(StepPrediction(0.008, 3.6))
+    assert corrected.seconds == pytest.approx(0.0088, rel=0.01)
+    assert corrected.joules == pytest.approx(3.6)
+
+
+def test_absurd_measurements_are_clamped():
+    """A stall of a minute or a counter gone wild moves a gain to its bound at most."""
+    estimator = Estimator()
+    for _ in range(10_000):
+        estimator.observe_step(0.008, 60.0)
+    assert estimator.seconds_gain_ratio <= 1.4
+    estimator = Estimator()
+    for span in range(400):
+        now = 2.1 * span
+        estimator.observe_power(state(now, energy_joules=1e9 * span), lambda a, b: 900.0)
+    assert estimator.joules_gain_ratio <= 1.4
+
+
+def test_a_counter_that_resets_starts_a_new_span():
+    """Going back to zero is not negative energy."""
+    estimator = Estimator()
+    estimator.observe_power(state(0.0, energy_joules=1e6), lambda a, b: 900.0)
+    estimator.observe_power(state(2.1, energy_joules=5.0), lambda a, b: 900.0)
+    assert estimator.joules_gain_ratio == 1.0
+
+
+def test_a_decision_says_what_was_wanted_and_what_ran():
+    """One decision a step, with the reason and the prediction of the step that ran."""
+    load = dataclasses.replace(DECODES, prefills=(PrefillDemand(4000, 0),))
+    control = controller(PowerLimit(500.0, 0.1))
+    limits = control.plan(load, 0.0)
+    decision = control.launched(load.batch(limits.prefill_tokens), 0.0)
+    assert decision.reason is Reason.CHUNK_POWER
+    assert decision.wanted_prefill_tokens == 4000
+    assert decision.prefill_tokens == limits.prefill_tokens
+    assert decision.headroom_watts >= 0
+    assert decision.applied

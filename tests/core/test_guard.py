@@ -1,0 +1,83 @@
+"""The guard's promises: bounded waits and sane limits, whatever the policy says."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shaper.core.guard import Guard
+from shaper.core.policy import Plan
+from shaper.core.types import NOTHING, EngineLoad, PrefillDemand, Reason, StepLimits
+from tests import strategies
+
+PAUSE = Plan(NOTHING, Reason.PAUSE)
+BOTH = EngineLoad(4, 4, 400, prefills=(PrefillDemand(3000, 0),))
+
+
+def drive(policy_plan, load, seconds: float, bound: float) -> list[tuple[float, str]]:
+    """Polls a guard each millisecond; returns when decodes and prompts ran."""
+    guard, ran = Guard(bound), []
+    for tick in range(int(seconds * 1000)):
+        now = tick / 1000
+        plan = guard.check(policy_plan, load, now)
+        if plan.limits.run:
+            batch = load.batch(plan.limits.prefill_tokens)
+            if plan.limits.decode_requests != 0 and batch.decode_tokens:
+                ran.append((now, "decode"))
+            if batch.prefill_tokens:
+                ran.append((now, "prefill"))
+            guard.launched(batch)
+    return ran
+
+
+@pytest.mark.parametrize("bound", [0.05, 1.0])
+def test_a_policy_that_only_pauses_starves_nobody(bound):
+    """Decodes run at least every bound, prompts every two."""
+    ran = drive(PAUSE, BOTH, 10 * bound, bound)
+    for kind, most in (("decode", bound), ("prefill", 2 * bound)):
+        times = [0.0] + [now for now, what in ran if what == kind] + [10 * bound]
+        gaps = [b - a for a, b in pairwise(times)]
+        assert max(gaps) <= most + 0.002
+
+
+def test_decode_only_for_ever_still_gives_prompts_their_turn():
+    """A prompt that decodes crowd out runs within twice the bound."""
+    ran = drive(Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY), BOTH, 3.0, 1.0)
+    assert any(what == "prefill" for _, what in ran)
+
+
+def test_a_turn_comes_after_the_bound():
+    """`turn` says when decodes shall make way."""
+    guard = Guard(1.0)
+    guard.check(PAUSE, BOTH, 0.0)
+    assert not guard.turn(0.9)
+    assert guard.turn(1.0)
+
+
+def test_a_forced_chunk_grows_until_it_moves_the_prompt():
+    """A prompt that small chunks can't advance gets larger ones, then all it wants."""
+    guard, sizes = Guard(0.01), []
+    for tick in range(400):
+        plan = guard.check(PAUSE, EngineLoad(prefills=BOTH.prefills), tick / 1000)
+        if plan.reason is Reason.FORCED:
+            sizes.append(plan.limits.prefill_tokens)  # and the engine makes nothing of it
+    assert sizes[:3] == [512, 1024, 2048]
+    assert sizes[-1] is None
+
+
+@given(strategies.loads(), st.integers(-10, 10**6), st.integers(-10, 10**6))
+def test_limits_are_clamped(load, prefill, decodes):
+    """No negative and no impossible limit passes."""
+    plan = Guard(1.0).check(Plan(StepLimits(True, prefill, decodes), Reason.CHUNK_POWER), load, 0.0)
+    assert 0 <= plan.limits.prefill_tokens <= load.token_budget
+    kept = plan.limits.decode_requests
+    assert kept is None or 0 <= kept < load.decode_requests
+
+
+def test_a_plan_within_the_promises_passes_unchanged():
+    """The guard adds nothing of its own."""
+    plan = Plan(StepLimits(prefill_tokens=256), Reason.CHUNK_POWER)
+    assert Guard(1.0).check(plan, BOTH, 0.0) == plan

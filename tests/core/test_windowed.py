@@ -1,0 +1,160 @@
+"""The windowed-energy planner's choices, on a model whose steps can be worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shaper.core.ledger import Ledger
+from shaper.core.policy import PlanInput
+from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.types import (
+    EngineLoad,
+    PowerLimit,
+    PrefillDemand,
+    Reason,
+    StepBatch,
+    StepPrediction,
+)
+from tests import strategies
+
+IDLE = 100.0
+
+
+def predict(batch: StepBatch) -> StepPrediction:
+    """6 ms for the weights at 400 W, and 20 us a prompt token at 700 W on top."""
+    seconds = 0.006 + 20e-6 * batch.prefill_tokens
+    return StepPrediction(seconds, 2.4 + 700.0 * 20e-6 * batch.prefill_tokens)
+
+
+def view(load, limits=(), itl=None, turn=False, ledger=None, floor=IDLE) -> PlanInput:
+    ledger = ledger or Ledger(limits, IDLE, 0.0)
+    return PlanInput(
+        load=load,
+        room=ledger.ask(ledger.end_seconds, floor),
+        predict=predict,
+        itl_target_seconds=itl,
+        turn=turn,
+    )
+
+
+BOTH = EngineLoad(8, 8, 8000, prefills=(PrefillDemand(4000, 0),))
+PROMPTS = EngineLoad(prefills=(PrefillDemand(4000, 0),))
+DECODES = EngineLoad(8, 8, 8000)
+
+
+def test_nothing_to_run_is_idle():
+    """An empty engine is left alone."""
+    assert WindowedPlanner().plan(view(EngineLoad())).reason is Reason.IDLE
+
+
+def test_what_fits_is_not_limited():
+    """A loose budget gives what the engine wants."""
+    plan = WindowedPlanner().plan(view(BOTH, [PowerLimit(900.0, 0.1)]))
+    assert plan.reason is Reason.UNCONSTRAINED
+    assert not plan.limits.binding
+
+
+def test_a_prompt_is_cut_to_what_the_window_holds():
+    """The chunk fits, and the next larger size does not."""
+    limits = [PowerLimit(500.0, 0.1)]
+    plan = WindowedPlanner().plan(view(BOTH, limits))
+    assert plan.reason is Reason.CHUNK_POWER
+    chunk = plan.limits.prefill_tokens
+    room = Ledger(limits, IDLE, 0.0).ask(0.0, IDLE)
+    fits = predict(BOTH.batch(chunk))
+    larger = predict(BOTH.batch(chunk + 512))
+    assert fits.watts <= room.max_watts(fits.seconds)
+    assert larger.watts > room.max_watts(larger.seconds)
+
+
+def test_decodes_run_alone_when_no_efficient_chunk_fits():
+    """A window that the past has nearly filled leaves the decodes."""
+    ledger = Ledger([PowerLimit(500.0, 0.1)], IDLE, 0.0)
+    ledger.spend(0.0, 0.094, 0.094 * 506.0)
+    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
+    assert plan.reason is Reason.DECODE_ONLY
+    assert plan.limits.prefill_tokens == 0
+
+
+def test_it_pauses_when_nothing_fits():
+    """A full window stops even the decodes."""
+    ledger = Ledger([PowerLimit(300.0, 0.1)], IDLE, 0.0)
+    ledger.spend(0.0, 0.1, 30.0)
+    plan = WindowedPlanner().plan(view(DECODES, ledger=ledger))
+    assert plan.reason is Reason.PAUSE
+    assert not plan.limits.run
+
+
+def test_a_turn_makes_decodes_wait_for_the_prompt():
+    """In its turn a prompt that does not fit yet holds the decodes, too."""
+    ledger = Ledger([PowerLimit(500.0, 0.1)], IDLE, 0.0)
+    ledger.spend(0.0, 0.094, 0.094 * 506.0)
+    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, turn=True))
+    assert plan.reason is Reason.TURN
+    assert not plan.limits.run
+
+
+def test_the_itl_target_leaves_time_for_the_next_decode():
+    """A chunk and the decode after it end inside the target."""
+    plan = WindowedPlanner().plan(view(BOTH, itl=0.04))
+    assert plan.reason is Reason.CHUNK_ITL
+    step = predict(BOTH.batch(plan.limits.prefill_tokens)).seconds
+    assert step + 0.006 <= 0.04
+    assert step + 0.006 > 0.04 * 0.6
+
+
+def test_the_itl_target_is_for_decodes_only():
+    """A prompt alone in the engine is not cut for nobody's sake."""
+    assert WindowedPlanner().plan(view(PROMPTS, itl=0.04)).reason is Reason.UNCONSTRAINED
+
+
+def test_chunks_without_decodes_are_efficient_ones():
+    """Without decodes the weights are read for the chunk alone, so crumbs are not worth it."""
+    planner = WindowedPlanner()
+    alone = planner._least_efficient(view(PROMPTS))
+    shared = planner._least_efficient(view(BOTH))
+    assert alone >= 256
+    assert shared <= 64
+
+    def per_token(tokens: int) -> float:
+        return predict(PROMPTS.batch(tokens)).joules / tokens
+
+    assert per_token(alone) <= 1.25 * per_token(2048)
+
+
+def test_an_engine_that_cannot_split_gets_whole_prompts():
+    """Whole prompts as far as they fit, never a part of one."""
+    load = EngineLoad(
+        prefills=(PrefillDemand(600, 0), PrefillDemand(600, 0), PrefillDemand(4000, 0)),
+        splittable=False,
+    )
+    plan = WindowedPlanner().plan(view(load, [PowerLimit(430.0, 0.1)]))
+    assert plan.limits.prefill_tokens in (600, 1200)
+
+
+@given(
+    strategies.loads(),
+    strategies.limits,
+    st.sampled_from([None, 0.02, 0.1]),
+    st.booleans(),
+    strategies.runs,
+)
+def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
+    """Whatever the load, the past and the limits: a step that is allowed to run fits them all."""
+    ledger = Ledger(limits, IDLE, 0.0)
+    for gap, seconds, watts in runs:
+        start = ledger.end_seconds + gap
+        ledger.spend(start, start + seconds, watts * seconds)
+    seen = view(load, itl=itl, turn=turn, ledger=ledger)
+    plan = WindowedPlanner().plan(seen)
+    batch = load.batch(plan.limits.prefill_tokens)
+    if plan.limits.run and batch.requests:
+        step = predict(batch)
+        assert step.watts <= seen.room.max_watts(step.seconds)
+        if itl is not None and load.decode_requests and batch.prefill_tokens and not turn:
+            assert step.seconds + 0.006 <= itl or step.seconds <= 0.006
+    assert plan.limits.decode_requests is None
+    assert not math.isnan(seen.room.max_watts(0.01))

@@ -1,0 +1,146 @@
+"""The real server, started as a user starts it, on a free port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MODEL = "llama-3.1-8b"
+START_SECONDS = 240
+STOP_SECONDS = 60
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running `shaper serve`, leader of its own process group."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def metrics(self) -> str:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def metric(self, name: str) -> float:
+        """Sum over all label sets."""
+        values = [
+            float(line.rsplit(" ", 1)[1])
+            for line in self.metrics().splitlines()
+            if line.startswith((f"{name}{{", f"{name} "))
+        ]
+        assert values, f"/metrics has no {name}"
+        return sum(values)
+
+    def wait_for(self, what: str, condition: Callable[[], bool], seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+            assert self.process.poll() is None, self.tail()
+            time.sleep(0.05)
+
+    def wait_until_idle(self) -> None:
+        """No request runs or waits and no KV block is held."""
+        self.wait_for(
+            "idle",
+            lambda: (
+                self.metric("vllm:num_requests_running") == 0
+                and self.metric("vllm:num_requests_waiting") == 0
+                and self.metric("vllm:kv_cache_usage_perc") == 0
+            ),
+        )
+
+    def ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            return False
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+    def stop(self, how: signal.Signals) -> int:
+        """Ends the server as an operator does.
+
+        Returns:
+            Its exit code, once no process of its group is left.
+        """
+        self.process.send_signal(how)
+        code = self.process.wait(STOP_SECONDS)
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._group_lives():
+            assert time.monotonic() < deadline, "the server left processes behind"
+            time.sleep(0.05)
+        return code
+
+    def _group_lives(self) -> bool:
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """Whatever is left, for a test that failed."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@contextlib.contextmanager
+def running_server(
+    directory: Path, *flags: str, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """`shaper serve llama-3.1-8b --emulate h200-sxm FLAGS`, until the block ends."""
+    port = free_port()
+    log = directory / f"server-{port}.log"
+    command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
+        )
+    server = Server(process, port, log)
+    try:
+        server.wait_for("start", server.ready, START_SECONDS)
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One unshaped server with a context of 4,096 tokens, shared by the tests."""
+    pytest.importorskip("vllm")
+    directory = tmp_path_factory.mktemp("server")
+    with running_server(directory, "--shaper-off", "--max-model-len", "4096") as started:
+        yield started

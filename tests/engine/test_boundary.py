@@ -1,0 +1,127 @@
+"""A failure inside the shaper never takes the engine down, and never lifts the cap."""
+
+from __future__ import annotations
+
+import pytest
+
+from shaper.core.policy import Plan
+from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.power_model import StepModel
+from shaper.core.types import PowerLimit, Reason, StepLimits
+from shaper.core.work import ModelShape, WorkCoefficients
+from shaper.engine.safe_cap import MAX_SPACING_SECONDS, safe_cap
+from shaper.gpu.profiles import load_profile
+from tests.engine.test_budget import sliding
+
+LIMIT = PowerLimit(500.0, 0.1)
+
+
+class Failing:
+    """Plans like ours, and raises in between."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.calls, self.first, self.last = 0, first, last
+        self.inner = WindowedPlanner()
+
+    def plan(self, view):
+        self.calls += 1
+        if self.first <= self.calls < self.last:
+            raise ZeroDivisionError("a mistake in a policy")
+        return self.inner.plan(view)
+
+
+def test_a_policy_that_raises_leaves_the_safe_cap(make_rig, random_traffic):
+    """All requests finish, each failure is counted, the cap keeps the budget, shaping resumes."""
+    policy = Failing(300, 303)
+    rig = make_rig((LIMIT,), policy=policy)
+    rig.run(random_traffic(21, count=120, rate=5.0))
+    assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
+    assert rig.shaper.counters.errors == 3
+    reasons = [d.reason for d in rig.log.decisions]
+    assert reasons.count(Reason.SAFE_CAP) > 50
+    last = len(reasons) - 1 - reasons[::-1].index(Reason.SAFE_CAP)
+    assert Reason.CHUNK_POWER in reasons[last:]
+    power = sliding(rig.engine.gpus.take_segments(), LIMIT.window_seconds)
+    assert power.max() <= LIMIT.watts * 1.01
+
+
+@pytest.mark.parametrize("what", ["apply", "load", "record", "finish"])
+def test_a_failure_anywhere_in_the_shaper_is_caught(make_rig, random_traffic, monkeypatch, what):
+    """Levers, load, recording and the return path are all inside the boundary."""
+    rig = make_rig((LIMIT,))
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    from shaper.engine import runtime
+
+    if what == "apply":
+        monkeypatch.setattr(rig.shaper._levers, "apply", broken)
+    elif what == "load":
+        monkeypatch.setattr(runtime, "engine_load", broken)
+    elif what == "record":
+        monkeypatch.setattr(runtime, "launched_batch", broken)
+    else:
+        monkeypatch.setattr(rig.shaper._controller, "finished", broken)
+    rig.run(random_traffic(22, count=20))
+    assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
+    assert rig.shaper.counters.errors > 0
+    cap = rig.engine.scheduler
+    assert cap.max_num_scheduled_tokens == 8192
+    assert cap.max_num_active_reqs == 1024
+
+
+class HoldAllButTwo:
+    """Lets two decodes run at a time."""
+
+    def plan(self, view):
+        return Plan(StepLimits(decode_requests=2), Reason.DECODE_ONLY)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("v2_runner", [True, False])
+def test_held_decodes_take_turns(make_rig, asynchronous, v2_runner):
+    """With a cap of two of eight, all eight advance at the same pace."""
+    rig = make_rig((LIMIT,), policy=HoldAllButTwo(), asynchronous=asynchronous, v2_runner=v2_runner)
+    rig.run([(0.0, [index] * 40, 120) for index in range(8)], seconds=1.5)
+    counts = [len(r.token_seconds) for r in rig.engine.requests.values()]
+    assert min(counts) > 5
+    assert max(counts) - min(counts) <= 3
+    decodes = [len(output["tokens"]) for output in rig.outputs[20:]]
+    assert max(decodes) <= 2
+
+
+def model() -> StepModel:
+    shape = ModelShape(
+        name="dense 8B", layers=32, hidden_size=4096, attention_heads=32, kv_heads=8, head_dim=128,
+        intermediate_size=14336, vocab_size=128256, max_context_tokens=131072,
+    )  # fmt: skip
+    return StepModel(load_profile("h200-sxm"), WorkCoefficients.from_shape(shape))
+
+
+@pytest.mark.parametrize("watts", [300.0, 400.0, 500.0, 600.0])
+@pytest.mark.parametrize("window", [0.05, 0.1, 1.0])
+def test_the_safe_cap_keeps_its_law(watts, window):
+    """The worst steps at the least spacing stay within the limit, summed by hand."""
+    step_model = model()
+    idle = step_model.gap_watts
+    cap = safe_cap(step_model.predict, idle, [PowerLimit(watts, window)])
+    assert cap.decode_requests is not None
+    assert cap.prefill_tokens is not None
+    from shaper.engine.safe_cap import _worst_batch
+
+    step = step_model.predict(_worst_batch(cap.decode_requests, cap.prefill_tokens))
+    if cap.spacing_seconds >= MAX_SPACING_SECONDS:
+        assert step.joules - idle * step.seconds > (watts - idle) * window * 0.9
+        return
+    # Steps of `seconds`, one each `spacing`: the busiest window starts with a step.
+    full, rest = divmod(window, cap.spacing_seconds)
+    busy = full * step.seconds + min(rest, step.seconds)
+    mean = idle + busy * (step.watts - idle) / window
+    assert mean <= watts * 1.001
+
+
+def test_without_limits_the_safe_cap_is_none():
+    """Nothing to keep, nothing to hold."""
+    step_model = model()
+    assert not safe_cap(step_model.predict, step_model.gap_watts, []).limits(0.0).binding
