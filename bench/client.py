@@ -6,8 +6,8 @@ stream's chunk that carried it, the end-to-end latency ends with the last token,
 and the prompt leaves as token ids, so that lengths are exact. Times are
 `CLOCK_MONOTONIC` seconds, which also stamps the emulated GPU's power trace.
 
-The client shares the machine with the server, so a chunk is searched for a few
-bytes instead of being decoded as JSON.
+The client shares the machine with the server, so it does as little as it can
+per token, and measures what it costs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.stream import StreamError, TokenStream
 from bench.workload import TimedRequest, Workload, prompt_token_ids
 from shaper.errors import ConfigError
 
@@ -33,11 +34,6 @@ from shaper.errors import ConfigError
 # the trace's: counted and shown.
 LATE_SECONDS = 0.020
 _LAG_PROBE_SECONDS = 0.050
-_MAX_EVENT_BYTES = 1024 * 1024
-
-_EVENT_END = b"\n\n"
-_TOKEN_MARK = b'"text":'
-_NO_CHOICE = b'"choices":[]'
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,63 +105,6 @@ class ReplayProgress:
 ProgressCallback = Callable[[ReplayProgress], None]
 
 
-class _StreamError(Exception):
-    """The server's stream reports an error, or is not what it should be."""
-
-
-@dataclass(slots=True)
-class _Stream:
-    """Splits a response into events and keeps the time of each token chunk."""
-
-    max_chunks: int
-    token_seconds: array[float]
-    usage_tokens: int | None = None
-    finished: bool = False
-    buffer: bytes = b""
-
-    def feed(self, data: bytes, now_seconds: float) -> None:
-        """Take what arrived at `now_seconds`.
-
-        Raises:
-            _StreamError: an error event, an event without end, or more chunks
-                than tokens were asked for.
-        """
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        if self.buffer:
-            data = self.buffer + data
-        events = data.split(_EVENT_END)
-        self.buffer = events.pop()
-        if len(self.buffer) > _MAX_EVENT_BYTES:
-            raise _StreamError(f"an event of over {_MAX_EVENT_BYTES} bytes")
-        for event in events:
-            self._take(event, now_seconds)
-
-    def _take(self, event: bytes, now_seconds: float) -> None:
-        if _TOKEN_MARK in event:
-            self.token_seconds.append(now_seconds)
-            if len(self.token_seconds) > self.max_chunks:
-                raise _StreamError(f"more than the {self.max_chunks} tokens asked for")
-        elif event.startswith(b"data: [DONE]"):
-            self.finished = True
-        elif event.startswith(b"data:"):
-            self._take_rare(event[len(b"data:") :])
-
-    def _take_rare(self, payload: bytes) -> None:
-        """An event without a token: the usage at the end, or an error."""
-        try:
-            message = json.loads(payload)
-        except ValueError as error:
-            raise _StreamError(f"an event that is no JSON: {payload[:200]!r}") from error
-        if isinstance(message, dict) and "error" in message:
-            detail = message["error"]
-            text = detail.get("message") if isinstance(detail, dict) else detail
-            raise _StreamError(f"server: {text}")
-        if isinstance(message, dict) and _NO_CHOICE in payload.replace(b" ", b""):
-            usage = message.get("usage") or {}
-            self.usage_tokens = usage.get("completion_tokens", self.usage_tokens)
-
-
 def check_url(options: ClientOptions) -> None:
     """Refuse a URL that is no server of this machine, unless remote load is allowed.
 
@@ -209,7 +148,7 @@ async def _send(
     request: TimedRequest,
     due_seconds: float,
 ) -> RequestRecord:
-    stream = _Stream(request.output_tokens, array("d"))
+    stream = TokenStream(request.output_tokens, array("d"))
     clock = time.monotonic
     error: str | None = None
     sent = clock()
@@ -223,8 +162,8 @@ async def _send(
                     stream.feed(data, clock())
                 if not stream.finished:
                     error = "the stream ended before its end mark"
-    except (aiohttp.ClientError, OSError, _StreamError) as failure:
-        error = f"{type(failure).__name__.lstrip('_')}: {failure}"
+    except (aiohttp.ClientError, OSError, StreamError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
     except asyncio.CancelledError:
         error = "not finished when the replay's time was over"
     if error is None and not stream.token_seconds:

@@ -47,7 +47,7 @@ class DemoSettings:
     model: str = "llama-3.1-8b"
     limit_ratio: float = 0.85
     window_seconds: float = 0.1
-    itl_target: str | None = None
+    itl_target_seconds: float | None = None
     self_check: bool = True
     """Measure first whether the emulated engine keeps up on this machine."""
 
@@ -136,8 +136,10 @@ def compare(settings: DemoSettings, progress: PhaseProgress) -> Comparison:
 
 def limit_arguments(settings: DemoSettings, limit: PowerLimit) -> tuple[str, ...]:
     """The flags that make `shaper serve` keep the limit."""
-    target = () if settings.itl_target is None else ("--itl-target", settings.itl_target)
-    return ("--power-limit", f"{limit.watts:.1f}W@{limit.window_seconds * 1e3:g}ms", *target)
+    power = ("--power-limit", f"{limit.watts:.1f}W@{limit.window_seconds * 1e3:g}ms")
+    if settings.itl_target_seconds is None:
+        return power
+    return (*power, "--itl-target", f"{settings.itl_target_seconds * 1e3:g}ms")
 
 
 def run_one(

@@ -22,9 +22,11 @@ from typing import Any
 from bench import machine
 from bench.compare import Comparison, DemoSettings, compare, phases
 from bench.options import Parser, add_workload_options, ratio, workload
+from bench.options import seconds as duration
 from bench.page import comparison_page, self_check_lines
 from bench.progress import PhaseProgress
 from bench.tables import comparison_checks, comparison_table, run_data, without_nan
+from shaper.config import build_config
 from shaper.emulator.shapes import known_models
 from shaper.errors import ConfigError, ShaperError
 from shaper.gpu.profiles import load_profile
@@ -75,7 +77,10 @@ def _parser() -> Parser:
         "(default: %(default)s)",
     )
     parser.add_argument(
-        "--itl-target", metavar="TIME", help="longest step that decodes may wait behind, like 50ms"
+        "--itl-target",
+        type=duration,
+        metavar="TIME",
+        help="longest step that decodes may wait behind, like 50ms",
     )
     parser.add_argument(
         "--no-self-check",
@@ -103,6 +108,8 @@ def _settings(argv: Sequence[str] | None) -> DemoSettings:
         raise ConfigError(
             f"--model {options.model!r} is no built-in shape; known: {', '.join(known_models())}"
         )
+    if options.itl_target is not None:
+        build_config({"itl_target_seconds": options.itl_target}, "--itl-target")
     default_seconds = QUICK_SECONDS if options.quick else DEFAULT_SECONDS
     if options.trace is not None and options.duration is None:
         options.duration = default_seconds
@@ -117,7 +124,7 @@ def _settings(argv: Sequence[str] | None) -> DemoSettings:
         gpu=options.gpu,
         model=options.model,
         limit_ratio=options.limit_ratio,
-        itl_target=options.itl_target,
+        itl_target_seconds=options.itl_target,
         self_check=not options.no_self_check,
     )
 

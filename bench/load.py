@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.client import ClientOptions, Replay, ReplayProgress, check_url, replay
 from bench.latency import GoodputTargets, LatencyFigures, latency_figures
-from bench.options import Parser, add_workload_options, seconds, workload
+from bench.options import Parser, add_workload_options, count, seconds, workload
 from bench.progress import Phase, PhaseProgress
 from bench.servers import served_model
 from bench.tables import latency_rows, throughput_rows, without_nan
@@ -52,7 +52,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--max-in-flight",
-        type=int,
+        type=count,
         default=2048,
         metavar="N",
         help="requests beyond this many at once fail unsent (default: %(default)s)",
@@ -111,8 +111,8 @@ def _run(options: argparse.Namespace) -> int:
     replayed = _replay(load, client)
     figures = latency_figures(replayed, targets)
     print(to_text(table(figures)))
-    for message, count in figures.errors[:5]:
-        print(f"{count} requests failed: {message}")
+    for message, times in figures.errors[:5]:
+        print(f"{times} requests failed: {message}")
     if options.json is not None:
         data = {"traffic": load.name, "seed": load.seed, "latency": asdict(figures)}
         options.json.write_text(json.dumps(without_nan(data), indent=1, allow_nan=False) + "\n")

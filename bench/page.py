@@ -7,18 +7,17 @@ from numpy.typing import NDArray
 
 from bench import latency
 from bench.compare import Comparison, RunResult
-from bench.decisions import DecisionLog
 from bench.figures import GRID_SECONDS, window_means
 from bench.tables import comparison_checks, comparison_table
 from shaper.emulator.selfcheck import SelfCheck
 from shaper.gpu.profiles import load_profile
-from shaper.report import plots
+from shaper.report.decisions import chunk_sizes, decision_counts, lines
+from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
+from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
 from shaper.report.table import to_html
 
 FloatArray = NDArray[np.float64]
-
-_SHOWN_HEADROOM_WATTS = 1000.0
 
 
 def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str:
@@ -39,8 +38,8 @@ def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str
                 Block(to_html(comparison_table(comparison))),
                 paragraph(
                     "Latencies are as the client saw them over HTTP. Watts and joules are the "
-                    "emulated GPU's true power; a shaped figure that is worse by over 1% is "
-                    "marked.",
+                    "emulated GPU's true power. The ratio is shaped to unshaped; where it is worse "
+                    "by over 1%, it is marked.",
                     "note",
                 ),
             ),
@@ -58,12 +57,12 @@ def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str
     return render("Shaper: unshaped and shaped under the same traffic", lead, sections)
 
 
-def _power_series(run: RunResult, gpu: str, window_seconds: float) -> plots.PowerSeries:
+def _power_series(run: RunResult, gpu: str, window_seconds: float) -> PowerSeries:
     means = window_means(run.grid, window_seconds)
     first = round(window_seconds / GRID_SECONDS)
     times = np.asarray((np.arange(len(means)) + first) * GRID_SECONDS, dtype=np.float64)
     meter_times, meter_watts = meter_series(run, gpu)
-    return plots.PowerSeries(run.name, times, means, run.grid.watts, meter_times, meter_watts)
+    return PowerSeries(run.name, times, means, run.grid.watts, meter_times, meter_watts)
 
 
 def meter_series(run: RunResult, gpu: str) -> tuple[FloatArray, FloatArray]:
@@ -91,7 +90,7 @@ def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
     limit, gpu = comparison.limit, comparison.settings.gpu
     series = [_power_series(run, gpu, limit.window_seconds) for run in comparison.runs]
     window = f"{limit.window_seconds * 1e3:g} ms"
-    line = plots.LimitLine(f"limit {limit.watts:.1f} W", limit.watts)
+    line = LimitLine(f"limit {limit.watts:.1f} W", limit.watts)
     from_log = [
         run.name
         for run in comparison.runs
@@ -100,13 +99,13 @@ def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
     return (
         Plot(
             f"Mean power over {window}",
-            plots.window_power(series, [line]),
+            window_power(series, [line]),
             f"Each point is the mean of the {window} before it. The limit is on this curve.",
             420,
         ),
         Plot(
             "Power by the millisecond, and the meter",
-            plots.fine_power(series, [line]),
+            fine_power(series, [line]),
             "Single milliseconds may lie above the limit: it holds for the mean over "
             f"{window}. Dots are the GPU's instant power reading"
             + _meter_source(from_log, [run.name for run in comparison.runs]),
@@ -114,7 +113,7 @@ def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
         ),
         Plot(
             f"How often which power: {window} windows",
-            plots.distribution(
+            distribution(
                 [run.name for run in series],
                 [run.window_watts for run in series],
                 f"mean power over {window} (W)",
@@ -148,22 +147,22 @@ def _latency_plots(comparison: Comparison) -> tuple[Plot, ...]:
     return (
         Plot(
             "Inter-token latency",
-            plots.distribution(names, itl, "inter-token latency (ms)"),
+            distribution(names, itl, "inter-token latency (ms)"),
             wide=False,
         ),
         Plot(
             "Inter-token latency, the tail",
-            plots.distribution(names, itl, "inter-token latency (ms)", tail=True),
+            distribution(names, itl, "inter-token latency (ms)", tail=True),
             wide=False,
         ),
         Plot(
             "Time to first token",
-            plots.distribution(names, ttft, "time to first token (ms)"),
+            distribution(names, ttft, "time to first token (ms)"),
             wide=False,
         ),
         Plot(
             "End-to-end latency",
-            plots.distribution(names, e2el, "end-to-end latency (s)"),
+            distribution(names, e2el, "end-to-end latency (s)"),
             wide=False,
         ),
     )
@@ -177,41 +176,20 @@ def _decision_parts(run: RunResult) -> tuple[Plot | Block, ...]:
     return (
         Plot(
             "Decisions by reason",
-            plots.decision_counts(times, log.reasons, 1.0),
+            decision_counts(times, log.reasons, 1.0),
             "One decision per engine step; successive polls of a held engine count once.",
         ),
         Plot(
             "Prefill chunks",
-            plots.chunk_sizes(times, log.prefill_tokens, log.limit_prefill_tokens),
+            chunk_sizes(times, log.prefill_tokens, log.limit_prefill_tokens),
             "Prefill tokens that a step computed, and the limit that it was given.",
             wide=False,
         ),
         Plot(
             "Running decodes",
-            plots.lines(times, [("decodes in the step", log.decodes)], "requests"),
+            lines(times, [("decodes in the step", log.decodes)], "requests"),
             "Decoding requests of each step.",
             wide=False,
-        ),
-        *_headroom(times, log),
-    )
-
-
-def _headroom(times: FloatArray, log: DecisionLog) -> tuple[Plot, ...]:
-    if not (np.isfinite(log.predicted_watts).any() or np.isfinite(log.headroom_watts).any()):
-        return ()
-    return (
-        Plot(
-            "Predicted step power and headroom",
-            plots.lines(
-                times,
-                [
-                    ("predicted power of the step", log.predicted_watts),
-                    ("left by the limit", np.minimum(log.headroom_watts, _SHOWN_HEADROOM_WATTS)),
-                ],
-                "power (W)",
-            ),
-            "What each step was expected to draw, and what the windows had left for it "
-            f"(a short step may draw far more than the limit: cut at {_SHOWN_HEADROOM_WATTS:g} W).",
         ),
     )
 

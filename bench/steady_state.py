@@ -10,7 +10,6 @@ all joules over all seconds, at the clock at which it stays under the GPU's limi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -68,8 +67,8 @@ def _prefill_quantiles(rate: float, prompt: float, sigma: float) -> tuple[tuple[
     groups = np.array_split(order, POINTS)
     return tuple(
         (
-            max(int(round(counts[group].mean())), int(tokens[group].mean() >= 1)),
-            int(round(tokens[group].mean())),
+            max(round(float(counts[group].mean())), int(tokens[group].mean() >= 1)),
+            round(float(tokens[group].mean())),
         )
         for group in groups
     )
@@ -85,7 +84,7 @@ def batches(load: ServingLoad) -> tuple[StepBatch, ...]:
     # When decodes and new prompts want more than a step holds, the steps are full and
     # only this many requests decode in each.
     full = load.step_token_budget / (1.0 + prompt / load.output_tokens)
-    decodes = max(1, int(round(min(load.requests, full))))
+    decodes = max(1, round(min(load.requests, full)))
     rate = decodes / load.output_tokens
     room = max(0, load.step_token_budget - decodes)
     found = []
@@ -112,8 +111,10 @@ def steady_state(model: StepModel, load: ServingLoad) -> ServingPoint:
     steps = batches(load)
     profile = model.profile
     limit = profile.power.limit_watts * (1.0 - profile.cap.margin_ratio) * model.gpu_count
-    clock = clock_under_limit(model, steps, limit)
-    seconds, watts = _at_clock(model, steps, clock)
+    clock = model.clock_under_limit(steps, limit)
+    predictions = [model.predict(step, sm_clock_hertz=clock) for step in steps]
+    seconds = [prediction.seconds for prediction in predictions]
+    watts = sum(prediction.joules for prediction in predictions) / sum(seconds)
     return ServingPoint(
         median_itl_seconds=float(np.median(seconds)),
         mean_itl_seconds=float(np.mean(seconds)),
@@ -121,26 +122,3 @@ def steady_state(model: StepModel, load: ServingLoad) -> ServingPoint:
         watts_per_gpu=watts / model.gpu_count,
         sm_clock_hertz=clock,
     )
-
-
-def clock_under_limit(model: StepModel, steps: Sequence[StepBatch], limit_watts: float) -> float:
-    """The highest clock at which the steps' mean power stays below `limit_watts`."""
-    low, high = model.profile.clocks.sm_min_hertz, model.profile.clocks.sm_max_hertz
-    if _at_clock(model, steps, high)[1] <= limit_watts:
-        return high
-    for _ in range(12):
-        middle = (low + high) / 2.0
-        if _at_clock(model, steps, middle)[1] > limit_watts:
-            high = middle
-        else:
-            low = middle
-    return low
-
-
-def _at_clock(
-    model: StepModel, steps: Sequence[StepBatch], clock: float
-) -> tuple[list[float], float]:
-    predictions = [model.predict(step, sm_clock_hertz=clock) for step in steps]
-    seconds = [prediction.seconds for prediction in predictions]
-    joules = sum(prediction.joules for prediction in predictions)
-    return seconds, joules / sum(seconds)

@@ -37,8 +37,8 @@ FloatArray = NDArray[np.float64]
 
 PROMPT_LEVELS = (
     *(0.0, 0.005, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.16, 0.19, 0.22, 0.25, 0.28, 0.32),
-    *(0.36, 0.4, 0.44, 0.47, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.79, 0.81, 0.83, 0.86, 0.89),
-    *(0.92, 0.94, 0.95, 0.96, 0.98, 0.99, 0.995, 0.999, 1.0),
+    *(0.36, 0.4, 0.44, 0.47, 0.5, 0.55, 0.6, 0.65, 0.7, 0.74, 0.77, 0.79, 0.81, 0.83, 0.86, 0.88),
+    *(0.9, 0.92, 0.94, 0.95, 0.96, 0.98, 0.99, 0.995, 0.999, 1.0),
 )
 OUTPUT_LEVELS = (
     0.0,
@@ -94,12 +94,15 @@ def summarise(workload: Workload) -> dict[str, Any]:
     arrivals = np.array([r.arrival_seconds for r in workload.requests])
     prompts = np.array([r.prompt_tokens for r in workload.requests])
     outputs = np.array([r.output_tokens for r in workload.requests])
-    edges = [int(edge) for edge in np.quantile(prompts, PROMPT_BIN_LEVELS)]
+    # Observed lengths below the longest: no bin is empty.
+    levels = np.quantile(prompts, PROMPT_BIN_LEVELS, method="nearest")
+    edges = sorted({int(edge) for edge in levels if edge < prompts.max()})
     bins = np.searchsorted(edges, prompts, side="left")
     shares = correlation_share(np.array(WINDOW_SECONDS), np.array(RATE_SECONDS))
     excess = np.array([rate_variance(arrivals, window) for window in WINDOW_SECONDS])
     # Relative errors: every time scale counts the same.
-    variances, _ = nnls(shares / excess[:, None], np.ones_like(excess))
+    weights = 1.0 / np.maximum(np.abs(excess), 1e-9)
+    variances, _ = nnls(shares * weights[:, None], excess * weights)
     return {
         "requests": len(prompts),
         "rate_hertz": round((len(arrivals) - 1) / float(arrivals[-1] - arrivals[0]), 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -176,7 +177,7 @@ def run_data(run: RunResult) -> dict[str, Any]:
             "cpu_seconds": run.replay.client_cpu_seconds,
             "max_loop_lag_seconds": run.replay.max_loop_lag_seconds,
         },
-        "decisions": None if run.decisions is None else len(run.decisions.times),
+        "decisions": None if run.decisions is None else Counter(run.decisions.reasons),
         "log": run.log_path.name,
     }
 

@@ -13,6 +13,7 @@ environment, ties an API server to its engines. Files are readable by their user
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import mmap
@@ -35,8 +36,22 @@ _READ_TRIES = 100
 
 
 def run_id(environ: MutableMapping[str, str] = os.environ) -> str:
-    """This run's id; the first process to ask chooses it for its children."""
-    return environ.setdefault(RUN_VARIABLE, secrets.token_hex(8))
+    """This run's id; the first process to ask chooses it for its children.
+
+    That process also removes the run's blocks when it ends: vLLM may kill an engine
+    before it gets to do so itself.
+    """
+    if RUN_VARIABLE not in environ:
+        environ[RUN_VARIABLE] = secrets.token_hex(8)
+        atexit.register(_remove_blocks, environ[RUN_VARIABLE], os.getpid())
+    return environ[RUN_VARIABLE]
+
+
+def _remove_blocks(run: str, owner_pid: int) -> None:
+    if os.getpid() == owner_pid:
+        for path in block_directory().glob(_pattern(run, "*")):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
 
 
 def block_directory() -> Path:

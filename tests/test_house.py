@@ -39,13 +39,15 @@ EMULATED_EXECUTOR = (
 # Libraries that are imported in one place.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "pynvml": ("gpu/nvml.py",),
-    "prometheus_client": ("metrics.py", "engine/stats.py"),
+    # The metrics themselves, and the two places where they join vLLM's registries.
+    "prometheus_client": ("metrics.py", "engine/plugin.py", "engine/stats.py"),
     "vllm": ("engine/", "simulate/", *EMULATED_EXECUTOR),
     "torch": ("engine/", "simulate/", *EMULATED_EXECUTOR),
 }
 # "About 300" and "about 60": this is where "about" ends.
 MAX_FILE_LINES = 360
 MAX_FUNCTION_LINES = 80
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -64,6 +66,15 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield node.module or ""
+
+
+def own_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without those of the functions and classes inside it."""
+    lines = set(range(function.lineno, (function.end_lineno or 0) + 1))
+    for node in ast.walk(function):
+        if node is not function and isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines)
 
 
 def name_of(path: Path) -> str:
@@ -110,9 +121,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
     line_count = len(text.splitlines())
     assert line_count <= MAX_FILE_LINES
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno is not None
-            lines = node.end_lineno - node.lineno + 1
+        if isinstance(node, FUNCTIONS):
+            lines = own_lines(node)
             assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
 
 
@@ -131,7 +141,5 @@ def test_nothing_is_swallowed(path: Path) -> None:
 def test_every_test_says_what_it_shows(path: Path) -> None:
     """One sentence in its docstring."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith(
-            "test_"
-        ):
+        if isinstance(node, FUNCTIONS) and node.name.startswith("test_"):
             assert ast.get_docstring(node), node.name

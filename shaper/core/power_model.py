@@ -17,33 +17,15 @@ cache. Bandwidth falls with the clock only below a knee.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import sqrt
 
+from shaper.core.explain import StepExplanation, StepTerm, bound_by
 from shaper.core.profile import GpuProfile
 from shaper.core.types import StepBatch, StepPrediction
 from shaper.core.work import Gemm, WorkCoefficients
 
 __all__ = ["GpuProfile", "StepExplanation", "StepModel", "StepTerm"]
-
-
-@dataclass(frozen=True, slots=True)
-class StepTerm:
-    """One part of a step: seconds on the critical path, joules of all GPUs."""
-
-    name: str
-    seconds: float
-    joules: float
-
-
-@dataclass(frozen=True, slots=True)
-class StepExplanation:
-    """A prediction taken apart. The terms' seconds and joules add up to its own."""
-
-    prediction: StepPrediction
-    terms: tuple[StepTerm, ...]
-    bound_by: str
-    """`compute`, `memory`, `host` or `power cap`: what more of would help most."""
 
 
 class StepModel:
@@ -199,36 +181,63 @@ class StepModel:
             term = StepTerm("host", whole.seconds, whole.joules)
             return StepExplanation(whole, (term,), "host")
         ratio = 1.0 if sm_clock_hertz is None else sm_clock_hertz * self._clock_reciprocal
-        memory, compute, attention, overhead, reduce, sampler, byte_joules, flop_joules = (
-            self._parts(batch, ratio)
-        )
-        device = memory + compute + attention + overhead + reduce + sampler
+        memory, compute, attention, overhead, reduce, sampler, _, _ = self._parts(batch, ratio)
         power = self.profile.power
         squared = self.voltage_ratio(ratio) ** 2
-        base = power.gap_watts * self.gpu_count
+        base = power.gap_watts
         if temperature_celsius is not None:
-            base += (
-                self.gpu_count
-                * power.leakage_watts_per_celsius
-                * (temperature_celsius - power.reference_celsius)
+            base += power.leakage_watts_per_celsius * (
+                temperature_celsius - power.reference_celsius
             )
-        active = power.active_watts * ratio * squared * self.gpu_count
-        per_second = base + active
+        busy = base + power.active_watts * ratio * squared
         core = power.byte_core_ratio
-        byte_joules = byte_joules * (1.0 - core + core * squared) * self.gpu_count
-        flop_joules = flop_joules * squared * self.gpu_count
-        sampler_watts = power.sampler_watts * ratio * squared * self.gpu_count
-        host = whole.seconds - device
-        terms = (
-            StepTerm("gemm memory", memory, memory * per_second + byte_joules),
-            StepTerm("gemm compute", compute, compute * per_second + flop_joules),
-            StepTerm("attention", attention, attention * per_second),
-            StepTerm("kernel overhead", overhead, overhead * per_second),
-            StepTerm("all-reduce", reduce, reduce * per_second),
-            StepTerm("sampler", sampler, sampler * (per_second + sampler_watts)),
-            StepTerm("host", host, host * base),
+        byte_scale = 1.0 - core + core * squared
+        work = self.coefficients.work(batch)
+        stored = work.weight_bytes + work.activation_bytes * self.profile.memory.activation_ratio
+        count = self.gpu_count
+        flop = power.joules_per_flop * squared
+        sampling = busy + power.sampler_watts * ratio * squared
+        host = whole.seconds - (memory + compute + attention + overhead + reduce + sampler)
+        joules = (
+            ("gemm memory", memory, memory * busy + stored * power.joules_per_byte * byte_scale),
+            ("gemm compute", compute, compute * busy + work.gemm_flops * flop),
+            (
+                "attention",
+                attention,
+                attention * busy
+                + work.kv_bytes * power.joules_per_kv_byte * byte_scale
+                + work.attention_flops * flop,
+            ),
+            ("kernel overhead", overhead, overhead * busy),
+            ("all-reduce", reduce, reduce * busy),
+            ("sampler", sampler, sampler * sampling),
+            ("host", host, host * base),
         )
-        return StepExplanation(whole, terms, _bound_by(batch, terms))
+        terms = tuple(StepTerm(name, seconds, value * count) for name, seconds, value in joules)
+        return StepExplanation(whole, terms, bound_by(batch, terms))
+
+    def clock_under_limit(self, steps: Sequence[StepBatch], limit_watts: float) -> float:
+        """The highest SM clock at which these steps, one after the other, draw at most
+        `limit_watts` on average, all GPUs together; the lowest one if none does.
+
+        Steps of 15 MHz or whatever the profile has; the highest clock when nothing binds.
+        """
+        clocks = self.profile.clocks
+        low, high = clocks.sm_min_hertz, clocks.sm_max_hertz
+        if self.mean_watts(steps, high) <= limit_watts:
+            return high
+        while high - low > clocks.step_hertz:
+            middle = (low + high) / 2.0
+            if self.mean_watts(steps, middle) > limit_watts:
+                high = middle
+            else:
+                low = middle
+        return low
+
+    def mean_watts(self, steps: Sequence[StepBatch], sm_clock_hertz: float) -> float:
+        """Mean power of steps that run one after the other, all GPUs together."""
+        found = [self.predict(step, sm_clock_hertz=sm_clock_hertz) for step in steps]
+        return sum(one.joules for one in found) / sum(one.seconds for one in found)
 
     def _gemm_terms(self, gemm: Gemm) -> tuple[float, float, float]:
         """Of all its layers: weight seconds, memory seconds per row, compute seconds
@@ -336,18 +345,3 @@ class StepModel:
 
 def _norm4(a: float, b: float) -> float:
     return sqrt(sqrt(a * a * a * a + b * b * b * b))
-
-
-def _bound_by(batch: StepBatch, terms: tuple[StepTerm, ...]) -> str:
-    """What holds the step: the largest of host, compute and memory seconds."""
-    seconds = {term.name: term.seconds for term in terms}
-    decode_share = batch.decode_context_tokens / max(
-        1, batch.decode_context_tokens + batch.prefill_token_context_product // 2
-    )
-    attention = seconds["attention"]
-    shares = {
-        "memory": seconds["gemm memory"] + attention * decode_share,
-        "compute": seconds["gemm compute"] + attention * (1.0 - decode_share) + seconds["sampler"],
-        "host": seconds["host"] + seconds["kernel overhead"] + seconds["all-reduce"],
-    }
-    return max(shares, key=lambda name: shares[name])

@@ -11,6 +11,7 @@ import os
 import weakref
 from collections import deque
 from concurrent.futures import Future
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,12 +109,15 @@ class EmulatedExecutor(Executor):
             real_time=_real_time(),
         )
         self._tracker = RequestTracker()
-        self._tokens = TokenSource(
-            config.model_config.get_vocab_size(), config.model_config.max_model_len
-        )
         self._launched: deque[tuple[TrackedStep, StepRun]] = deque()
         self.device.start()
         _executors[id(config)] = self
+
+    @cached_property
+    def _tokens(self) -> TokenSource:
+        # Made at the first step: while it starts, vLLM may still shorten the context.
+        model = self.vllm_config.model_config
+        return TokenSource(model.get_vocab_size(), model.max_model_len)
 
     # What EngineCore asks while it starts.
 

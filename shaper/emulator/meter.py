@@ -15,6 +15,7 @@ from __future__ import annotations
 import random
 from bisect import bisect_right
 from collections.abc import Callable
+from math import floor
 from typing import TYPE_CHECKING
 
 from shaper.core.profile import MeterSpec
@@ -142,7 +143,7 @@ class Meter:
         if period_seconds <= 0:
             return now_seconds
         phase = self._phase_seconds * period_seconds
-        return now_seconds - (now_seconds - phase) % period_seconds
+        return phase + floor((now_seconds - phase) / period_seconds) * period_seconds
 
 
 class EmulatedReader:

@@ -10,21 +10,11 @@ from shaper.core.work import WorkCoefficients
 from shaper.emulator.models import has_tokenizer, model_directory, tokenizer_directory
 from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError
-from shaper.gpu.profiles import load_profile
 
 EXECUTOR_CLASS_PATH = "shaper.emulator.executor.EmulatedExecutor"
 _GIBIBYTE = 1 << 30
 _DEFAULT_UTILIZATION_RATIO = 0.9
 _SMALLEST_CONTEXT_TOKENS = 1024
-
-
-def check_gpu(name: str) -> GpuProfile:
-    """The profile of that name or path.
-
-    Raises:
-        UnknownGpuError: there is none; the message lists the known ones.
-    """
-    return load_profile(name)
 
 
 def batch_defaults(profile: GpuProfile) -> tuple[int, int]:

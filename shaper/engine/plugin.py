@@ -1,14 +1,13 @@
 """The `vllm.general_plugins` entry: `--power-shaper-config` on vLLM's own command line.
 
 vLLM calls `register` in every process, before it parses arguments. It wraps two
-methods of `EngineArgs` and one function of the metrics, once each, and is cheap.
+methods of `EngineArgs` and one of the metrics, once each, and is cheap.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import json
 import logging
 import os
@@ -42,7 +41,7 @@ def register() -> None:
         _share_log_handlers()
         _wrap_add_cli_args(EngineArgs)
         _wrap_from_cli_args(EngineArgs)
-        _wrap_metrics_registry()
+        _wrap_multiprocess_collector()
     except Exception:
         # The boundary to a vLLM that has changed: serving goes on without the flag.
         logger.exception("%s is not available with this vLLM", FLAG)
@@ -135,24 +134,25 @@ def _use_scheduler(args: argparse.Namespace) -> None:
     args.scheduler_cls = SCHEDULER_NAME
 
 
-def _wrap_metrics_registry() -> None:
-    """With several API servers vLLM serves a fresh registry that reads only files."""
-    prometheus: Any = importlib.import_module("vllm.v1.metrics.prometheus")
-    original = prometheus.get_prometheus_registry
+def _wrap_multiprocess_collector() -> None:
+    """Show our metrics where several API servers share vLLM's.
+
+    With more than one, each scrape is answered from a fresh registry that reads only
+    files of `PROMETHEUS_MULTIPROC_DIR`. A collector that joins it there brings ours in.
+    """
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    original: Any = MultiProcessCollector.__init__
     if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
-    def get_prometheus_registry() -> Any:
+    def initialise(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
         from shaper.engine.stats import register_collector
 
-        registry = original()
-        register_collector(registry)
-        return registry
+        original(self, registry, *args, **kwargs)
+        if registry is not None:
+            register_collector(registry)
 
-    setattr(get_prometheus_registry, _MARK, True)
-    prometheus.get_prometheus_registry = get_prometheus_registry
-    # Already imported by name in a process that built its routes early.
-    routes: Any = sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")
-    if routes is not None and hasattr(routes, "get_prometheus_registry"):
-        routes.get_prometheus_registry = get_prometheus_registry
+    setattr(initialise, _MARK, True)
+    MultiProcessCollector.__init__ = initialise  # type: ignore[method-assign]

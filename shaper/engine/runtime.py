@@ -142,6 +142,7 @@ class LiveShaper:
         self._previous: Set[str] = frozenset()
         self._energy_start: tuple[float, float] | None = None
         self._busy_seconds = 0.0
+        self._show()
 
     # --- the scheduler's calls
 
@@ -321,9 +322,9 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     )
 
     def close() -> None:
+        status.close()
         sampler.stop()
         log.close()
-        status.close()
 
     shaper = LiveShaper(
         scheduler,

@@ -29,9 +29,11 @@ from shaper.config import (
     parse_seconds,
     settings_from_environment,
 )
+from shaper.core.profile import GpuProfile
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.engine.preflight import check_model, check_port, check_vllm, early_address
-from shaper.errors import ConfigError
+from shaper.errors import ConfigError, GpuError
+from shaper.gpu.profiles import load_profile
 
 SCHEDULER_CLASS_PATH = "shaper.PowerScheduler"
 
@@ -111,16 +113,13 @@ def main(argv: Sequence[str]) -> int:
     config = shaper_config(options)
     check_vllm()
     check_port(*early_address(passed_on))
-    profile = None
-    if options.emulate is not None:
-        from shaper.emulator.serving import check_gpu
-
-        profile = check_gpu(options.emulate)
+    profile = _check_gpus(options, config)
+    emulated = profile is not None
     if passed_on and not passed_on[0].startswith("-"):
-        check_model(passed_on[0], emulated=profile is not None)
+        check_model(passed_on[0], emulated=emulated)
     prepare_environment(os.environ, config, options)
     arguments = _parse_with_vllm(passed_on)
-    check_model(arguments.model_tag or arguments.model, emulated=profile is not None)
+    check_model(arguments.model_tag or arguments.model, emulated=emulated)
     if not getattr(arguments, "uds", None):
         check_port(arguments.host, arguments.port)
     if profile is not None:
@@ -129,19 +128,37 @@ def main(argv: Sequence[str]) -> int:
         idle_watts = fill_in(arguments, profile)
         if config is not None:
             check_floor(config, idle_watts)
-    elif config is not None:
-        from shaper.engine.readers import check_gpus
-
-        check_gpus(config)
     if config is not None:
-        if arguments.scheduler_cls not in (None, SCHEDULER_CLASS_PATH):
-            raise ConfigError(
-                f"--scheduler-cls {arguments.scheduler_cls} and the shaper exclude each other, "
-                "the shaper is a scheduler: leave one of them out (or give --shaper-off)"
-            )
-        arguments.scheduler_cls = SCHEDULER_CLASS_PATH
+        _use_scheduler(arguments)
     _run_vllm(arguments)
     return 0
+
+
+def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> GpuProfile | None:
+    """The profile of the GPU to emulate; None after a look at the real ones."""
+    if options.emulate is not None:
+        profile = load_profile(options.emulate)
+        if config is not None:
+            # Of one GPU: how many there will be, only vLLM's parser knows.
+            check_floor(config, profile.power.context_watts)
+        return profile
+    if config is not None:
+        from shaper.engine.readers import check_gpus
+
+        try:
+            check_gpus(config)
+        except GpuError as error:
+            raise type(error)(f"{error} (to serve without a GPU, add --emulate GPU)") from error
+    return None
+
+
+def _use_scheduler(arguments: argparse.Namespace) -> None:
+    if arguments.scheduler_cls not in (None, SCHEDULER_CLASS_PATH):
+        raise ConfigError(
+            f"--scheduler-cls {arguments.scheduler_cls} and the shaper exclude each other, "
+            "the shaper is a scheduler: leave one of them out (or give --shaper-off)"
+        )
+    arguments.scheduler_cls = SCHEDULER_CLASS_PATH
 
 
 def shaper_config(options: argparse.Namespace) -> ShaperConfig | None:

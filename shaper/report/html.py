@@ -136,7 +136,7 @@ th,td{padding:.3rem .7rem;text-align:left;font-weight:400;white-space:nowrap;
 border-bottom:1px solid var(--line)}
 tbody tr:last-child>*{border-bottom:0}
 thead th{font-weight:600;background:var(--card)}
-tr.h th{font-weight:600;background:var(--card)}
+tr.h th{font-weight:600;background:var(--card);white-space:normal}
 .n{text-align:right}
 tr.worse td:last-child{color:var(--bad);font-weight:600}
 tr.worse td:last-child::after{content:" worse";font-size:.75em}
@@ -144,7 +144,7 @@ dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:.15rem 1rem;
 margin:0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 .checks{list-style:none;padding:0;margin:0}.checks li{margin:.25rem 0}
-.mark{display:inline-block;min-width:7.2em;font-weight:600}
+.mark{display:inline-block;min-width:7.2em;margin-right:.6em;font-weight:600}
 .mark.yes{color:var(--good)}.mark.no{color:var(--bad)}.mark.open{color:var(--soft)}
 @media(max-width:760px){.grid{grid-template-columns:minmax(0,1fr)}main{padding:.6rem .6rem 2rem}
 figure{padding:.5rem .3rem}dl{grid-template-columns:minmax(0,1fr)}dd{margin:0 0 .4rem}

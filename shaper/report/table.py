@@ -83,7 +83,7 @@ def _cells(table: Table, row: Row) -> list[str]:
 
 def _header(table: Table) -> list[str]:
     header = ["figure", "unit", *table.runs]
-    return [*header, f"{table.runs[-1]} / {table.runs[0]}"] if len(table.runs) > 1 else header
+    return [*header, "ratio"] if len(table.runs) > 1 else header
 
 
 def to_text(table: Table) -> str:

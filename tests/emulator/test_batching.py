@@ -77,9 +77,7 @@ def test_a_prompt_in_chunks_then_decodes() -> None:
     assert last.outputs == [0]
     # With async scheduling the token in flight is counted as an output already.
     decode = observe(tracker, cached=[("a", 100, 1, 1)])
-    assert decode.batch == StepBatch(
-        decode_requests=1, decode_tokens=1, decode_context_tokens=101
-    )
+    assert decode.batch == StepBatch(decode_requests=1, decode_tokens=1, decode_context_tokens=101)
     assert decode.outputs == [1]
 
 

@@ -1,0 +1,178 @@
+"""The whole comparison, from the command line to the report, over a fake server."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bench import compare, demo, load
+from tests.bench import fake_server
+from tests.bench.fake_server import FakeServer, serving
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def fake_shaper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`shaper serve` is the fake server, and nothing waits longer than it must."""
+
+    def serve(arguments: Sequence[str]) -> tuple[str, ...]:
+        return (sys.executable, str(fake_server.__file__), *arguments)
+
+    monkeypatch.setattr(compare, "shaper_serve", serve)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("SHAPER_LIMITS", "1W@1s")
+
+
+def run_demo(out: Path, *arguments: str) -> int:
+    return demo.main(
+        ["--duration", "2s", "--rate", "6", "--no-self-check", "--out", str(out), *arguments]
+    )
+
+
+@pytest.mark.usefixtures("fake_shaper")
+def test_the_comparison_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Both runs are made, compared, printed and written."""
+    assert run_demo(tmp_path) == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    unshaped, shaped = figures["runs"]
+
+    # 40 ms of 700 W in 100 ms of 400 W; the fake one keeps its limit at 500 W.
+    assert unshaped["power"]["peak_watts"] == pytest.approx(520.0, abs=35.0)
+    assert figures["limit"]["watts"] == pytest.approx(
+        0.85 * unshaped["power"]["peak_watts"], abs=0.1
+    )
+    assert shaped["power"]["peak_watts"] < unshaped["power"]["peak_watts"]
+    assert "--shaper-off" in unshaped["command"]
+    assert f"{figures['limit']['watts']:.1f}W@100ms" in shaped["command"]
+    assert unshaped["latency"]["requests_failed"] == 0
+    assert unshaped["latency"]["requests_finished"] == shaped["latency"]["requests_finished"] > 0
+    assert unshaped["decisions"] is None
+    assert set(shaped["decisions"]) == {"chunk_power"}
+
+    assert "[1/7] starting the unshaped server" in printed
+    assert "peak 100 ms power" in printed
+    assert str(tmp_path / "report.html") in printed
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?\s*(https?:)?//""", page)
+    assert page.count("plotly.js v") == 1
+    for word in ("Decisions by reason", "Prefill chunks", "Inter-token latency", "seed 0"):
+        assert word in page
+
+
+@pytest.mark.usefixtures("fake_shaper")
+def test_it_can_be_run_twice_into_the_same_folder(tmp_path: Path) -> None:
+    """What an earlier run left does not mix with the next."""
+    assert run_demo(tmp_path) == 0
+    first = json.loads((tmp_path / "figures.json").read_text())
+    assert run_demo(tmp_path) == 0
+    second = json.loads((tmp_path / "figures.json").read_text())
+    counts = [sum(each["runs"][1]["decisions"].values()) for each in (first, second)]
+    assert counts[1] < 1.7 * counts[0]
+
+
+def test_a_server_that_does_not_start_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command ends with code 2 and shows the log's end."""
+
+    def serve(arguments: Sequence[str]) -> tuple[str, ...]:
+        return (sys.executable, str(fake_server.__file__), "crash", *arguments)
+
+    monkeypatch.setattr(compare, "shaper_serve", serve)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run_demo(tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "exit code 3" in message
+    assert "no luck today" in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--gpu", "h900"], "h900"),
+        (["--model", "llama-99"], "known: "),
+        (["--duration", "soon"], "--duration"),
+        (["--duration", "-5s"], "--duration"),
+        (["--rate", "0"], "--rate"),
+        (["--rate", "nan"], "--rate"),
+        (["--seed", "-1"], "--seed"),
+        (["--limit-ratio", "85"], "--limit-ratio"),
+        (["--itl-target", "fast"], "itl"),
+        (["--trace", "no-such-file.csv"], "no-such-file.csv"),
+        (["--nonsense"], "--nonsense"),
+        (["--out", "/dev/null/x"], "--out"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str],
+    what: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Code 2 and one line that names what is wrong, before a server starts."""
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    assert demo.main([*arguments, *out]) == 2
+    message = capsys.readouterr().err
+    assert what in message
+    assert message.count("\n") == 1
+
+
+def test_a_broken_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line's number is in the message."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1,1\noops\n")
+    assert demo.main(["--trace", str(trace), "--out", str(tmp_path / "out")]) == 2
+    assert f"{trace}, line 3: 1 columns" in capsys.readouterr().err
+
+
+def test_load_prints_the_latency_of_a_running_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`bench.load` finds the model itself, prints a table and writes the figures."""
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"2023-11-16 18:15:{46 + i / 10:.1f},20,4\n" for i in range(5))
+    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
+    out = tmp_path / "figures.json"
+    server = FakeServer()
+    with serving(server) as url:
+        code = load.main(
+            ["--url", url, "--trace", str(trace), "--json", str(out), "--goodput", "ttft:60000"]
+        )
+    assert code == 0
+    assert [body["max_tokens"] for body in server.bodies] == [4] * 5
+    printed = capsys.readouterr().out
+    assert "TTFT p99" in printed
+    latency = json.loads(out.read_text())["latency"]
+    assert latency["requests_finished"] == 5
+    assert latency["goodput_per_second"] == latency["requests_per_second"]
+
+
+def test_load_says_when_requests_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Failed requests give code 1 and their message."""
+    with serving(FakeServer(fault="http_500")) as url:
+        assert load.main(["--url", url, "--duration", "1s", "--rate", "5"]) == 1
+    assert "out of order" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--url", "http://192.0.2.1:8000"],
+        ["--url", "nonsense"],
+        ["--goodput", "ttft"],
+        ["--goodput", "speed:9"],
+        ["--max-in-flight", "0"],
+    ],
+)
+def test_load_refuses_wrong_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Code 2 and one line."""
+    assert load.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1

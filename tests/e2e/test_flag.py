@@ -1,0 +1,120 @@
+"""A plain vLLM with the plug-in installed: its flag, the native route, and bad settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e.conftest import MODEL, START_SECONDS, Server, free_port
+
+pytestmark = pytest.mark.e2e
+
+LIMITS = {"limits": [{"watts": 520, "window_seconds": 0.1}]}
+
+
+def environment() -> dict[str, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.lstrip("_").startswith("SHAPER")}
+    return clean | {"SHAPER_EMULATE": "h200-sxm", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def vllm_command(port: int, *flags: str) -> list[str]:
+    """A plain vLLM server; only the executor is the emulated GPU's."""
+    from shaper.emulator.models import model_directory
+
+    return [
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model_directory(MODEL)), "--served-model-name", MODEL),
+        *("--distributed-executor-backend", "shaper.emulator.executor.EmulatedExecutor"),
+        *("--host", "127.0.0.1", "--port", str(port), "--load-format", "dummy"),
+        *("--max-model-len", "4096", "--async-scheduling", *flags),
+    ]
+
+
+@contextmanager
+def plain_vllm(directory: Path, *flags: str) -> Iterator[Server]:
+    port = free_port()
+    log = directory / "vllm.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            vllm_command(port, *flags),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment(),
+            start_new_session=True,
+        )
+    server = Server(process, port, log)
+    try:
+        server.wait_for("start", server.ready, START_SECONDS)
+        yield server
+    finally:
+        server.kill()
+
+
+def routes(directory: Path) -> dict[str, tuple[str, ...]]:
+    toml = directory / "budget.toml"
+    toml.write_text("[[limits]]\nwatts = 520\nwindow_seconds = 0.1\n")
+    additional = json.dumps({"power_shaper": LIMITS})
+    return {
+        "flag": ("--power-shaper-config", str(toml)),
+        "native": ("--scheduler-cls", "shaper.PowerScheduler", "--additional-config", additional),
+    }
+
+
+@pytest.mark.parametrize("route", ["flag", "native"])
+def test_a_plain_vllm_is_shaped(tmp_path: Path, route: str) -> None:
+    """Both routes of a plain vLLM reach the same scheduler with the same limit."""
+    with plain_vllm(tmp_path, *routes(tmp_path)[route]) as server:
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        with client:
+            answer = client.completions.create(model=MODEL, prompt="hi", max_tokens=12)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 12
+        assert server.metric("shaper_steps_total") >= 12
+        assert server.metric("shaper_power_limit_watts") == 520.0
+
+
+def test_help_shows_the_flag() -> None:
+    """vLLM's own --help lists it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--help=all"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+        timeout=120,
+    )
+    assert "--power-shaper-config" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ('{"limts": []}', "did you mean 'limits'"),
+        ('{"limits": [{"watts": 560000, "window_seconds": 1}]}', "write 560"),
+        ("/no/such/file.toml", "neither a JSON object nor a readable file"),
+    ],
+)
+def test_bad_settings_stop_the_start_with_one_line(settings: str, says: str) -> None:
+    """Exit code 2 and one line on stderr, no traceback."""
+    done = subprocess.run(
+        vllm_command(free_port(), "--power-shaper-config", settings),
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert says in errors[0]
