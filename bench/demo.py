@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a request failed; 2 where something was wrong with the input or
         a server (one line says what); 130 after Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return _run(argv)
     except ShaperError as error:
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("bench.demo: interrupted; the servers are stopped", file=sys.stderr)
         return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

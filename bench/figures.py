@@ -129,10 +129,12 @@ def unstalled_windows(grid: PowerGrid, window_seconds: float) -> BoolArray:
     for stall in grid.stalls:
         if stall.late_seconds <= STALL_SECONDS:
             continue
-        begin = int((stall.at_seconds - grid.start_seconds) // GRID_SECONDS)
-        end = (stall.at_seconds + stall.late_seconds - grid.start_seconds) / GRID_SECONDS
-        # Window i covers the milliseconds i to i + width.
-        first, last = max(0, begin - width + 1), max(0, int(np.ceil(end)))
+        begin = (stall.at_seconds - grid.start_seconds) / GRID_SECONDS
+        end = begin + stall.late_seconds / GRID_SECONDS
+        # Window i covers the milliseconds i to i + width. Times are floats: what lies
+        # within a nanosecond of a millisecond's edge is on it.
+        first = max(0, math.floor(begin + 1e-6) - width + 1)
+        last = max(0, math.ceil(end - 1e-6))
         keep[first:last] = False
     return keep
 

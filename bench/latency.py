@@ -145,3 +145,24 @@ def latency_figures(replay: Replay, targets: GoodputTargets | None = None) -> La
             max(0, r.output_tokens - len(r.token_seconds)) for r in records
         ),
     )
+
+
+def bench_serve_keys(figures: LatencyFigures) -> dict[str, float]:
+    """The figures under the names that `vllm bench serve --save-result` gives them."""
+    keys: dict[str, float] = {
+        "duration": figures.duration_seconds,
+        "completed": figures.requests_finished,
+        "failed": figures.requests_failed,
+        "total_input_tokens": figures.prompt_tokens,
+        "total_output_tokens": figures.output_tokens,
+        "request_throughput": figures.requests_per_second,
+        "request_goodput": figures.goodput_per_second,
+        "output_throughput": figures.output_tokens_per_second,
+    }
+    for name in ("ttft", "tpot", "itl", "e2el"):
+        spread: Quantiles = getattr(figures, f"{name}_seconds")
+        keys[f"mean_{name}_ms"] = 1e3 * spread.mean
+        keys[f"median_{name}_ms"] = 1e3 * spread.p50
+        keys[f"p90_{name}_ms"] = 1e3 * spread.p90
+        keys[f"p99_{name}_ms"] = 1e3 * spread.p99
+    return keys

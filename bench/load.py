@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from bench.client import ClientOptions, Replay, ReplayProgress, check_url, replay
-from bench.latency import GoodputTargets, LatencyFigures, latency_figures
+from bench.latency import GoodputTargets, LatencyFigures, bench_serve_keys, latency_figures
 from bench.options import Parser, add_workload_options, count, seconds, workload
 from bench.progress import Phase, PhaseProgress
 from bench.servers import served_model
@@ -114,7 +114,12 @@ def _run(options: argparse.Namespace) -> int:
     for message, times in figures.errors[:5]:
         print(f"{times} requests failed: {message}")
     if options.json is not None:
-        data = {"traffic": load.name, "seed": load.seed, "latency": asdict(figures)}
+        data = {
+            "traffic": load.name,
+            "seed": load.seed,
+            "latency": asdict(figures),
+            "bench_serve": bench_serve_keys(figures),
+        }
         options.json.write_text(json.dumps(without_nan(data), indent=1, allow_nan=False) + "\n")
     return 1 if figures.requests_failed else 0
 

@@ -87,7 +87,7 @@ def add_workload_options(parser: argparse.ArgumentParser, default_rate: float | 
         help="requests arrive for this long, like 60s (default: 60s; a trace: all of it)",
     )
     group.add_argument(
-        "--rate",
+        *("--rate", "--request-rate"),
         type=rate,
         metavar="PER_SECOND",
         help=f"mean requests per second (default: {shown:g}; a trace: as recorded, "

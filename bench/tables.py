@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.compare import Comparison, RunResult
-from bench.latency import LatencyFigures, Quantiles
+from bench.latency import LatencyFigures, Quantiles, bench_serve_keys
 from shaper.report.table import Better, Heading, Row, Table
 
 # What `make demo` is asked to show: the limit kept to 1%, and an ITL tail within 5%.
@@ -171,6 +171,7 @@ def run_data(run: RunResult) -> dict[str, Any]:
         "start_up_seconds": run.start_up_seconds,
         "power": asdict(run.power),
         "latency": asdict(run.latency),
+        "bench_serve": bench_serve_keys(run.latency),
         "output_tokens_per_joule": tokens_per_joule(run),
         "machine": None if run.machine is None else asdict(run.machine),
         "client": {

@@ -19,6 +19,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -172,6 +173,9 @@ class ShaperConfig(_Frozen):
     decision_log: str | None = None
     """Path to which every decision is appended as a JSON line. None: not written."""
 
+    record: str | None = None
+    """Path (.csv or .parquet) of a recording of steps and samples, for `shaper fit`."""
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for name, low, high in (
@@ -184,7 +188,7 @@ class ShaperConfig(_Frozen):
                 hint = f"; if these are milliseconds, write {value / 1000:g}" * (value > high)
                 raise ValueError(f"{name}={value:g} is outside {low:g} to {high:g} seconds{hint}")
         ordered = sorted(self.limits, key=lambda limit: (limit.window_seconds, limit.watts))
-        for short, long in zip(ordered, ordered[1:], strict=False):
+        for short, long in pairwise(ordered):
             if short.window_seconds == long.window_seconds:
                 raise ValueError(
                     f"limits name the window {short.window_seconds:g} s twice "

@@ -17,6 +17,7 @@ from shaper.core.profile import GpuProfile
 from shaper.core.shape import ModelShape
 from shaper.core.types import StepBatch
 from shaper.core.work import WorkCoefficients
+from shaper.emulator.host import ProcessorWait, sleep_until
 from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.silicon import EmulatedGpus, StepRun
 from shaper.emulator.trace import PowerTraceWriter
@@ -24,28 +25,10 @@ from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 
 STALL_SECONDS = 0.002
-"""A wake-up later than this is the host's fault and is noted in the trace."""
+"""A longer delay that the host itself adds to the engine is noted in the trace."""
 
-# A sleep wakes 50 to 100 microseconds late on Linux (timer slack); the rest is waited for awake.
-_AWAKE_SECONDS = 150e-6
 _FLUSH_INTERVAL_SECONDS = 0.1
 _KEPT_RUNS = 4096
-
-
-def sleep_until(deadline_seconds: float) -> float:
-    """Waits until `time.monotonic()` reaches the deadline.
-
-    Returns:
-        Seconds by which a wake-up missed it; 0 where the deadline had passed before the call.
-    """
-    remaining = deadline_seconds - time.monotonic()
-    if remaining <= 0.0:
-        return 0.0
-    if remaining > _AWAKE_SECONDS:
-        time.sleep(remaining - _AWAKE_SECONDS)
-    while (now := time.monotonic()) < deadline_seconds:
-        pass
-    return now - deadline_seconds
 
 
 def trace_path(prefix: str, rank: int) -> Path:
@@ -87,8 +70,9 @@ class EmulatedDevice:
             raise ConfigError(str(error)) from error
         self.model = StepModel(self.profile, coefficients, tensor_parallel)
         self.stalls = 0
-        """Wake-ups that came more than `STALL_SECONDS` late."""
+        """Times that the host held the engine's thread up for more than `STALL_SECONDS`."""
         self._real_time = real_time
+        self._processor_wait = ProcessorWait()
         self._runs: deque[StepRun] = deque(maxlen=_KEPT_RUNS)
         self._gpus = EmulatedGpus(
             self.profile,
@@ -96,6 +80,9 @@ class EmulatedDevice:
             gpu_count=tensor_parallel,
             start_seconds=time.monotonic(),
             seed=rank,
+            # Its windows and refresh stay those of the real meter. A gain error would show as
+            # power over the limit, which no controller that trusts its meter can see.
+            exact_meter=True,
         )
         self.reader = EmulatedReader(self._gpus, time.monotonic)
         self._trace: PowerTraceWriter | None = None
@@ -115,6 +102,7 @@ class EmulatedDevice:
 
     def launch(self, batch: StepBatch) -> StepRun:
         """Puts a step on the GPUs' timeline now, behind those already there."""
+        self._note_stall(time.monotonic(), self._processor_wait.take_seconds())
         run = self._gpus.launch(batch, time.monotonic())
         self._runs.append(run)
         return run
@@ -124,11 +112,16 @@ class EmulatedDevice:
         if not self._real_time:
             return
         late_seconds = sleep_until(run.end_seconds)
-        if late_seconds > STALL_SECONDS:
-            self.stalls += 1
-            with self._trace_lock:
-                if self._trace is not None:
-                    self._trace.note_stall(run.end_seconds, late_seconds)
+        held_up_seconds = self._processor_wait.take_seconds()
+        self._note_stall(run.end_seconds, max(late_seconds, held_up_seconds))
+
+    def _note_stall(self, at_seconds: float, late_seconds: float) -> None:
+        if late_seconds <= STALL_SECONDS:
+            return
+        self.stalls += 1
+        with self._trace_lock:
+            if self._trace is not None:
+                self._trace.note_stall(at_seconds, late_seconds)
 
     def ended(self, run: StepRun) -> bool:
         """Whether the step has ended."""
@@ -145,6 +138,7 @@ class EmulatedDevice:
     def close(self) -> None:
         """Writes what is left of the trace. May be called twice."""
         self._closing.set()
+        self._processor_wait.close()
         if self._flusher is not None and self._flusher.is_alive():
             self._flusher.join()
         with self._trace_lock:

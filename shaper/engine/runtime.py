@@ -9,37 +9,27 @@ takes over.
 from __future__ import annotations
 
 import logging
-import os
 import time
+from collections import deque
 from collections.abc import Callable, Set
 from contextlib import ExitStack
 from typing import Any, Protocol, TypeVar
 
-from shaper import __version__
-from shaper.config import ADDITIONAL_CONFIG_KEY, ShaperConfig, check_floor, load_config
 from shaper.core.controller import Controller
-from shaper.core.policy import Policy
-from shaper.core.policy.fixed import FixedPolicy
-from shaper.core.policy.windowed import WindowedPlanner
-from shaper.core.power_model import StepModel
 from shaper.core.types import (
     Decision,
     PowerState,
     Reason,
+    StepBatch,
     StepLimits,
     StepPrediction,
 )
-from shaper.engine.compat import check_scheduler
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, launched_batch
-from shaper.engine.readers import engine_gpus
-from shaper.engine.safe_cap import SafeCap, safe_cap
-from shaper.engine.telemetry import DecisionLog, MeterWindows, Telemetry
-from shaper.engine.work import engine_coefficients
-from shaper.errors import ShaperError
-from shaper.gpu.sampler import Sampler
+from shaper.engine.safe_cap import SafeCap
+from shaper.engine.telemetry import DecisionLog
 from shaper.metrics import SchedulerCounters
-from shaper.status import StatusWriter, run_id
+from shaper.recording import RecordedStep
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +40,6 @@ RETRY_SECONDS = 5.0
 _LOG_AGAIN_SECONDS = 60.0
 # The meter's energy moves every 100 ms: over half a second its grain is a fifth.
 _MEASURED_SPAN_SECONDS = 0.5
-
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "predictive": WindowedPlanner,
-    "fixed": FixedPolicy,
-}
 
 
 class EngineShaper(Protocol):
@@ -110,6 +95,7 @@ class LiveShaper:
         sampler: publishes power states; None without a sensor.
         publish: gets the scheduler's section of the status block.
         log: gets every decision.
+        record: gets every step that returned.
         clock: monotonic seconds.
     """
 
@@ -122,6 +108,7 @@ class LiveShaper:
         sampler: Sensing | None = None,
         publish: Callable[[list[float]], None] | None = None,
         log: DecisionLog | None = None,
+        record: Callable[[RecordedStep], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] | None = None,
     ) -> None:
@@ -131,6 +118,7 @@ class LiveShaper:
         self._sampler = sampler
         self._publish = publish
         self._log = log
+        self._record_step = record
         self._clock = clock
         self._on_close = on_close
         self._levers = Levers(scheduler)
@@ -140,6 +128,8 @@ class LiveShaper:
         self._logged_seconds: float | None = None
         self._launched_seconds = float("-inf")
         self._previous: Set[str] = frozenset()
+        self._flying: deque[tuple[float, StepBatch]] = deque()
+        self._returned_seconds = float("-inf")
         self._energy_start: tuple[float, float] | None = None
         self._busy_seconds = 0.0
         self._show()
@@ -189,6 +179,7 @@ class LiveShaper:
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
             self._launched_seconds = now
+            self._flying.append((now, batch))
         controller = self._controller
         if controller is None:
             decision = Decision(
@@ -211,10 +202,16 @@ class LiveShaper:
         self._show()
 
     def _finish(self) -> None:
+        now = self._clock()
+        launched, batch = self._flying.popleft()
+        start = max(launched, self._returned_seconds)
+        self._returned_seconds = now
+        self.counters.measured_seconds = now - start
+        self._busy_seconds += now - start
+        if self._record_step is not None and now > start:
+            self._record_step(RecordedStep(start, now, batch))
         if self._controller is not None:
-            seconds = self._controller.finished(self._clock())
-            self._busy_seconds += seconds
-            self.counters.measured_seconds = seconds
+            self._controller.finished(now)
 
     def _measure(self, state: PowerState) -> None:
         """Metered power of the steps alone: what is above the gaps, over the time in steps."""
@@ -257,103 +254,3 @@ class LiveShaper:
                     self._cap,
                 )
             return None
-
-
-def attach(scheduler: Any) -> EngineShaper:
-    """The shaper for a scheduler that vLLM just made.
-
-    Raises:
-        ShaperError: a limit is configured and can't be kept, e.g. no GPU can be read.
-            Without a limit the engine runs unshaped, and the log says why.
-    """
-    vllm_config = scheduler.vllm_config
-    additional = vllm_config.additional_config
-    given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-    config = load_config(given, os.environ)
-    try:
-        return _attach(scheduler, config)
-    except ShaperError as error:
-        if config.limits:
-            raise
-        logger.warning("no power limit is set and the shaper is off: %s", error)
-        return PassThrough()
-
-
-def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
-    check_scheduler(scheduler)
-    vllm_config = scheduler.vllm_config
-    gpus = engine_gpus(vllm_config, config)
-    model = StepModel(gpus.profile, engine_coefficients(vllm_config))
-    check_floor(config, model.idle_watts)
-    limits = config.power_limits
-    _warn_of_loose_limits(config, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
-
-    def new_controller(now_seconds: float) -> Controller:
-        return Controller(
-            model,
-            POLICIES[config.policy](),
-            limits,
-            now_seconds,
-            itl_target_seconds=config.itl_target_seconds,
-            max_pause_seconds=config.max_pause_seconds,
-            margin_ratio=config.margin_ratio,
-            shadow=config.shadow,
-        )
-
-    rank = vllm_config.parallel_config.data_parallel_index
-    info = {
-        "version": __version__,
-        "gpu": gpus.profile.name,
-        "model": str(vllm_config.model_config.served_model_name or vllm_config.model_config.model),
-        "policy": config.policy,
-        "shadow": config.shadow,
-        "limits": [(limit.watts, limit.window_seconds) for limit in limits],
-    }
-    status = StatusWriter(run_id(), rank, info)
-    log = DecisionLog(f"{config.decision_log}.{rank}" if rank else config.decision_log)
-    telemetry = Telemetry(status, MeterWindows(limits, model.idle_watts), log)
-    sampler = Sampler(
-        gpus.reader,
-        time.monotonic,
-        interval_seconds=config.sample_interval_seconds,
-        on_tick=lambda now_seconds: telemetry.tick(
-            now_seconds, sampler.latest, sampler.read_errors, sampler.rejected_readings
-        ),
-    )
-
-    def close() -> None:
-        status.close()
-        sampler.stop()
-        log.close()
-
-    shaper = LiveShaper(
-        scheduler,
-        new_controller,
-        safe_cap(model.predict, model.gap_watts, () if config.shadow else limits),
-        sampler=sampler,
-        publish=lambda values: status.write("scheduler", values),
-        log=log,
-        on_close=close,
-    )
-    sampler.start()
-    _announce(config, gpus.profile.name)
-    return shaper
-
-
-def _warn_of_loose_limits(config: ShaperConfig, enforced: list[float | None]) -> None:
-    """Limits above what the driver lets the GPUs draw: allowed, since that can change."""
-    known = [watts for watts in enforced if watts is not None]
-    total = sum(known)
-    if config.limits and known and all(limit.watts >= total for limit in config.limits):
-        logger.warning(
-            "every power limit (lowest: %g W) is at or above the GPUs' enforced limit (%g W): "
-            "the driver acts before the shaper does",
-            min(limit.watts for limit in config.limits),
-            total,
-        )
-
-
-def _announce(config: ShaperConfig, gpu: str) -> None:
-    limits = ", ".join(f"{x.watts:g} W over {x.window_seconds:g} s" for x in config.limits)
-    mode = " (shadow: decides, applies nothing)" if config.shadow else ""
-    logger.info("shaper on %s: %s%s", gpu, limits or "no limit", mode)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from shaper.engine.runtime import EngineShaper, attach
+from shaper.engine.runtime import EngineShaper
+from shaper.engine.startup import attach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

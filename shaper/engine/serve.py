@@ -34,6 +34,8 @@ from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.engine.preflight import check_model, check_port, check_vllm, early_address
 from shaper.errors import ConfigError, GpuError
 from shaper.gpu.profiles import load_profile
+from shaper.recording import finish_recordings
+from shaper.status import RUN_VARIABLE
 
 SCHEDULER_CLASS_PATH = "shaper.PowerScheduler"
 
@@ -74,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         "--shadow",
         action="store_true",
         help="predict, decide, record and expose everything, apply nothing",
+    )
+    group.add_argument(
+        "--record",
+        metavar="FILE",
+        help="write what each step computed and took, and all readings, to FILE (.csv or .parquet)",
     )
     group.add_argument(
         "--power-shaper-config",
@@ -130,7 +137,12 @@ def main(argv: Sequence[str]) -> int:
             check_floor(config, idle_watts)
     if config is not None:
         _use_scheduler(arguments)
-    _run_vllm(arguments)
+    try:
+        _run_vllm(arguments)
+    finally:
+        # vLLM may end an engine before it has closed its files.
+        if config is not None and config.record is not None:
+            finish_recordings(config.record)
     return 0
 
 
@@ -181,6 +193,9 @@ def shaper_config(options: argparse.Namespace) -> ShaperConfig | None:
     if options.shadow:
         given["shadow"] = True
         flags["shadow"] = "--shadow"
+    if options.record is not None:
+        given["record"] = options.record
+        flags["record"] = "--record"
     if options.shaper_off:
         extra = [*flags.values(), *(["--power-shaper-config"] * bool(options.power_shaper_config))]
         if extra:
@@ -203,6 +218,8 @@ def prepare_environment(
 ) -> None:
     """Sets what vLLM's processes inherit. What the user has set stays, except our own."""
     environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    # What a server that started this one has left there is not for this one.
+    environ.pop(RUN_VARIABLE, None)
     environ.pop(CONFIG_VARIABLE, None)
     if config is not None:
         environ[CONFIG_VARIABLE] = config.model_dump_json(exclude_unset=True)

@@ -10,12 +10,14 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from shaper.core.types import Decision, PowerLimit, PowerState, Reason
+from shaper.core.types import Decision, GpuIdentity, GpuSample, PowerLimit, PowerState, Reason
+from shaper.gpu.reader import GpuReader
 from shaper.metrics import NAN
+from shaper.recording import RecordedStep, RecordingWriter
 from shaper.status import StatusWriter
 
 logger = logging.getLogger(__name__)
@@ -130,11 +132,71 @@ def _line(decision: Decision, meter_watts: float | None) -> str:
     )
 
 
-class Telemetry:
-    """The sampler's `on_tick`: writes the sampler's section and drains the log."""
+class Recorder:
+    """Collects steps and samples for a recording, and writes them on the sampler's thread."""
 
-    def __init__(self, status: StatusWriter, windows: MeterWindows, log: DecisionLog) -> None:
+    def __init__(self, writer: RecordingWriter) -> None:
+        self._writer: RecordingWriter | None = writer
+        self._steps: deque[RecordedStep] = deque(maxlen=_MAX_PENDING)
+        self._samples: list[GpuSample] = []
+
+    def add_step(self, step: RecordedStep) -> None:
+        """Called by the scheduler's thread."""
+        self._steps.append(step)
+
+    def tap(self, reader: GpuReader) -> GpuReader:
+        """The same reader; what it reads is recorded."""
+        return _Tap(reader, self._samples.extend)
+
+    def drain(self) -> None:
+        """Write what is pending. A full disk costs the recording, not the engine."""
+        if self._writer is None:
+            return
+        steps = [self._steps.popleft() for _ in range(len(self._steps))]
+        samples, self._samples[:] = list(self._samples), ()
+        try:
+            self._writer.write(steps, samples)
+        except OSError as error:
+            logger.error("the recording ends here: %s", error)
+            self._writer = None
+
+    def close(self) -> None:
+        """Write what is pending and finish the file."""
+        self.drain()
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class _Tap:
+    def __init__(self, reader: GpuReader, sink: Callable[[tuple[GpuSample, ...]], object]) -> None:
+        self._reader, self._sink = reader, sink
+
+    @property
+    def gpus(self) -> tuple[GpuIdentity, ...]:
+        return self._reader.gpus
+
+    def read(self) -> tuple[GpuSample, ...]:
+        samples = self._reader.read()
+        self._sink(samples)
+        return samples
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class Telemetry:
+    """The sampler's `on_tick`: writes the sampler's section, the log and the recording."""
+
+    def __init__(
+        self,
+        status: StatusWriter,
+        windows: MeterWindows,
+        log: DecisionLog,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._status, self._windows, self._log = status, windows, log
+        self._recorder = recorder
         self._first_joules: float | None = None
         self._last: PowerState | None = None
         self._derived = (NAN, NAN)
@@ -148,6 +210,8 @@ class Telemetry:
             self._last = state
         self._status.write("sampler", self._values(now_seconds, state, errors, rejected))
         self._log.drain()
+        if self._recorder is not None:
+            self._recorder.drain()
 
     def _values(
         self, now_seconds: float, state: PowerState | None, errors: int, rejected: int

@@ -119,7 +119,9 @@ def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, object]]]:
     missing = [name for name in _REQUIRED if name not in header]
     if missing:
         raise TraceError(f"{path}: has no column {' and no column '.join(missing)}")
-    return enumerate(rows, start=first)
+    # A whole recording (shaper/recording.py) holds steps, too; `kind` tells them apart.
+    numbered = enumerate(rows, start=first)
+    return (pair for pair in numbered if pair[1].get("kind") in (None, "", "sample"))
 
 
 def _sample(path: Path, number: int, row: Mapping[str, object]) -> GpuSample:

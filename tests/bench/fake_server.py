@@ -113,24 +113,39 @@ def _flag(arguments: list[str], name: str) -> str | None:
     return arguments[arguments.index(name) + 1] if name in arguments else None
 
 
-def _power_watts(arguments: list[str], time_seconds: float) -> float:
-    """A burst of 40 ms in every 200 ms; a limit is kept by cutting it off."""
-    limit = _flag(arguments, "--power-limit")
-    burst = 700.0 if limit is None else 500.0
-    return burst if time_seconds % 0.2 < 0.04 else 400.0
+PERIOD_SECONDS = 0.2
+BURST_SECONDS = 0.04
+IDLE_WATTS = 400.0
+
+
+def _segments(burst_watts: float, start: float, end: float) -> list[list[float]]:
+    """Power from start to end: a burst at the head of every period."""
+    rows = []
+    while start < end:
+        period = start // PERIOD_SECONDS * PERIOD_SECONDS
+        in_burst = start < period + BURST_SECONDS
+        until = min(end, period + (BURST_SECONDS if in_burst else PERIOD_SECONDS))
+        # Rounding may put an edge at the start itself.
+        until = max(until, start + 1e-6)
+        rows.append([start, until, burst_watts if in_burst else IDLE_WATTS])
+        start = until
+    return rows
 
 
 async def _write_traces(arguments: list[str]) -> None:
     prefix = os.environ.get("SHAPER_EMULATE_TRACE")
     log = os.environ.get("SHAPER_DECISION_LOG")
     writer = PowerTraceWriter(f"{prefix}.rank0") if prefix else None
+    # A limit is kept by cutting the bursts off.
+    watts = 500.0 if "--power-limit" in arguments else 700.0
     before = time.monotonic()
     while True:
         await asyncio.sleep(0.01)
         now = time.monotonic()
-        watts = _power_watts(arguments, now)
-        if writer is not None:
-            writer.append(np.array([[before, now, watts]]))
+        rows = _segments(watts, before, now)
+        if writer is not None and rows:
+            writer.append(np.array(rows))
+            now = rows[-1][1]
         if log:
             line = {"t": now, "reason": "chunk_power", "decodes": 3, "prefill_tokens": 512}
             line |= {"limit_prefill_tokens": 512, "predicted_watts": watts, "meter_watts": watts}
@@ -140,8 +155,8 @@ async def _write_traces(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Serves until SIGTERM; with `--model-fault crash` ends at once with code 3."""
-    print("fake server starting:", " ".join(arguments), flush=True)
+    """Serves until SIGTERM; with the word `crash` it ends at once with code 3."""
+    print("fake server", os.getpid(), "starting:", " ".join(arguments), flush=True)
     if "crash" in arguments:
         print("no luck today", flush=True)
         sys.exit(3)

@@ -38,7 +38,7 @@ def test_requests_leave_when_due_whatever_the_server_does() -> None:
     """Arrivals follow the schedule although no earlier request finishes: the loop is open."""
     server = FakeServer(fault="hang")
     with serving(server) as url:
-        options = ClientOptions(url, MODEL, drain_seconds=0.2)
+        options = ClientOptions(url, MODEL, drain_seconds=1.0)
         result = replay(workload(6, spacing_seconds=0.05), options)
     assert len(server.arrivals) == 6
     due = [record.due_seconds - result.started_seconds for record in result.records]
@@ -105,7 +105,7 @@ def test_requests_in_flight_are_bounded() -> None:
     """Beyond the bound a request fails unsent, and the server never sees it."""
     server = FakeServer(fault="hang")
     with serving(server) as url:
-        options = ClientOptions(url, MODEL, max_in_flight=3, drain_seconds=0.3)
+        options = ClientOptions(url, MODEL, max_in_flight=3, drain_seconds=1.0)
         result = replay(workload(8), options)
     unsent = [r for r in result.records if r.error and r.error.startswith("not sent")]
     assert len(unsent) == 5

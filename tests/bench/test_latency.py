@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench.client import Replay, RequestRecord
-from bench.latency import GoodputTargets, latency_figures
+from bench.latency import GoodputTargets, bench_serve_keys, latency_figures
 from bench.workload import TimedRequest
 
 
@@ -102,3 +102,12 @@ def test_late_sends_are_counted() -> None:
     figures = latency_figures(replay_of(late, slightly))
     assert figures.late_sends == 1
     assert figures.max_late_seconds == pytest.approx(0.05)
+
+
+def test_names_of_vllm_bench_serve() -> None:
+    """The same figures carry vLLM's names, in milliseconds."""
+    keys = bench_serve_keys(latency_figures(replay_of(record(0.0, [0.5, 0.6, 0.8]))))
+    assert keys["mean_ttft_ms"] == pytest.approx(500.0)
+    assert keys["median_itl_ms"] == pytest.approx(150.0)
+    assert keys["p99_e2el_ms"] == pytest.approx(800.0)
+    assert keys["completed"] == 1

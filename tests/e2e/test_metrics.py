@@ -9,6 +9,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from shaper.recording import read_recording
 from tests.e2e.conftest import MODEL, Server, running_server
 
 pytestmark = pytest.mark.e2e
@@ -82,7 +83,8 @@ def test_metered_and_predicted_energy_agree(shaped_server: Server) -> None:
 @pytest.mark.timeout(600)
 def test_two_api_servers_and_two_ranks_show_all_engines(tmp_path: Path) -> None:
     """Whichever API server answers, it shows both engines, each with its own numbers."""
-    flags = ("--power-limit", "520W@100ms", "--api-server-count", "2")
+    record = tmp_path / "run.csv"
+    flags = ("--power-limit", "520W@100ms", "--api-server-count", "2", "--record", str(record))
     with running_server(tmp_path, *flags, "--data-parallel-size", "2") as server:
         for index in range(8):
             complete(server, 10, prompt=f"{index} is a number")
@@ -93,3 +95,9 @@ def test_two_api_servers_and_two_ranks_show_all_engines(tmp_path: Path) -> None:
             assert all(age < 1.0 for age in values["shaper_sample_age_seconds"].values())
         assert sum(values["shaper_steps_total"].values()) >= 80
         assert min(values["shaper_steps_total"].values()) > 0
+    # Each rank has a recording of its own, here of servers that were killed.
+    for rank, path in enumerate((record, tmp_path / "run.rank1.csv")):
+        recording = read_recording(path)
+        assert recording.meta["gpu"] == "h200-sxm"
+        assert abs(len(recording.steps) - values["shaper_steps_total"][(str(rank),)]) <= 2
+        assert len(recording.samples) > 50

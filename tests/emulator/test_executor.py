@@ -17,7 +17,8 @@ import pytest
 
 from shaper.core.types import StepBatch
 from shaper.emulator import device as device_module
-from shaper.emulator.device import EmulatedDevice, sleep_until, trace_path
+from shaper.emulator.device import EmulatedDevice, trace_path
+from shaper.emulator.host import ProcessorWait, sleep_until
 from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.emulator.trace import read_power_trace
 from shaper.errors import ConfigError, UnknownGpuError
@@ -91,15 +92,50 @@ def test_a_late_wake_up_is_noted(
     device: EmulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More than 2 ms late is a stall of the host; less is not."""
+    monkeypatch.setattr(ProcessorWait, "take_seconds", lambda _: 0.0)
     run = device.launch(DECODE)
     for late_seconds in (0.0019, 0.0301):
         monkeypatch.setattr(device_module, "sleep_until", lambda _, late=late_seconds: late)
         device.wait(run)
-    assert device.stalls == 1
+    # Held up before it came to wait, or before a launch.
+    monkeypatch.setattr(ProcessorWait, "take_seconds", lambda _: 0.0302)
+    device.wait(run)
+    device.launch(DECODE)
+    assert device.stalls == 3
+    monkeypatch.setattr(ProcessorWait, "take_seconds", lambda _: 0.0)
+    device.wait(device.launch(DECODE))
     device.close()
-    (stall,) = read_power_trace(trace_path(str(tmp_path / "t"), 0)).stalls
-    assert stall.at_seconds == run.end_seconds
-    assert stall.late_seconds == 0.0301
+    stalls = read_power_trace(trace_path(str(tmp_path / "t"), 0)).stalls
+    assert [stall.late_seconds for stall in stalls[:3]] == [0.0301, 0.0302, 0.0302]
+    assert stalls[0].at_seconds == stalls[1].at_seconds == run.end_seconds
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/schedstat").exists(), reason="this kernel does not count it"
+)
+def test_waiting_for_a_processor_is_counted() -> None:
+    """With more busy processes than processors a busy thread is held up."""
+    wait = ProcessorWait()
+    assert wait.take_seconds() == 0.0
+    count = 2 * (os.cpu_count() or 1)
+    command = [sys.executable, "-c", "print(flush=True)\nwhile True: pass"]
+    hogs = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for hog in hogs:
+            assert hog.stdout is not None
+            hog.stdout.readline()
+        deadline = time.monotonic() + 60
+        waited_seconds = 0.0
+        while waited_seconds < 0.002:
+            assert time.monotonic() < deadline, "never held up"
+            sum(range(10_000))
+            waited_seconds += wait.take_seconds()
+    finally:
+        for hog in hogs:
+            hog.kill()
+            hog.communicate()
+    wait.close()
+    wait.close()
 
 
 def test_sleeping_never_ends_early() -> None:

@@ -82,13 +82,13 @@ def main() -> None:
     arguments = {}
     policies: list[RandomLevers] = []
     if mode == "shaped":
-        from shaper.engine import runtime
+        from shaper.engine import startup
 
         def policy() -> RandomLevers:
             policies.append(RandomLevers())
             return policies[-1]
 
-        runtime.POLICIES["predictive"] = policy
+        startup.POLICIES["predictive"] = policy
         settings = {
             "limits": [{"watts": 500, "window_seconds": 1.0}],
             "sensor": "none",

@@ -82,7 +82,7 @@ def test_distribution_by_hand(tail: bool) -> None:
     (trace,) = figure.data
     at = int(np.argmin(np.abs(np.asarray(trace.x) - 51.0)))
     assert trace.y[at] == pytest.approx(50.0)
-    assert (trace.y[0] > trace.y[-1]) is tail
+    assert bool(trace.y[0] > trace.y[-1]) is tail
     assert figure.layout.xaxis.type == "log"
 
 
