@@ -142,6 +142,12 @@ def fit_serving(
         return np.concatenate([errors, 0.7 * (point - start) / spread])
 
     found = least_squares(
-        residuals, start, bounds=bounds, loss="soft_l1", f_scale=1.5, diff_step=[1e-2] * len(names), max_nfev=25
+        residuals,
+        start,
+        bounds=bounds,
+        loss="soft_l1",
+        f_scale=1.5,
+        diff_step=[1e-2] * len(names),
+        max_nfev=25,
     )
     return dict(zip(names, (float(value) for value in np.exp(found.x)), strict=True))

@@ -1,13 +1,16 @@
 """What measurement adds to the model: a gain on step seconds and one on joules.
 
-Law: `gain += weight * (measured / predicted - gain)`, each clamped. Seconds
-come with every step's output. Joules come from the energy counter, whose
+Law: a gain is the ratio of two exponential means, of what was measured and of what
+was predicted, clamped. Seconds come with every step's output; a mean of the seconds,
+not of the ratios, so that a return seen late and the next one, which then seems short,
+cancel. Joules come from the energy counter, whose
 value is some 100 ms old and refreshed about every 100 ms, so they are compared
 over spans of seconds, in which a stale edge is a small part.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from shaper.core.types import PowerState, StepPrediction
@@ -33,17 +36,19 @@ def _outside_deadband(gain: float) -> float:
 
 
 class Estimator:
-    """Corrects predictions of one engine. Stateful fields: the two gains and the span's start."""
+    """Corrects predictions of one engine. Stateful fields: two means, a gain, a span's start."""
 
     def __init__(self) -> None:
-        self._seconds_gain = 1.0
+        self._measured_seconds = self._predicted_seconds = 0.0
         self._joules_gain = 1.0
         self._span_start: tuple[float, float] | None = None
 
     @property
     def seconds_gain_ratio(self) -> float:
         """Measured over predicted step seconds; 1 within the deadband."""
-        return _outside_deadband(self._seconds_gain)
+        if self._predicted_seconds <= 0:
+            return 1.0
+        return _outside_deadband(_clamp(self._measured_seconds / self._predicted_seconds))
 
     @property
     def joules_gain_ratio(self) -> float:
@@ -64,9 +69,15 @@ class Estimator:
             predicted_seconds: what the model said, before correction.
             measured_seconds: from its start to its output.
         """
-        if predicted_seconds > 0 and measured_seconds > 0:
-            ratio = _clamp(measured_seconds / predicted_seconds)
-            self._seconds_gain += _SECONDS_WEIGHT * (ratio - self._seconds_gain)
+        if not 0 < measured_seconds < math.inf or predicted_seconds <= 0:
+            return
+        if not self._predicted_seconds:
+            # Begin as if the model had been right for a while.
+            self._measured_seconds = self._predicted_seconds = predicted_seconds
+        # One step can't be further off than a model can be: the host was away.
+        measured = min(measured_seconds, 2 * MAX_GAIN * predicted_seconds)
+        self._measured_seconds += _SECONDS_WEIGHT * (measured - self._measured_seconds)
+        self._predicted_seconds += _SECONDS_WEIGHT * (predicted_seconds - self._predicted_seconds)
 
     def observe_power(
         self, state: PowerState, ledger_joules: Callable[[float, float], float]

@@ -32,6 +32,7 @@ from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.device import EmulatedDevice
 from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
 from shaper.emulator.sampling import TokenSource, logprob_rows
+from shaper.emulator.tokenizer import BYTE_TOKENS
 from shaper.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -253,8 +254,8 @@ class EmulatedExecutor(Executor):
         return int(self.vllm_config.model_config.get_vocab_size())
 
     def _columns(self, count: int | None) -> int | None:
-        # -1 asks for the whole vocabulary.
-        return self._vocabulary_size - 1 if count == -1 else count
+        # -1 asks for the whole vocabulary; what an emulated model can say are bytes.
+        return min(self._vocabulary_size, BYTE_TOKENS) - 1 if count == -1 else count
 
 
 _CALLS_THAT_CONFIRM = frozenset({"add_lora", "remove_lora", "pin_lora"})

@@ -34,6 +34,7 @@ from shaper.emulator.meter import Meter, PowerHistory
 from shaper.errors import ConfigError, GpuLostError
 
 _MARKS_KEPT = 2048
+_LEAKAGE_STEP_CELSIUS = 1.0  # a change below it moves the power by less than 0.1%
 
 
 class Predictor(Protocol):
@@ -73,10 +74,19 @@ class StepRun:
 class _Mark:
     """The state over one stretch of constant power."""
 
+    start_seconds: float
     end_seconds: float
     clock_hertz: float
-    die_celsius: float
+    start_celsius: float
+    end_celsius: float
     reasons: ClockEventReasons
+
+    def celsius(self, at_seconds: float) -> float:
+        """The die's temperature in between, on a straight line."""
+        span = self.end_seconds - self.start_seconds
+        share = (at_seconds - self.start_seconds) / span if span > 0 else 1.0
+        share = min(1.0, max(0.0, share))
+        return self.start_celsius + share * (self.end_celsius - self.start_celsius)
 
 
 class EmulatedGpus:
@@ -197,7 +207,7 @@ class EmulatedGpus:
                     enforced_limit_watts=self._clocks.limit_watts,
                     sm_clock_hertz=mark.clock_hertz,
                     memory_clock_hertz=self.profile.clocks.memory_hertz,
-                    temperature_celsius=float(round(mark.die_celsius)),
+                    temperature_celsius=float(round(mark.celsius(now_seconds))),
                     clock_event_reasons=mark.reasons,
                 )
                 for index, meter in enumerate(self._meters)
@@ -252,17 +262,18 @@ class EmulatedGpus:
     def _run(self, batch: StepBatch) -> None:
         """Runs one step from the cursor on, tick by tick of the clock controller."""
         clocks = self._clocks
-        left, clock, prediction = 1.0, 0.0, None
+        left, clock, celsius, prediction = 1.0, 0.0, 0.0, None
         stretch = 1.0
         if self._noise_ratio:
             stretch = max(0.5, 1.0 + self._random.gauss(0.0, self._noise_ratio))
         while left > 0.0:
-            if prediction is None or clock != clocks.clock_hertz:
-                clock = clocks.clock_hertz
+            warmed = abs(self._heat.die_celsius - celsius) > _LEAKAGE_STEP_CELSIUS
+            if prediction is None or warmed or clock != clocks.clock_hertz:
+                clock, celsius = clocks.clock_hertz, self._heat.die_celsius
                 prediction = self._model.predict(
                     batch,
                     sm_clock_hertz=clock,
-                    temperature_celsius=self._heat.die_celsius,
+                    temperature_celsius=celsius,
                 )
                 whole = prediction.seconds * stretch
                 watts = prediction.watts / self.gpu_count
@@ -304,12 +315,15 @@ class EmulatedGpus:
         begin = self._cursor_seconds
         end = begin + seconds
         total = watts * self.gpu_count
+        before = self._heat.die_celsius
         self._heat.step(seconds, watts)
         self._clocks.observe(seconds, watts)
         reasons = self._clocks.reasons | reason
         self._pending.append((begin, end, total))
         self._history.append(end, watts)
-        self._marks.append(_Mark(end, self._clocks.clock_hertz, self._heat.die_celsius, reasons))
+        self._marks.append(
+            _Mark(begin, end, self._clocks.clock_hertz, before, self._heat.die_celsius, reasons)
+        )
         self._joules += total * seconds
         self._cursor_seconds = end
         if reasons:
@@ -325,12 +339,10 @@ class EmulatedGpus:
                 break
             found = mark
         if found is None:
-            return _Mark(
-                now_seconds,
-                self._clocks.clock_hertz,
-                self._heat.die_celsius,
-                ClockEventReasons.GPU_IDLE,
-            )
+            celsius = self._heat.die_celsius
+            idle = ClockEventReasons.GPU_IDLE
+            clock = self._clocks.clock_hertz
+            return _Mark(now_seconds, now_seconds, clock, celsius, celsius, idle)
         return found
 
 

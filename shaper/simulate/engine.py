@@ -121,9 +121,11 @@ class VirtualEngine:
         scheduler: vLLM's, shaped or not.
         gpus: run its steps.
         asynchronous: two batches in flight instead of one.
+        on_output: gets each `SchedulerOutput` with tokens.
+        host_late_seconds: drawn for each step; the host sees its end that much later.
 
     `now_seconds` is the engine's time; give `lambda: engine.now_seconds` to what
-    needs a clock. `on_output` sees each non-empty `SchedulerOutput`.
+    needs a clock.
     """
 
     def __init__(
@@ -133,6 +135,7 @@ class VirtualEngine:
         *,
         asynchronous: bool = True,
         on_output: Callable[[Any], None] | None = None,
+        host_late_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.scheduler = scheduler
         self.gpus = gpus
@@ -143,6 +146,7 @@ class VirtualEngine:
         self._queue: deque[_Batch] = deque()
         self._tracker = RequestTracker()
         self._on_output = on_output
+        self._host_late_seconds = host_late_seconds
 
     def add(self, request: Any) -> None:
         """A request arrives now."""
@@ -189,7 +193,8 @@ class VirtualEngine:
 
         answer = EMPTY_MODEL_RUNNER_OUTPUT
         if batch.step is not None and batch.run is not None:
-            self.now_seconds = max(self.now_seconds, batch.run.end_seconds)
+            seen = batch.run.end_seconds + self._host_late_seconds()
+            self.now_seconds = max(self.now_seconds, seen)
             names = [request.request_id for request in batch.step.requests]
             answer = ModelRunnerOutput(
                 req_ids=names,

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from shaper.core.controller import BLIND_MARGIN_RATIO, Controller
+from shaper.core.controller import BLIND_MARGIN_RATIO, HOST_LATE_SECONDS, Controller
 from shaper.core.estimator import Estimator
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import (
@@ -51,27 +51,55 @@ def test_finished_steps_become_spent_energy():
     control = controller(PowerLimit(600.0, 0.1))
     control.plan(DECODES, 1.0)
     control.launched(BATCH, 1.0)
-    assert control.finished(1.008) == pytest.approx(0.008)
+    control.finished(1.008)
     assert control.ledger.joules_between(1.0, 1.008) == pytest.approx(3.6)
 
 
 def test_a_queued_step_starts_when_its_predecessor_ends():
-    """With two in flight, the second is timed from the first one's return."""
+    """With two in flight, the second is entered behind the first."""
     control = controller(PowerLimit(600.0, 0.1))
     for now in (1.0, 1.001):
         control.plan(DECODES, now)
         control.launched(BATCH, now)
-    assert control.finished(1.010) == pytest.approx(0.010)
-    assert control.finished(1.018) == pytest.approx(0.008)
+    control.finished(1.008)
+    control.finished(1.016)
+    assert control.ledger.joules_between(1.0, 1.008) == pytest.approx(3.6)
+    assert control.ledger.joules_between(1.008, 1.016) == pytest.approx(3.6)
+
+
+def test_a_late_host_is_not_taken_for_a_slow_step():
+    """A return seen 3 ms late leaves both steps' energy where the device spent it."""
+    control = controller(PowerLimit(600.0, 0.1))
+    for now in (1.0, 1.001):
+        control.plan(DECODES, now)
+        control.launched(BATCH, now)
+    control.finished(1.011)
+    control.finished(1.016)
+    assert control.ledger.joules_between(1.0, 1.008) == pytest.approx(3.6)
+    assert control.ledger.end_seconds == pytest.approx(1.016)
 
 
 def test_a_slow_step_adds_idle_power_only():
-    """The same work over a longer time draws the same joules above the gap power."""
+    """What a step is late by beyond the host's share is time at the gap power."""
     control = controller(PowerLimit(600.0, 0.1))
     control.plan(DECODES, 1.0)
     control.launched(BATCH, 1.0)
-    control.finished(1.018)
-    assert control.ledger.joules_between(1.0, 1.018) == pytest.approx(3.6 + 0.010 * 140.0)
+    control.finished(1.038)
+    end = 1.038 - HOST_LATE_SECONDS
+    assert control.ledger.end_seconds == pytest.approx(end)
+    assert control.ledger.joules_between(1.0, end) == pytest.approx(3.6 + (end - 1.008) * 140.0)
+
+
+def test_steps_that_became_slower_are_followed():
+    """Every step a tenth longer: after a second the ledger's end is the device's."""
+    control = controller(PowerLimit(600.0, 0.1))
+    now = 0.0
+    for _ in range(400):
+        control.plan(DECODES, now)
+        control.launched(BATCH, now)
+        now += 0.0088
+        control.finished(now)
+    assert control.ledger.end_seconds == pytest.approx(now, abs=0.0005)
 
 
 def test_no_recent_reading_keeps_more_free():

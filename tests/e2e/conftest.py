@@ -151,3 +151,12 @@ def server(
     flags = SHAPED if request.param == "shaped" else ("--shaper-off",)
     with running_server(directory, "--max-model-len", "4096", *flags) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def shaped_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server with a limit that its decodes don't reach and its prompts do."""
+    pytest.importorskip("vllm")
+    directory = tmp_path_factory.mktemp("shaped-server")
+    with running_server(directory, "--power-limit", "520W@100ms") as started:
+        yield started

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from shaper.emulator.trace import read_power_trace
-from tests.e2e.conftest import MODEL, Server, running_server
+from tests.e2e.conftest import MODEL, SHAPED, Server, running_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -219,11 +219,12 @@ def test_two_hundred_requests_at_once_all_finish(server: Server) -> None:
 
 
 def test_two_ranks_of_two_gpus_end_cleanly_while_they_work(tmp_path: Path) -> None:
-    """Data and tensor parallel engines serve; SIGINT with requests in flight ends every
+    """Data and tensor parallel engines serve, shaped; SIGINT with requests in flight ends every
     process with code 0, and each rank leaves a power trace."""
     with running_server(
         tmp_path,
-        "--shaper-off",
+        "--power-limit",
+        "900W@1s",
         "--data-parallel-size",
         "2",
         "--tensor-parallel-size",
@@ -260,5 +261,5 @@ def test_two_ranks_of_two_gpus_end_cleanly_while_they_work(tmp_path: Path) -> No
 
 def test_sigterm_ends_an_idle_server(tmp_path: Path) -> None:
     """With code 0 and no process left: what a service manager does."""
-    with running_server(tmp_path, "--shaper-off") as server:
+    with running_server(tmp_path, *SHAPED) as server:
         assert server.stop(signal.SIGTERM) == 0, server.tail()

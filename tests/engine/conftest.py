@@ -107,6 +107,7 @@ def make_rig() -> Callable[..., Rig]:
         max_pause_seconds: float = 1.0,
         shadow: bool = False,
         v2_runner: bool = False,
+        host_late_seconds: Callable[[], float] = lambda: 0.0,
         **arguments: Any,
     ) -> Rig:
         config = config_for(async_scheduling=asynchronous, **arguments)
@@ -160,6 +161,7 @@ def make_rig() -> Callable[..., Rig]:
             gpus,
             asynchronous=asynchronous,
             on_output=lambda output: rig.outputs.append(plain(output)),
+            host_late_seconds=host_late_seconds,
         )
         holder.append(rig.engine)
         return rig

@@ -1,0 +1,99 @@
+"""Fits a GPU profile to a recording of steps and meter samples.
+
+Latency first: log step seconds against the step model, at the SM clock that was
+sampled. Then power: joules are linear in the power parameters, so each window between
+two changes of the energy counter gives one linear equation. Both by SciPy's bounded
+least squares with a soft L1 loss; a parameter's interval comes from the Jacobian at the
+optimum. A parameter whose 95% interval is wider than `WIDEST_RATIO` of its value is
+not identified: it goes back to the profile's value and the rest is fitted again.
+
+What a meter can't tell of itself is its gain: power parameters are in its watts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from shaper.core.power_model import StepModel
+from shaper.core.profile import GpuProfile
+from shaper.core.work import WorkCoefficients
+from shaper.errors import TraceError
+from shaper.fitting.common import WIDEST_RATIO, FittedParameter, kept, sampled
+from shaper.fitting.latency import LATENCY_PARAMETERS, fit_latency
+from shaper.fitting.power import (
+    POWER_PARAMETERS,
+    SHORTEST_WINDOW_SECONDS,
+    energy_windows,
+    fit_power,
+)
+from shaper.recording import Recording
+
+__all__ = [
+    "LATENCY_PARAMETERS",
+    "POWER_PARAMETERS",
+    "WIDEST_RATIO",
+    "FitResult",
+    "FittedParameter",
+    "fit_recording",
+]
+
+_FEWEST_STEPS = 50
+_FEWEST_WINDOWS = 12
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FitResult:
+    """The fitted profile and what is known of the fit."""
+
+    profile: GpuProfile
+    parameters: tuple[FittedParameter, ...]
+    steps: int
+    windows: int
+    seconds_error: float
+    """Median relative error of step seconds."""
+    joules_error: float | None
+    """Median relative error of the energy windows; None without an energy counter."""
+
+
+def fit_recording(
+    recording: Recording, profile: GpuProfile, coefficients: WorkCoefficients
+) -> FitResult:
+    """Fits latency, then power.
+
+    Raises:
+        TraceError: the recording has too few steps.
+    """
+    steps = [step for step in recording.steps if step.batch.tokens > 0]
+    if len(steps) < _FEWEST_STEPS:
+        raise TraceError(
+            f"the recording has {len(steps)} steps with tokens; a fit needs at least "
+            f"{_FEWEST_STEPS}"
+        )
+    clocks = sampled(steps, recording.samples, "sm_clock_hertz")
+    fitted, latency = fit_latency(steps, clocks, profile, coefficients)
+    model = StepModel(fitted, coefficients)
+    errors = [
+        abs(
+            model.predict(s.batch, sm_clock_hertz=c).seconds / (s.end_seconds - s.start_seconds) - 1
+        )
+        for s, c in zip(steps, clocks, strict=True)
+    ]
+    windows = energy_windows(recording.samples)
+    joules_error: float | None = None
+    if len(windows) < _FEWEST_WINDOWS:
+        reason = f"only {len(windows)} energy windows of {SHORTEST_WINDOW_SECONDS} s"
+        power = [kept(profile, name, reason) for name in POWER_PARAMETERS]
+    else:
+        fitted, power, joules_error = fit_power(
+            recording.samples, steps, clocks, windows, fitted, coefficients
+        )
+    return FitResult(
+        profile=fitted,
+        parameters=(*latency, *power),
+        steps=len(steps),
+        windows=len(windows),
+        seconds_error=float(np.median(errors)),
+        joules_error=joules_error,
+    )
