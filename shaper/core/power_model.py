@@ -31,7 +31,7 @@ __all__ = ["GpuProfile", "StepExplanation", "StepModel", "StepTerm"]
 class StepModel:
     """Predicts a step of one engine: pure floats, no state, no I/O.
 
-    `predict` costs about 10 microseconds; a scheduler calls it several times a step.
+    `predict` costs a few microseconds; a scheduler calls it several times a step.
     """
 
     def __init__(

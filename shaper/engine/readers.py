@@ -67,7 +67,9 @@ def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
     parallel = vllm_config.parallel_config
     world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     rank = parallel.data_parallel_rank_local or 0
-    nvml = NvmlReader(visible_gpus(os.environ, world, rank))
+    # What `--device-ids` or vLLM's own dealing to ranks has settled; else as CUDA counts.
+    assigned = getattr(parallel, "assigned_physical_gpu_ids", None)
+    nvml = NvmlReader(tuple(assigned or ()) or visible_gpus(os.environ, world, rank))
     return EngineGpus(nvml, _profile_of(nvml, config))
 
 

@@ -7,6 +7,8 @@ least squares with a soft L1 loss; a parameter's interval comes from the Jacobia
 optimum. A parameter whose 95% interval is wider than `WIDEST_RATIO` of its value is
 not identified: it goes back to the profile's value and the rest is fitted again.
 
+Steps and windows while something held the clocks down (a cap, heat, a brake) are left
+out: the voltage there is not known, and the clock changes faster than it is sampled.
 What a meter can't tell of itself is its gain: power parameters are in its watts.
 """
 
@@ -20,7 +22,14 @@ from shaper.core.power_model import StepModel
 from shaper.core.profile import GpuProfile
 from shaper.core.work import WorkCoefficients
 from shaper.errors import TraceError
-from shaper.fitting.common import WIDEST_RATIO, FittedParameter, kept, sampled
+from shaper.fitting.common import (
+    WIDEST_RATIO,
+    FittedParameter,
+    kept,
+    overlaps,
+    sampled,
+    throttled_seconds,
+)
 from shaper.fitting.latency import LATENCY_PARAMETERS, fit_latency
 from shaper.fitting.power import (
     POWER_PARAMETERS,
@@ -50,11 +59,13 @@ class FitResult:
     profile: GpuProfile
     parameters: tuple[FittedParameter, ...]
     steps: int
+    """Steps that the latency fit saw."""
     windows: int
+    """Energy windows that the power fit saw."""
     seconds_error: float
     """Median relative error of step seconds."""
     joules_error: float | None
-    """Median relative error of the energy windows; None without an energy counter."""
+    """Median relative error of the energy windows; None without any."""
 
 
 def fit_recording(
@@ -71,19 +82,30 @@ def fit_recording(
             f"the recording has {len(steps)} steps with tokens; a fit needs at least "
             f"{_FEWEST_STEPS}"
         )
+    held = throttled_seconds(recording.samples)
     clocks = sampled(steps, recording.samples, "sm_clock_hertz")
-    fitted, latency = fit_latency(steps, clocks, profile, coefficients)
+    free = [i for i, s in enumerate(steps) if not overlaps(held, s.start_seconds, s.end_seconds)]
+    if len(free) < _FEWEST_STEPS:
+        free = list(range(len(steps)))
+    seen = [steps[i] for i in free]
+    seen_clocks = [clocks[i] for i in free]
+    fitted, latency = fit_latency(seen, seen_clocks, profile, coefficients)
     model = StepModel(fitted, coefficients)
     errors = [
-        abs(
-            model.predict(s.batch, sm_clock_hertz=c).seconds / (s.end_seconds - s.start_seconds) - 1
-        )
-        for s, c in zip(steps, clocks, strict=True)
+        model.predict(s.batch, sm_clock_hertz=c).seconds / (s.end_seconds - s.start_seconds) - 1
+        for s, c in zip(seen, seen_clocks, strict=True)
     ]
-    windows = energy_windows(recording.samples)
+    windows = [
+        window
+        for window in energy_windows(recording.samples)
+        if not overlaps(held, window[0], window[1])
+    ]
     joules_error: float | None = None
     if len(windows) < _FEWEST_WINDOWS:
-        reason = f"only {len(windows)} energy windows of {SHORTEST_WINDOW_SECONDS} s"
+        reason = (
+            f"only {len(windows)} windows of {SHORTEST_WINDOW_SECONDS} s between changes of the "
+            "energy counter with the clocks free"
+        )
         power = [kept(profile, name, reason) for name in POWER_PARAMETERS]
     else:
         fitted, power, joules_error = fit_power(
@@ -92,8 +114,8 @@ def fit_recording(
     return FitResult(
         profile=fitted,
         parameters=(*latency, *power),
-        steps=len(steps),
+        steps=len(seen),
         windows=len(windows),
-        seconds_error=float(np.median(errors)),
+        seconds_error=float(np.median(np.abs(errors))),
         joules_error=joules_error,
     )

@@ -46,6 +46,11 @@ def fit_latency(
     profile: GpuProfile,
     coefficients: WorkCoefficients,
 ) -> tuple[GpuProfile, list[FittedParameter]]:
+    """Fits the latency parameters that the steps identify.
+
+    Returns:
+        The profile with them, and the outcome of each parameter.
+    """
     from scipy.optimize import least_squares
 
     model = StepModel(profile, coefficients)
@@ -76,7 +81,7 @@ def fit_latency(
             return errors
 
         fit = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=0.05)
-        widths = half_widths(fit.jac, fit.fun)
+        widths = half_widths(np.asarray(fit.jac), fit.fun)
         found = {
             name: FittedParameter(
                 name,

@@ -62,7 +62,7 @@ def energy_windows(samples: Sequence[GpuSample]) -> list[tuple[float, float, flo
         return windows
     start, joules = changes[0]
     for at, value in changes[1:]:
-        if at - start >= SHORTEST_WINDOW_SECONDS:
+        if at - start >= SHORTEST_WINDOW_SECONDS - 1e-6:
             windows.append((start, at, value - joules))
             start, joules = at, value
     return windows
@@ -76,10 +76,16 @@ def fit_power(
     profile: GpuProfile,
     coefficients: WorkCoefficients,
 ) -> tuple[GpuProfile, list[FittedParameter], float]:
+    """Fits the power parameters that the windows identify.
+
+    Returns:
+        The profile with them, the outcome of each parameter, and the median relative
+        error of the windows' joules.
+    """
     from scipy.optimize import least_squares
 
-    celsius = sampled(steps, samples, "temperature_celsius")
-    features = _window_features(steps, clocks, celsius, windows, profile, coefficients)
+    celsius = sampled(steps, samples, "temperature_celsius", smooth=True)
+    features = _best_features(steps, clocks, celsius, windows, samples, profile, coefficients)
     joules = np.array([window[2] for window in windows])
     spans = np.array([window[1] - window[0] for window in windows])
     names = list(POWER_PARAMETERS)
@@ -111,7 +117,7 @@ def fit_power(
             loss="soft_l1",
             f_scale=10.0,
         )
-        widths = half_widths(fit.jac, fit.fun)
+        widths = half_widths(np.asarray(fit.jac), fit.fun)
         relative = widths / np.maximum(np.abs(fit.x), 1e-9)
         value = base.copy()
         value[free] = fit.x * scale
@@ -141,8 +147,8 @@ def fit_power(
     parameters = [
         found[name] if name in found else kept(profile, name, reasons[name]) for name in names
     ]
-    kept = {one.name: one.value for one in found.values()}
-    return replaced(profile, _in_order(profile, kept)), parameters, error
+    decided = {one.name: one.value for one in found.values()}
+    return replaced(profile, _in_order(profile, decided)), parameters, error
 
 
 def _in_order(profile: GpuProfile, values: Mapping[str, float]) -> dict[str, float]:
@@ -159,46 +165,74 @@ def _in_order(profile: GpuProfile, values: Mapping[str, float]) -> dict[str, flo
     return result
 
 
-def _window_features(
+def _best_features(
     steps: Sequence[RecordedStep],
     clocks: Sequence[float | None],
     celsius: Sequence[float | None],
     windows: Sequence[tuple[float, float, float]],
+    samples: Sequence[GpuSample],
     profile: GpuProfile,
     coefficients: WorkCoefficients,
 ) -> FloatArray:
-    """Joules in each window per unit of each power parameter; shape (windows, parameters)."""
+    """Joules in each window per unit of each power parameter; shape (windows, parameters).
+
+    Where between two readings the counter was refreshed is the same every time when the
+    sampler's period and the refresh keep step: the shift that fits best is searched for.
+    """
+    starts = np.array([window[0] for window in windows])
+    ends = np.array([window[1] for window in windows])
+    joules = np.array([window[2] for window in windows])
+    pieces = _pieces(
+        steps, clocks, celsius, (float(starts[0]), float(ends[-1])), profile, coefficients
+    )
+    times = np.unique([sample.read_seconds for sample in samples])
+    reach = float(np.median(np.diff(times))) / 2.0
+    centre = closest = 0.0
+    best_cost = float("inf")
+    best = _integrate(pieces, starts, ends)
+    for width in (reach, reach / 6.0, reach / 36.0):
+        for shift in centre + np.linspace(-width, width, 9):
+            features = _integrate(pieces, starts + shift, ends + shift)
+            scale = np.maximum(np.abs(features).max(axis=0), 1e-30)
+            found = np.linalg.lstsq(features / scale, joules, rcond=1e-9)[0]
+            cost = float(np.abs(features / scale @ found - joules).sum())
+            if cost < best_cost:
+                best_cost, best, closest = cost, features, float(shift)
+        centre = closest
+    return best
+
+
+def _pieces(
+    steps: Sequence[RecordedStep],
+    clocks: Sequence[float | None],
+    celsius: Sequence[float | None],
+    span: tuple[float, float],
+    profile: GpuProfile,
+    coefficients: WorkCoefficients,
+) -> list[tuple[float, float, FloatArray]]:
+    """(from, to, watts per unit of each parameter): steps, gaps and idle time."""
     unit_models = [_unit_model(profile, coefficients, name) for name in POWER_PARAMETERS]
-    edges = np.array([windows[0][0], *(window[1] for window in windows)])
-    totals = np.zeros((len(edges), len(POWER_PARAMETERS)))
-    gap_column = POWER_PARAMETERS.index("power.gap_watts")
-    context_column = POWER_PARAMETERS.index("power.context_watts")
+    gap = POWER_PARAMETERS.index("power.gap_watts")
+    context = POWER_PARAMETERS.index("power.context_watts")
     hold = profile.power.gap_hold_seconds
     gpus = float(unit_models[0].gpu_count)
+    first, last = steps[0].start_seconds, steps[0].start_seconds
     pieces: list[tuple[float, float, FloatArray]] = []
-    last = None
+    if span[0] - 1.0 < first:
+        pieces.append((span[0] - 1.0, first, _one_hot(context, gpus)))
     for step, clock, warm in zip(steps, clocks, celsius, strict=True):
-        start, end = step.start_seconds, step.end_seconds
-        if last is not None and start > last:
-            pieces += _idle_pieces(last, start, hold, gpus, gap_column, context_column)
-        joules = np.array(
-            [
-                model.predict(step.batch, sm_clock_hertz=clock, temperature_celsius=warm).joules
-                for model in unit_models
-            ]
-        )
-        seconds = unit_models[0].predict(step.batch, sm_clock_hertz=clock).seconds
-        rate = joules / seconds
-        pieces.append((start, end, rate))
-        last = end
-    if last is None:
-        return totals[1:]
-    first = steps[0].start_seconds
-    if edges[0] < first:
-        pieces.insert(0, (edges[0], first, _one_hot(context_column, gpus)))
-    if edges[-1] > last:
-        pieces += _idle_pieces(last, float(edges[-1]), hold, gpus, gap_column, context_column)
-    return _integrate(pieces, edges)
+        if step.start_seconds > last:
+            pieces += _idle_pieces(last, step.start_seconds, hold, gpus, gap, context)
+        found = [
+            model.predict(step.batch, sm_clock_hertz=clock, temperature_celsius=warm)
+            for model in unit_models
+        ]
+        rate = np.array([one.joules for one in found]) / found[0].seconds
+        pieces.append((step.start_seconds, step.end_seconds, rate))
+        last = step.end_seconds
+    if span[1] + 1.0 > last:
+        pieces += _idle_pieces(last, span[1] + 1.0, hold, gpus, gap, context)
+    return pieces
 
 
 def _idle_pieces(
@@ -217,23 +251,24 @@ def _one_hot(column: int, value: float) -> FloatArray:
     return result
 
 
-def _integrate(pieces: Sequence[tuple[float, float, FloatArray]], edges: FloatArray) -> FloatArray:
-    """Integrals of piecewise-constant rates between successive edges."""
-    starts = np.array([piece[0] for piece in pieces])
-    ends = np.array([piece[1] for piece in pieces])
+def _integrate(
+    pieces: Sequence[tuple[float, float, FloatArray]], starts: FloatArray, ends: FloatArray
+) -> FloatArray:
+    """Integrals of piecewise-constant rates from each start to its end."""
+    begin = np.array([piece[0] for piece in pieces])
+    finish = np.array([piece[1] for piece in pieces])
     rates = np.array([piece[2] for piece in pieces])
-    amounts = (ends - starts)[:, None] * rates
+    running = np.cumsum((finish - begin)[:, None] * rates, axis=0)
     at = np.empty(2 * len(pieces))
-    at[0::2], at[1::2] = starts, ends
+    at[0::2], at[1::2] = begin, finish
     at = np.maximum.accumulate(at)
-    running = np.cumsum(amounts, axis=0)
     totals = np.empty((2 * len(pieces), rates.shape[1]))
     totals[1::2] = running
     totals[0::2] = np.vstack([np.zeros(rates.shape[1]), running[:-1]])
-    cumulative = np.column_stack(
-        [np.interp(edges, at, totals[:, column]) for column in range(rates.shape[1])]
+    columns = range(rates.shape[1])
+    result: FloatArray = np.column_stack(
+        [np.interp(ends, at, totals[:, k]) - np.interp(starts, at, totals[:, k]) for k in columns]
     )
-    result: FloatArray = np.diff(cumulative, axis=0)
     return result
 
 

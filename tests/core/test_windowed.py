@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shaper.core.ledger import Ledger
 from shaper.core.policy import PlanInput
-from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.policy.windowed import GENTLE_STEPS, WindowedPlanner
 from shaper.core.types import (
     EngineLoad,
     PowerLimit,
@@ -60,7 +60,7 @@ def test_what_fits_is_not_limited():
 def test_a_prompt_is_cut_to_what_the_window_holds():
     """The chunk fits, and the next larger size does not."""
     limits = [PowerLimit(500.0, 0.1)]
-    plan = WindowedPlanner().plan(view(BOTH, limits))
+    plan = WindowedPlanner().plan(view(BOTH, limits, itl=1.0))
     assert plan.reason is Reason.CHUNK_POWER
     chunk = plan.limits.prefill_tokens
     room = Ledger(limits, IDLE, 0.0).ask(0.0, IDLE)
@@ -104,6 +104,18 @@ def test_the_itl_target_leaves_time_for_the_next_decode():
     step = predict(BOTH.batch(plan.limits.prefill_tokens)).seconds
     assert step + 0.006 <= 0.04
     assert step + 0.006 > 0.04 * 0.6
+
+
+def test_without_a_target_a_cut_chunk_is_still_short():
+    """A prompt that the budget cuts lasts at most four decode steps, where more would fit."""
+    limits = [PowerLimit(560.0, 0.1)]
+    free = WindowedPlanner().plan(view(BOTH, limits, itl=1.0)).limits.prefill_tokens
+    gentle = WindowedPlanner().plan(view(BOTH, limits)).limits.prefill_tokens
+    assert (
+        predict(BOTH.batch(gentle)).seconds
+        <= GENTLE_STEPS * 0.006
+        < predict(BOTH.batch(free)).seconds
+    )
 
 
 def test_the_itl_target_is_for_decodes_only():
