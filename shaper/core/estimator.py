@@ -19,9 +19,11 @@ from shaper.core.types import PowerState, StepPrediction
 MIN_GAIN, MAX_GAIN = 0.7, 1.4
 # Per step: about a hundred steps, or a second, to follow a change of clocks.
 _SECONDS_WEIGHT = 0.01
-# Per span of two seconds: half a minute to follow. A refresh of 100 ms makes an edge
-# error of up to 5% a span; averaged at this weight it stays near 1%.
+# Per span of two seconds: half a minute to follow. Edges that are 20 ms off make 1% a
+# span; averaged at this weight it stays below the deadband.
 _JOULES_WEIGHT = 0.15
+# A move is dated by the reading that shows it, if the one before is this recent.
+_EDGE_SECONDS = 0.05
 _SPAN_SECONDS = 2.0
 # A gain this near to 1 is the meter's grain, not a fault of the model.
 _DEADBAND = 0.01
@@ -42,6 +44,7 @@ class Estimator:
         self._measured_seconds = self._predicted_seconds = 0.0
         self._joules_gain = 1.0
         self._span_start: tuple[float, float] | None = None
+        self._seen: tuple[float, float] | None = None
 
     @property
     def seconds_gain_ratio(self) -> float:
@@ -91,7 +94,14 @@ class Estimator:
         energy, now = state.energy_joules, state.sampled_seconds
         if energy is None:
             return
-        if self._span_start is None or energy < self._span_start[1]:
+        seen, self._seen = self._seen, (now, energy)
+        if seen is None or energy < seen[1]:
+            self._span_start = None  # the counter was reset
+            return
+        # Between two moves the counter is up to a refresh old; just after one it is not.
+        if energy == seen[1] or now - seen[0] > _EDGE_SECONDS:
+            return
+        if self._span_start is None:
             self._span_start = (now, energy)
             return
         start, before = self._span_start

@@ -19,6 +19,7 @@ WIDEST_RATIO = 0.15
 """Half width of the 95% interval over the value, above which nothing was learnt."""
 RANGE_RATIO = 8.0
 """A fitted value stays within this factor of the profile's."""
+AT_BOUND = "the fit runs into its bound: what the recording shows is something else"
 _LEAST_SPREAD = 1e-3  # no clock or meter is better than that
 _THROTTLES = (
     ClockEventReasons.SW_POWER_CAP

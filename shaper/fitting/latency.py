@@ -11,6 +11,7 @@ from shaper.core.power_model import StepModel
 from shaper.core.profile import GpuProfile
 from shaper.core.work import WorkCoefficients
 from shaper.fitting.common import (
+    AT_BOUND,
     RANGE_RATIO,
     WIDEST_RATIO,
     FittedParameter,
@@ -92,10 +93,11 @@ def fit_latency(
             )
             for index, name in enumerate(names)
         }
-        worst = int(np.argmax(widths))
-        if widths[worst] <= math.log1p(WIDEST_RATIO):
+        bound = np.isclose(fit.x, low, atol=1e-3) | np.isclose(fit.x, high, atol=1e-3)
+        worst = int(np.argmax(np.where(bound, widths + 1e3, widths)))
+        if not bound[worst] and widths[worst] <= math.log1p(WIDEST_RATIO):
             break
-        reasons[names[worst]] = _too_wide(widths[worst])
+        reasons[names[worst]] = AT_BOUND if bound[worst] else _too_wide(widths[worst])
         names = [name for index, name in enumerate(names) if index != worst]
         found = {}
     result = [

@@ -12,6 +12,7 @@ from shaper.core.profile import GpuProfile
 from shaper.core.types import GpuSample
 from shaper.core.work import WorkCoefficients
 from shaper.fitting.common import (
+    AT_BOUND,
     RANGE_RATIO,
     WIDEST_RATIO,
     FittedParameter,
@@ -131,14 +132,11 @@ def fit_power(
             )
             for place, index in enumerate(free)
         }
-        worst = int(np.argmax(relative))
-        if relative[worst] <= WIDEST_RATIO:
+        bound = (fit.x < 1e-3) | (fit.x > RANGE_RATIO - 1e-3)
+        worst = int(np.argmax(np.where(bound, relative + 1e6, relative)))
+        if not bound[worst] and relative[worst] <= WIDEST_RATIO:
             break
-        reasons[names[free[worst]]] = (
-            "the recording says nothing of it"
-            if relative[worst] > 20
-            else f"the 95% interval is {relative[worst]:.0%} of the value to either side"
-        )
+        reasons[names[free[worst]]] = AT_BOUND if bound[worst] else _too_wide(relative[worst])
         free = [index for place, index in enumerate(free) if place != worst]
         found = {}
         value = base.copy()
@@ -149,6 +147,12 @@ def fit_power(
     ]
     decided = {one.name: one.value for one in found.values()}
     return replaced(profile, _in_order(profile, decided)), parameters, error
+
+
+def _too_wide(relative: float) -> str:
+    if relative > 20.0:
+        return "the recording says nothing of it"
+    return f"the 95% interval is {relative:.0%} of the value to either side"
 
 
 def _in_order(profile: GpuProfile, values: Mapping[str, float]) -> dict[str, float]:

@@ -151,16 +151,39 @@ def test_an_old_state_again_teaches_nothing():
 def test_the_energy_counter_corrects_joules(true_ratio):
     """A GPU that draws 15% more or less than its profile is known after a minute."""
     control = controller(PowerLimit(900.0, 0.1))
-    now, joules = 0.0, 0.0
+    joules = shown = 0.0
     for tick in range(8000):
         now = 0.008 * tick
         control.plan(DECODES, now)
         control.launched(BATCH, now)
         control.finished(now + 0.008)
         joules += 3.6 * true_ratio
-        if tick % 12 == 0:
-            control.observe(state(now + 0.008, energy_joules=joules))
+        if tick % 12 == 0:  # the counter moves about every 100 ms
+            shown = joules
+        if tick % 2 == 0:  # and is read about every 20
+            control.observe(state(now + 0.008, energy_joules=shown))
     assert control.estimator.joules_gain_ratio == pytest.approx(true_ratio, abs=0.02)
+
+
+def test_a_coarse_counter_does_not_move_a_right_model():
+    """Power that swings, and a counter that moves each 100 ms out of step with the spans."""
+    control = controller(PowerLimit(900.0, 0.1))
+    joules = shown = 0.0
+    gains = []
+    for tick in range(8000):
+        now = 0.008 * tick
+        busy = tick % 37 < 20
+        if busy:
+            control.plan(DECODES, now)
+            control.launched(BATCH, now)
+            control.finished(now + 0.008)
+        joules += 3.6 if busy else 0.008 * 140.0
+        if tick % 13 == 0:
+            shown = joules
+        if tick % 3 == 0:
+            control.observe(state(now + 0.008, energy_joules=shown))
+        gains.append(control.estimator.joules_gain_ratio)
+    assert set(gains) == {1.0}
 
 
 def test_step_times_correct_seconds():
@@ -181,16 +204,16 @@ def test_absurd_measurements_are_clamped():
     assert estimator.seconds_gain_ratio <= 1.4
     estimator = Estimator()
     for span in range(400):
-        now = 2.1 * span
-        estimator.observe_power(state(now, energy_joules=1e9 * span), lambda a, b: 900.0)
-    assert estimator.joules_gain_ratio <= 1.4
+        for now in (2.1 * span, 2.1 * span + 0.02):
+            estimator.observe_power(state(now, energy_joules=1e9 * now), lambda a, b: 900.0)
+    assert 1.0 < estimator.joules_gain_ratio <= 1.4
 
 
 def test_a_counter_that_resets_starts_a_new_span():
     """Going back to zero is not negative energy."""
     estimator = Estimator()
-    estimator.observe_power(state(0.0, energy_joules=1e6), lambda a, b: 900.0)
-    estimator.observe_power(state(2.1, energy_joules=5.0), lambda a, b: 900.0)
+    for now, joules in ((0.0, 1e6), (0.02, 1e6 + 9), (2.1, 5.0), (2.12, 6.0), (2.14, 7.0)):
+        estimator.observe_power(state(now, energy_joules=joules), lambda a, b: 900.0)
     assert estimator.joules_gain_ratio == 1.0
 
 

@@ -1,0 +1,184 @@
+"""One measured point: what ran between two times, and what the meter said of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shaper.core.types import ClockEventReasons, GpuSample
+from shaper.recording import RecordedStep
+
+_SETTING_WORDS = {"on_seconds": "load and rest of {:g} s", "cadence_seconds": "every {:g} s"}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """Means over one stretch of one load. None where nothing could say."""
+
+    stage: str
+    settings: Mapping[str, float]
+    start_seconds: float
+    end_seconds: float
+    steps: int = 0
+    tokens: int = 0
+    mean_context_tokens: float | None = None
+    """Of a decode, with its own token; of a chunk, before it."""
+    step_seconds: float | None = None
+    """Median, from launch (or the predecessor's end) to the output."""
+    busy_ratio: float = 0.0
+    """Share of the time in which a step ran."""
+    watts: float | None = None
+    """From the energy counter between its first and last change inside the stretch."""
+    counter_seconds: float = 0.0
+    """How far those changes lie apart: the shorter, the coarser `watts`."""
+    instant_watts: float | None = None
+    average_watts: float | None = None
+    sm_clock_hertz: float | None = None
+    lowest_sm_clock_hertz: float | None = None
+    temperature_celsius: float | None = None
+    clock_event_reasons: int = 0
+    samples: int = 0
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Length of the stretch."""
+        return self.end_seconds - self.start_seconds
+
+    @property
+    def step_joules(self) -> float | None:
+        """Mean joules per step, the gaps between steps included."""
+        if self.watts is None or not self.steps:
+            return None
+        return self.watts * self.seconds / self.steps
+
+    @property
+    def tokens_per_joule(self) -> float | None:
+        """Tokens computed per joule."""
+        return self.tokens / (self.watts * self.seconds) if self.watts and self.tokens else None
+
+    def label(self) -> str:
+        """The settings in words."""
+        return ", ".join(
+            _SETTING_WORDS[name].format(value)
+            if name in _SETTING_WORDS
+            else f"{name.removesuffix('_tokens')} {value:g}"
+            for name, value in self.settings.items()
+        )
+
+
+def energy_changes(samples: Sequence[GpuSample]) -> list[tuple[float, float]]:
+    """(time, joules) where the energy counter changed: half way between two readings."""
+    changes = []
+    known = [s for s in samples if s.energy_joules is not None]
+    for before, after in itertools.pairwise(known):
+        if (after.energy_joules or 0.0) > (before.energy_joules or 0.0):
+            middle = (before.read_seconds + after.read_seconds) / 2.0
+            changes.append((middle, float(after.energy_joules or 0.0)))
+    return changes
+
+
+def make_point(
+    stage: str,
+    settings: Mapping[str, float],
+    span: tuple[float, float],
+    steps: Sequence[RecordedStep],
+    samples: Sequence[GpuSample],
+    extra: Mapping[str, Any] | None = None,
+) -> Point:
+    """Sums up what happened in `span` (start and end, in seconds of the monotonic clock)."""
+    start, end = span
+    inside = [s for s in samples if start <= s.read_seconds <= end]
+    ran = [s for s in steps if s.start_seconds >= start - 1e-3 and s.end_seconds <= end + 1e-3]
+    lengths = [s.end_seconds - s.start_seconds for s in ran]
+    changes = energy_changes(inside)
+    watts, apart = None, 0.0
+    if len(changes) >= 2:
+        apart = changes[-1][0] - changes[0][0]
+        watts = (changes[-1][1] - changes[0][1]) / apart
+    reasons = ClockEventReasons.NONE
+    for sample in inside:
+        reasons |= sample.clock_event_reasons
+    clocks = _known(s.sm_clock_hertz for s in inside)
+    return Point(
+        stage=stage,
+        settings=settings,
+        start_seconds=start,
+        end_seconds=end,
+        steps=len(ran),
+        tokens=sum(s.batch.tokens for s in ran),
+        mean_context_tokens=_mean_context(ran),
+        step_seconds=float(np.median(lengths)) if lengths else None,
+        busy_ratio=min(1.0, sum(lengths) / (end - start)) if end > start else 0.0,
+        watts=watts,
+        counter_seconds=apart,
+        instant_watts=_mean(s.instant_watts for s in inside),
+        average_watts=_mean(s.average_watts for s in inside),
+        sm_clock_hertz=_mean(s.sm_clock_hertz for s in inside),
+        lowest_sm_clock_hertz=min(clocks) if clocks else None,
+        temperature_celsius=_mean(s.temperature_celsius for s in inside),
+        clock_event_reasons=int(reasons),
+        samples=len(inside),
+        extra=dict(extra or {}),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class BetweenSteps:
+    """A line through the cadence points of one batch: watts = gap + excess * steps/s."""
+
+    batch: int
+    gap_watts: float
+    """What the GPU draws between steps."""
+    error_watts: float
+    """Standard error of that; infinity with two points."""
+    step_excess_joules: float
+    """What a step takes above the gap level."""
+
+
+def between_steps(points: Sequence[Point]) -> list[BetweenSteps]:
+    """The power between steps, per batch, from the cadence points."""
+    found = []
+    mine = [p for p in points if p.stage == "cadence" and p.watts is not None]
+    for batch in sorted({int(p.settings["batch"]) for p in mine}):
+        # Steps that ran back to back say nothing of gaps; they lie on the line all the same.
+        rows = [p for p in mine if int(p.settings["batch"]) == batch]
+        if len(rows) < 2:
+            continue
+        rates = np.array([p.steps / p.seconds for p in rows])
+        watts = np.array([p.watts for p in rows], dtype=np.float64)
+        matrix = np.column_stack([np.ones_like(rates), rates])
+        if np.linalg.matrix_rank(matrix) < 2:
+            continue
+        (gap, excess), *_ = np.linalg.lstsq(matrix, watts, rcond=None)
+        error = float("inf")
+        if len(rows) > 2:
+            rest = watts - matrix @ np.array([gap, excess])
+            spread = float(rest @ rest) / (len(rows) - 2)
+            error = float(np.sqrt(spread * np.linalg.inv(matrix.T @ matrix)[0, 0]))
+        found.append(BetweenSteps(batch, float(gap), error, float(excess)))
+    return found
+
+
+def _mean_context(steps: Sequence[RecordedStep]) -> float | None:
+    decodes = sum(s.batch.decode_requests for s in steps)
+    if decodes:
+        return sum(s.batch.decode_context_tokens for s in steps) / decodes
+    chunks = sum(s.batch.prefill_requests for s in steps)
+    if not chunks:
+        return None
+    before = sum(s.batch.prefill_context_tokens - s.batch.prefill_tokens for s in steps)
+    return before / chunks
+
+
+def _known(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = _known(values)
+    return sum(known) / len(known) if known else None
