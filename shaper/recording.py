@@ -103,7 +103,8 @@ class RecordingWriter:
             return
         self._file.close()
         self._file = None
-        if self._rows_path != self.path:
+        # It is gone where `finish_recordings` was quicker.
+        if self._rows_path != self.path and self._rows_path.exists():
             _to_parquet(self._rows_path, self.path)
             self._rows_path.unlink()
 

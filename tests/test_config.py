@@ -141,4 +141,4 @@ def test_a_limit_below_idle_names_the_idle_power():
 def test_the_config_is_frozen():
     """Built once, never changed."""
     with pytest.raises(ValidationError):
-        ShaperConfig().shadow = True  # type: ignore[misc]
+        ShaperConfig().shadow = True

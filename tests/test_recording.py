@@ -56,7 +56,7 @@ def test_a_killed_engine_leaves_what_it_wrote(tmp_path):
     finish_recordings(tmp_path / "run.parquet")
     assert len(read_recording(tmp_path / "run.parquet").steps) == 2
     assert list(tmp_path.iterdir()) == [tmp_path / "run.parquet"]
-    writer._file.close()
+    writer.close()
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,36 @@ class StepLog:
         """The steps that ended since the last take."""
         done, self._done = self._done, []
         return done
+
+
+class NoLoad:
+    """A `Runner` that runs nothing: for the stages that only read."""
+
+    kv_tokens = 0
+
+    def __init__(self, reader: GpuReader) -> None:
+        self.reader = reader
+        self.about: Mapping[str, Any] = {"runner": "none"}
+
+    def start_decodes(self, batch: int, context_tokens: int) -> None:
+        """Nothing."""
+
+    def start_chunks(self, context_tokens: int, chunk_tokens: int, count: int) -> None:
+        """Nothing."""
+
+    def step(self) -> bool:
+        """Nothing is left to run, ever."""
+        return False
+
+    def drain(self) -> None:
+        """Nothing."""
+
+    def clear(self) -> None:
+        """Nothing."""
+
+    def take_steps(self) -> list[RecordedStep]:
+        """None."""
+        return []
+
+    def close(self) -> None:
+        """Nothing; the reader is its maker's."""

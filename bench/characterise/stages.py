@@ -54,6 +54,7 @@ class Session:
         extra: Mapping[str, Any] | None = None,
     ) -> tuple[Point, list[RecordedStep], list[GpuSample]]:
         """Runs and sums up. What the load was is the caller's business."""
+        self.runner.drain()
         self.collect()
         start = time.monotonic()
         run()
@@ -195,13 +196,10 @@ def _paced(runner: Runner, period_seconds: float, count: int) -> None:
     due = time.monotonic()
     for _ in range(count):
         sleep_until(due)
-        started = max(due, time.monotonic())
         if not runner.step():
             raise ShaperError("the requests of a cadence ended before their time")
         runner.drain()
         due = max(due + period_seconds, time.monotonic())
-        if due - started > 2 * period_seconds:
-            due = time.monotonic()
     sleep_until(due)
 
 

@@ -27,7 +27,6 @@ from shaper.core.types import (
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, launched_batch
 from shaper.engine.safe_cap import SafeCap
-from shaper.engine.telemetry import DecisionLog
 from shaper.metrics import SchedulerCounters
 from shaper.recording import RecordedStep
 
@@ -80,8 +79,12 @@ class Sensing(Protocol):
         """What it last saw."""
         ...
 
-    def stop(self) -> None:
-        """End its thread."""
+
+class DecisionSink(Protocol):
+    """The part of the decision log that the runtime writes."""
+
+    def add(self, decision: Decision, meter_watts: float | None) -> None:
+        """Take one decision."""
         ...
 
 
@@ -107,7 +110,7 @@ class LiveShaper:
         *,
         sampler: Sensing | None = None,
         publish: Callable[[list[float]], None] | None = None,
-        log: DecisionLog | None = None,
+        log: DecisionSink | None = None,
         record: Callable[[RecordedStep], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         on_close: Callable[[], None] | None = None,

@@ -72,6 +72,7 @@ def test_a_forced_chunk_grows_until_it_moves_the_prompt():
 def test_limits_are_clamped(load, prefill, decodes):
     """No negative and no impossible limit passes."""
     plan = Guard(1.0).check(Plan(StepLimits(True, prefill, decodes), Reason.CHUNK_POWER), load, 0.0)
+    assert plan.limits.prefill_tokens is not None
     assert 0 <= plan.limits.prefill_tokens <= load.token_budget
     kept = plan.limits.decode_requests
     assert kept is None or 0 <= kept < load.decode_requests

@@ -190,6 +190,6 @@ def test_random_alignment_agrees_with_fine_integration():
         now += seconds
     worst = max(
         curve.joules(t - limit.window_seconds, t) / limit.window_seconds
-        for t in np.arange(0.0, now, 5e-5)
+        for t in np.arange(0.0, now, 5e-5).tolist()
     )
     assert worst <= limit.watts + 1e-6

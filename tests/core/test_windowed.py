@@ -63,6 +63,7 @@ def test_a_prompt_is_cut_to_what_the_window_holds():
     plan = WindowedPlanner().plan(view(BOTH, limits, itl=1.0))
     assert plan.reason is Reason.CHUNK_POWER
     chunk = plan.limits.prefill_tokens
+    assert chunk is not None
     room = Ledger(limits, IDLE, 0.0).ask(0.0, IDLE)
     fits = predict(BOTH.batch(chunk))
     larger = predict(BOTH.batch(chunk + 512))

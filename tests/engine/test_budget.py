@@ -18,7 +18,10 @@ def sliding(segments, window: float) -> np.ndarray:
     edges = np.concatenate(([segments[0, 0]], segments[:, 1]))
     joules = np.concatenate(([0.0], np.cumsum((segments[:, 1] - segments[:, 0]) * segments[:, 2])))
     times = np.arange(edges[0] + window, edges[-1], 0.001)
-    return (np.interp(times, edges, joules) - np.interp(times - window, edges, joules)) / window
+    means: np.ndarray = (
+        np.interp(times, edges, joules) - np.interp(times - window, edges, joules)
+    ) / window
+    return means
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.cpu_engine
 RUNNER = Path(__file__).with_name("real_runner.py")
 
 
-def run(mode: str, model: Path) -> dict:
+def run(mode: str, model: Path) -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SHAPER_")}
     done = subprocess.run(
         [sys.executable, str(RUNNER), mode, str(model)],
@@ -27,7 +28,8 @@ def run(mode: str, model: Path) -> dict:
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, f"{mode} printed no result:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    result: dict[str, Any] = json.loads(lines[-1].removeprefix("RESULT "))
+    return result
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,307 @@
+"""Maps the power and speed of a GPU under a model's steps. It reads the GPU and sets nothing.
+
+    python -m bench.gpu_characterise --stage all --out out/h100
+    shaper fit out/h100/recording.parquet --output h100.toml
+
+On a machine with an NVIDIA GPU, vLLM 0.23 or newer, and no network. docs/characterise.md
+says what each stage shows. Stages can be run one by one; none takes over 8 minutes, all
+together 12 at most: what no longer fits is skipped, and said so. Ctrl-C keeps what was
+measured so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from bench.characterise import output, stages
+from bench.characterise.bare import BareRunner, EmulatedSteps
+from bench.characterise.plan import QUICK, STAGE_SECONDS, STAGES, TOTAL_SECONDS, Budget, Plan
+from bench.characterise.points import Point, make_point
+from bench.characterise.reads import read_costs
+from bench.characterise.runner import NoLoad, Runner
+from bench.characterise.sampling import MeterThread
+from bench.characterise.waves import meter
+from shaper import __version__
+from shaper.emulator.shapes import load_model_config, load_shape
+from shaper.errors import ConfigError, ShaperError
+from shaper.gpu.profiles import load_profile, profile_for_device
+from shaper.gpu.reader import GpuReader
+from shaper.recording import RecordingWriter
+
+PROGRAM = "bench.gpu_characterise"
+# These run no steps, and need no engine on a GPU that is there without one.
+_ONLY_READ = frozenset({"idle", "reads"})
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument as a `ConfigError`: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see python -m {PROGRAM} --help")
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
+    if not 0 < value < 3600:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 3600")
+    return value
+
+
+def _share(text: str) -> float:
+    value = _positive(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is above 1")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments."""
+    parser = _Parser(
+        prog=f"python -m {PROGRAM}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--stage", choices=(*STAGES, "all"), default="all")
+    add("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
+    add("--model", default="llama-3.1-8b", help="built-in shape or directory with a config.json")
+    add("--emulate", metavar="GPU", help="an emulated GPU, like h200-sxm, in place of a real one")
+    add("--torch-only", action="store_true", help="bare GEMMs and attention in place of vLLM")
+    add("--quick", action="store_true", help="fewer and shorter points, to try it out")
+    add("--seconds-per-point", type=_positive, metavar="S")
+    add("--idle-seconds", type=_positive, metavar="S")
+    add("--total-seconds", type=_positive, default=TOTAL_SECONDS, metavar="S", help="of the run")
+    add("--stage-seconds", type=_positive, default=STAGE_SECONDS, metavar="S", help="of a stage")
+    add("--attention-backend", metavar="NAME", help="given to vLLM; by default its own choice")
+    add("--gpu-memory-utilization", type=_share, default=0.9, metavar="RATIO")
+    add("--enforce-eager", action="store_true", help="vLLM without compilation and CUDA graphs")
+    add("--top-p", type=_share, default=1.0, help="below 1 the sampler sorts; default 1")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command. 0 when done, 2 when it can't run here, 130 when interrupted."""
+    try:
+        options = build_parser().parse_args(argv)
+        return _Run(options).run()
+    except ShaperError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+
+
+class _Run:
+    """One run of the command: makes the load, runs the stages, saves what there is."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self._begin = time.monotonic()
+        self._budget = Budget(options.total_seconds, options.stage_seconds)
+        self._stages = STAGES if options.stage == "all" else (options.stage,)
+        self._plan = _plan(options)
+        self._before: list[Point] = []
+        self._session: stages.Session | None = None
+        # Both are refused here, before an engine is started.
+        config = load_model_config(options.model)
+        if options.emulate:
+            load_profile(options.emulate)
+        self._driver: GpuReader | None = None if options.emulate else _driver()
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {options.out}: {error.strerror}") from error
+        self._files = output.files_in(options.out, options.stage)
+        self._meta: dict[str, Any] = {
+            "version": __version__,
+            "tensor_parallel": 1,
+            "model_config": config,
+            "model": options.model,
+        }
+
+    def run(self) -> int:
+        """Everything, from idle to idle."""
+        interrupted = False
+        with _interrupted_by_termination():
+            try:
+                self._measure()
+            except KeyboardInterrupt:
+                interrupted = True
+                _say("interrupted: saving what there is")
+            finally:
+                self._save(interrupted)
+        return 130 if interrupted else 0
+
+    def _measure(self) -> None:
+        if self._driver is not None and "idle" in self._stages:
+            self._before.append(self._idle_without_engine(self._driver))
+        runner = self._runner()
+        about = dict(runner.about)
+        _say(f"ready after {time.monotonic() - self._begin:.0f} s: {about.get('runner')}")
+        identity = runner.reader.gpus[0]
+        profile = profile_for_device(identity.name)
+        self._meta |= {
+            "device": identity.name,
+            "enforced_limit_watts": identity.enforced_limit_watts,
+            "about": about,
+            "ready_after_seconds": time.monotonic() - self._begin,
+        }
+        if self._options.emulate or profile is not None:
+            self._meta["gpu"] = self._options.emulate or (profile.name if profile else None)
+        sampler = MeterThread(runner.reader, self._plan.sample_interval_seconds)
+        writer = RecordingWriter(self._files.recording, self._meta)
+        self._session = session = stages.Session(
+            self._plan, self._budget, runner, sampler, writer, points=self._before, say=_say
+        )
+        sampler.start()
+        if self._stages != ("idle",) or self._driver is None:
+            stages.idle(session, "before, engine ready" if "idle" in self._stages else "before")
+        for stage in self._stages:
+            # The first stage's time includes the engine's start.
+            if stage != self._stages[0]:
+                self._budget.start_stage()
+            _STAGES[stage](session)
+        if self._stages == STAGES:
+            self._budget.start_stage()
+            stages.idle(session, "after")
+
+    def _runner(self) -> Runner:
+        options = self._options
+        if self._driver is not None and set(self._stages) <= _ONLY_READ:
+            return NoLoad(self._driver)
+        if options.torch_only:
+            if options.emulate:
+                return BareRunner(EmulatedSteps(options.emulate, options.model))
+            from bench.characterise.kernels import TorchSteps
+
+            assert self._driver is not None
+            return BareRunner(TorchSteps(load_shape(options.model), self._driver))
+        from bench.characterise.engine import EngineRunner, EngineSettings
+
+        settings = EngineSettings(
+            model=options.model,
+            emulate=options.emulate,
+            attention_backend=options.attention_backend,
+            memory_ratio=options.gpu_memory_utilization,
+            enforce_eager=options.enforce_eager,
+            top_p=options.top_p,
+            max_model_len=self._plan.longest_tokens,
+            max_num_seqs=self._plan.largest_batch,
+        )
+        return EngineRunner(settings, self._driver)
+
+    def _idle_without_engine(self, reader: GpuReader) -> Point:
+        """Not part of the recording: there, no step means a context without work."""
+        sampler = MeterThread(reader, self._plan.sample_interval_seconds)
+        sampler.start()
+        start = time.monotonic()
+        try:
+            time.sleep(self._plan.idle_seconds)
+        finally:
+            end = time.monotonic()
+            sampler.stop()
+        extra = {"when": "before, no engine"}
+        return make_point("idle", {}, (start, end), [], sampler.take(), extra)
+
+    def _save(self, interrupted: bool) -> None:
+        session = self._session
+        if session is not None:
+            session.meter.stop()
+            session.collect()
+            session.writer.close()
+            session.runner.close()
+        if self._driver is not None:
+            self._driver.close()
+        points = self._before if session is None else session.points
+        if not points and session is None:
+            return
+        outcome = output.Outcome(
+            meta={key: value for key, value in self._meta.items() if key != "model_config"}
+            | {"plan": dataclasses.asdict(self._plan)},
+            points=points,
+            findings={} if session is None else session.findings,
+            skipped=() if session is None else session.skipped,
+            seconds=time.monotonic() - self._begin,
+            interrupted=interrupted,
+            read_errors=0 if session is None else session.meter.errors,
+        )
+        output.write(outcome, self._files)
+        _say(f"wrote {self._files.summary}")
+
+
+def _reads(session: stages.Session) -> None:
+    session.runner.clear()
+    session.meter.stop()
+    driver = session.runner.about.get("driver", not _emulated(session.runner.reader))
+    costs = read_costs(session.runner.reader, session.plan.read_calls, driver=bool(driver))
+    session.findings["reads"] = [dataclasses.asdict(cost) for cost in costs]
+    for cost in costs:
+        _say(f"reads: {cost.name}: {cost.error or f'{cost.median_seconds * 1e3:.3f} ms'}")
+    session.meter = MeterThread(session.runner.reader, session.plan.sample_interval_seconds)
+    session.meter.start()
+
+
+def _nothing(session: stages.Session) -> None:
+    """Idle is measured around the other stages."""
+
+
+_STAGES: dict[str, Callable[[stages.Session], None]] = {
+    "idle": _nothing,
+    "cadence": stages.cadence,
+    "decode": stages.decode,
+    "prefill": stages.prefill,
+    "meter": meter,
+    "reads": _reads,
+}
+
+
+def _emulated(reader: GpuReader) -> bool:
+    return reader.gpus[0].uuid.startswith("GPU-emulated")
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.quick else Plan()
+    changes: dict[str, float] = {}
+    if options.seconds_per_point is not None:
+        changes["seconds_per_point"] = options.seconds_per_point
+    if options.idle_seconds is not None:
+        changes["idle_seconds"] = options.idle_seconds
+    return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
+
+
+def _driver() -> GpuReader:
+    from shaper.gpu.nvml import NvmlReader, visible_gpus
+
+    return NvmlReader(visible_gpus(os.environ, 1))
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+class _interrupted_by_termination:  # noqa: N801 - reads as a context manager does
+    """SIGTERM saves what there is too, as Ctrl-C does."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._interrupt)
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())
