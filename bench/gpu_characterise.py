@@ -18,13 +18,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 from bench.characterise import output, stages
 from bench.characterise.bare import BareRunner, EmulatedSteps
-from bench.characterise.plan import QUICK, STAGE_SECONDS, STAGES, TOTAL_SECONDS, Budget, Plan
+from bench.characterise.options import PROGRAM, build_parser, plan_of
+from bench.characterise.plan import STAGES, Budget
 from bench.characterise.points import Point, make_point
 from bench.characterise.reads import read_costs
 from bench.characterise.runner import NoLoad, Runner
@@ -37,67 +37,16 @@ from shaper.gpu.profiles import load_profile, profile_for_device
 from shaper.gpu.reader import GpuReader
 from shaper.recording import RecordingWriter
 
-PROGRAM = "bench.gpu_characterise"
 # These run no steps, and need no engine on a GPU that is there without one.
 _ONLY_READ = frozenset({"idle", "reads"})
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a `ConfigError`: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see python -m {PROGRAM} --help")
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
-    if not 0 < value < 3600:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 3600")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _positive(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text} is above 1")
-    return value
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The arguments."""
-    parser = _Parser(
-        prog=f"python -m {PROGRAM}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--stage", choices=(*STAGES, "all"), default="all")
-    add("--out", type=Path, required=True, metavar="DIR", help="made if it is missing")
-    add("--model", default="llama-3.1-8b", help="built-in shape or directory with a config.json")
-    add("--emulate", metavar="GPU", help="an emulated GPU, like h200-sxm, in place of a real one")
-    add("--torch-only", action="store_true", help="bare GEMMs and attention in place of vLLM")
-    add("--quick", action="store_true", help="fewer and shorter points, to try it out")
-    add("--seconds-per-point", type=_positive, metavar="S")
-    add("--idle-seconds", type=_positive, metavar="S")
-    add("--total-seconds", type=_positive, default=TOTAL_SECONDS, metavar="S", help="of the run")
-    add("--stage-seconds", type=_positive, default=STAGE_SECONDS, metavar="S", help="of a stage")
-    add("--attention-backend", metavar="NAME", help="given to vLLM; by default its own choice")
-    add("--gpu-memory-utilization", type=_share, default=0.9, metavar="RATIO")
-    add("--enforce-eager", action="store_true", help="vLLM without compilation and CUDA graphs")
-    add("--top-p", type=_share, default=1.0, help="below 1 the sampler sorts; default 1")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command. 0 when done, 2 when it can't run here, 130 when interrupted."""
     try:
-        options = build_parser().parse_args(argv)
+        options = build_parser(__doc__ or "").parse_args(argv)
         return _Run(options).run()
-    except ShaperError as error:
+    except (ShaperError, OSError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
 
@@ -110,7 +59,7 @@ class _Run:
         self._begin = time.monotonic()
         self._budget = Budget(options.total_seconds, options.stage_seconds)
         self._stages = STAGES if options.stage == "all" else (options.stage,)
-        self._plan = _plan(options)
+        self._plan = plan_of(options)
         self._before: list[Point] = []
         self._session: stages.Session | None = None
         # Both are refused here, before an engine is started.
@@ -164,6 +113,7 @@ class _Run:
         self._session = session = stages.Session(
             self._plan, self._budget, runner, sampler, writer, points=self._before, say=_say
         )
+        session.driver = self._driver is not None
         sampler.start()
         if self._stages != ("idle",) or self._driver is None:
             stages.idle(session, "before, engine ready" if "idle" in self._stages else "before")
@@ -189,6 +139,7 @@ class _Run:
             return BareRunner(TorchSteps(load_shape(options.model), self._driver))
         from bench.characterise.engine import EngineRunner, EngineSettings
 
+        _say("starting vLLM; on a GPU it compiles and captures graphs for a minute or two")
         settings = EngineSettings(
             model=options.model,
             emulate=options.emulate,
@@ -243,12 +194,12 @@ class _Run:
 def _reads(session: stages.Session) -> None:
     session.runner.clear()
     session.meter.stop()
-    driver = session.runner.about.get("driver", not _emulated(session.runner.reader))
-    costs = read_costs(session.runner.reader, session.plan.read_calls, driver=bool(driver))
+    reader, calls = session.runner.reader, session.plan.read_calls
+    costs = read_costs(reader, calls, driver=session.driver)
     session.findings["reads"] = [dataclasses.asdict(cost) for cost in costs]
     for cost in costs:
         _say(f"reads: {cost.name}: {cost.error or f'{cost.median_seconds * 1e3:.3f} ms'}")
-    session.meter = MeterThread(session.runner.reader, session.plan.sample_interval_seconds)
+    session.meter = MeterThread(reader, session.plan.sample_interval_seconds)
     session.meter.start()
 
 
@@ -264,20 +215,6 @@ _STAGES: dict[str, Callable[[stages.Session], None]] = {
     "meter": meter,
     "reads": _reads,
 }
-
-
-def _emulated(reader: GpuReader) -> bool:
-    return reader.gpus[0].uuid.startswith("GPU-emulated")
-
-
-def _plan(options: argparse.Namespace) -> Plan:
-    plan = QUICK if options.quick else Plan()
-    changes: dict[str, float] = {}
-    if options.seconds_per_point is not None:
-        changes["seconds_per_point"] = options.seconds_per_point
-    if options.idle_seconds is not None:
-        changes["idle_seconds"] = options.idle_seconds
-    return dataclasses.replace(plan, **changes)  # type: ignore[arg-type]
 
 
 def _driver() -> GpuReader:

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 from bench.characterise.runner import StepLog
 from shaper.core.types import StepBatch
 from shaper.emulator.device import EmulatedDevice
-from shaper.emulator.kv_cache import available_kv_bytes
 from shaper.emulator.shapes import load_shape
 from shaper.gpu.reader import GpuReader
 from shaper.recording import RecordedStep
@@ -146,6 +145,9 @@ class EmulatedSteps:
 
     def __init__(self, gpu: str, model: str) -> None:
         """Raises `UnknownGpuError` and `UnknownModelError`."""
+        # It brings torch, and seconds of imports with it.
+        from shaper.emulator.kv_cache import available_kv_bytes
+
         self._emulated = EmulatedDevice(gpu, load_shape(model))
         coefficients = self._emulated.model.coefficients
         room = available_kv_bytes(self._emulated.model, 0.9, 8192)

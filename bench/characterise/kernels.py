@@ -60,6 +60,9 @@ class TorchSteps:
         self._device = device
         self._dtype = torch.bfloat16
         self._rows = largest_chunk
+        self._layers: list[Any] = []
+        self._caches: list[Any] = []
+        self._logits: Any = None
         try:
             self._allocate(kv_tokens)
         except torch.OutOfMemoryError as error:
@@ -116,13 +119,9 @@ class TorchSteps:
             (width, 2 * inner),
             (inner, width),
         )
-        self._layers: list[Any] = [
-            tuple(self._random(*size) for size in sizes) for _ in range(shape.layers)
-        ]
-        self._logits: Any = self._random(width, shape.vocab_size)
-        self._inputs = {
-            size: self._random(self._rows, size) for size in {width, q_width, inner}
-        }
+        self._layers = [tuple(self._random(*size) for size in sizes) for _ in range(shape.layers)]
+        self._logits = self._random(width, shape.vocab_size)
+        self._inputs = {size: self._random(self._rows, size) for size in {width, q_width, inner}}
         self._queries = self._random(self._rows, heads, shape.head_dim)
         per_token = 2 * kv_width * 2 * shape.layers
         if kv_tokens is None:
@@ -131,7 +130,7 @@ class TorchSteps:
         if kv_tokens < 2 * self._rows:
             raise ConfigError(f"{shape.name} leaves no room for a KV cache on this GPU")
         self._kv_tokens = kv_tokens
-        self._caches: list[Any] = [
+        self._caches = [
             (
                 self._random(kv_tokens, kv_heads, shape.head_dim),
                 self._random(kv_tokens, kv_heads, shape.head_dim),

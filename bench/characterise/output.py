@@ -107,7 +107,7 @@ def _table(points: Sequence[Point]) -> list[str]:
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for point in points:
         cells = (
-            point.label() or str(point.extra.get("when", "")),
+            point.label(),
             _number(point.watts, 1),
             _number(point.instant_watts, 1),
             _number(point.average_watts, 1),
@@ -144,7 +144,13 @@ def _found_of(stage: str, outcome: Outcome) -> list[str]:
             lines += ["", f"Power cap under the heaviest load: {_words(cap)}."]
     costs = outcome.findings.get("reads") if stage == "reads" else None
     if costs:
-        lines += ["", "## Reads", "", "| read | median ms | p99 ms | longest ms |", "|---" * 4 + "|"]
+        lines += [
+            "",
+            "## Reads",
+            "",
+            "| read | median ms | p99 ms | longest ms |",
+            "|---" * 4 + "|",
+        ]
         for cost in costs:
             numbers = (cost["median_seconds"], cost["p99_seconds"], cost["longest_seconds"])
             cells = [_number(seconds, 3, 1e3) for seconds in numbers]
@@ -169,9 +175,8 @@ def _words(values: Mapping[str, Any], leave_out: str = "") -> str:
 
 
 def _reasons(bits: int) -> str:
-    return ", ".join(
-        (one.name or "").lower() for one in ClockEventReasons if one and one in ClockEventReasons(bits)
-    )
+    held = ClockEventReasons(bits)
+    return ", ".join((one.name or "").lower() for one in ClockEventReasons if one & held)
 
 
 def _finite(value: Any) -> Any:

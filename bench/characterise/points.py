@@ -12,7 +12,7 @@ import numpy as np
 from shaper.core.types import ClockEventReasons, GpuSample
 from shaper.recording import RecordedStep
 
-_SETTING_WORDS = {"on_seconds": "load and rest of {:g} s", "cadence_seconds": "every {:g} s"}
+_SETTING_WORDS = {"on_seconds": "waves of {:g} s", "cadence_seconds": "every {:g} s"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,8 @@ class Point:
 
     def label(self) -> str:
         """The settings in words."""
+        if not self.settings:
+            return str(self.extra.get("when", ""))
         return ", ".join(
             _SETTING_WORDS[name].format(value)
             if name in _SETTING_WORDS

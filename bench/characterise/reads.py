@@ -85,19 +85,19 @@ def _getters(pynvml: Any) -> dict[str, Callable[[Any], object]]:
         "field POWER_AVERAGE": fields(average),
         "fields POWER_INSTANT and POWER_AVERAGE together": fields(instant, average),
         "field TOTAL_ENERGY_CONSUMPTION": lambda h: _field_values(pynvml, h, [energy]),
-        "nvmlDeviceGetTotalEnergyConsumption": lambda h: (
-            pynvml.nvmlDeviceGetTotalEnergyConsumption(h)
+        "nvmlDeviceGetTotalEnergyConsumption": lambda h: pynvml.nvmlDeviceGetTotalEnergyConsumption(
+            h
         ),
         "nvmlDeviceGetPowerUsage": lambda h: pynvml.nvmlDeviceGetPowerUsage(h),
         "nvmlDeviceGetEnforcedPowerLimit": lambda h: pynvml.nvmlDeviceGetEnforcedPowerLimit(h),
-        "nvmlDeviceGetClockInfo, SM": lambda h: (
-            pynvml.nvmlDeviceGetClockInfo(h, pynvml.NVML_CLOCK_SM)
+        "nvmlDeviceGetClockInfo, SM": lambda h: pynvml.nvmlDeviceGetClockInfo(
+            h, pynvml.NVML_CLOCK_SM
         ),
         "nvmlDeviceGetCurrentClocksEventReasons": lambda h: (
             pynvml.nvmlDeviceGetCurrentClocksEventReasons(h)
         ),
-        "nvmlDeviceGetTemperature": lambda h: (
-            pynvml.nvmlDeviceGetTemperature(h, pynvml.NVML_TEMPERATURE_GPU)
+        "nvmlDeviceGetTemperature": lambda h: pynvml.nvmlDeviceGetTemperature(
+            h, pynvml.NVML_TEMPERATURE_GPU
         ),
     }
 

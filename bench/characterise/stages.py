@@ -38,12 +38,17 @@ class Session:
     points: list[Point] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
+    steps: list[RecordedStep] = field(default_factory=list)
+    """All that were recorded so far."""
+    driver: bool = False
+    """Whether NVIDIA's driver can be asked beside the runner's reader."""
     say: Callable[[str], None] = print
 
     def collect(self) -> tuple[list[RecordedStep], list[GpuSample]]:
         """Moves what was logged since the last call to the recording, and returns it."""
         steps, samples = self.runner.take_steps(), self.meter.take()
         self.writer.write(steps, samples)
+        self.steps += steps
         return steps, samples
 
     def measure(

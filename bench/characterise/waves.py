@@ -25,9 +25,12 @@ from shaper.recording import RecordedStep
 
 FloatArray = npt.NDArray[np.float64]
 READINGS = ("instant_watts", "average_watts")
-_WINDOWS_SECONDS = np.geomspace(0.005, 2.0, 60)
-_DELAYS_SECONDS = np.arange(0.0, 0.2001, 0.005)
+_WINDOWS_SECONDS: tuple[float, ...] = tuple(np.geomspace(0.005, 2.0, 60).tolist())
+_DELAYS_SECONDS: tuple[float, ...] = tuple(0.005 * count for count in range(41))
 _FEWEST_CHANGES = 12
+# Rest over load of a wave. With 1 a wave of 50 ms would keep step with a meter that is
+# refreshed every 100 ms, and show it one phase of the wave only.
+_REST_RATIO = 1.13
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,12 @@ def meter(session: Session) -> None:
     plan = session.plan
     steps: list[RecordedStep] = []
     samples: list[GpuSample] = []
+    period_ratio = 1.0 + _REST_RATIO
     context = min(plan.contexts_tokens)
     chunk = plan.wave_chunk_tokens
     for on in plan.wave_seconds:
-        cycles = max(2, round(plan.wave_total_seconds / (2 * on)))
-        if not session.has_time("meter", f"waves of {on:g} s", 2 * on * cycles + 2.0):
+        cycles = max(2, round(plan.wave_total_seconds / (period_ratio * on)))
+        if not session.has_time("meter", f"waves of {on:g} s", period_ratio * on * cycles + 2.0):
             continue
         count = int(cycles * on * _rate(steps)) + cycles
         session.runner.start_chunks(context, chunk, count)
@@ -63,7 +67,8 @@ def meter(session: Session) -> None:
         steps += ran
         samples += read
     session.findings["meter"] = [
-        asdict(finding) for finding in infer_meter(steps, samples, plan.sample_interval_seconds)
+        asdict(finding)
+        for finding in infer_meter(session.steps, samples, plan.sample_interval_seconds)
     ]
     session.findings["power_cap"] = _cap(session, context)
     session.runner.clear()
@@ -81,13 +86,14 @@ def _wave(
 ) -> tuple[list[RecordedStep], list[GpuSample]]:
     def run() -> None:
         begin = time.monotonic()
+        period = (1.0 + _REST_RATIO) * on_seconds
         for cycle in range(cycles):
-            rise = begin + 2 * on_seconds * cycle
+            rise = begin + period * cycle
             sleep_until(rise)
             while time.monotonic() < rise + on_seconds and session.runner.step():
                 pass
             session.runner.drain()
-        sleep_until(begin + 2 * on_seconds * cycles)
+        sleep_until(begin + period * cycles)
 
     _, steps, samples = session.measure("meter", {"on_seconds": on_seconds}, run)
     return steps, samples
@@ -180,15 +186,21 @@ def _best_window(
     at = np.array([t for t, _ in changes])
     watts = np.array([w for _, w in changes])
     best: tuple[float, float, float, FloatArray] | None = None
+    longest_delay = max(interval_seconds, refresh or 0.0)
     for window in _WINDOWS_SECONDS:
-        for delay in _DELAYS_SECONDS[_DELAYS_SECONDS <= max(interval_seconds, refresh or 0.0)]:
+        for delay in _DELAYS_SECONDS:
+            if delay > longest_delay:
+                break
             busy = _busy_seconds(steps, at - delay) - _busy_seconds(steps, at - delay - window)
             matrix = np.column_stack([np.ones_like(busy), busy / window])
             level = np.linalg.lstsq(matrix, watts, rcond=None)[0]
+            if level[1] <= 0.0:
+                continue  # a load that draws less than rest: the window is not that
             error = float(np.sqrt(np.mean((matrix @ level - watts) ** 2)))
             if best is None or error < best[0]:
-                best = (error, float(window), float(delay), level)
-    assert best is not None
+                best = (error, window, delay, level)
+    if best is None:
+        return MeterFinding(name, refresh)
     error, window, delay, level = best
     return MeterFinding(
         reading=name,

@@ -118,6 +118,7 @@ class Controller:
         self._flights: deque[_Flight] = deque()
         self._returned_seconds = -math.inf
         self._queues = False
+        self._busy_seconds = 0.0
         self._state: PowerState | None = None
         self._clock_hertz: float | None = None
         self._celsius: float | None = None
@@ -146,7 +147,7 @@ class Controller:
         self._celsius = state.temperature_celsius
         # A span that began before the ledger did teaches nothing; the next one is whole.
         with contextlib.suppress(LedgerError):
-            self.estimator.observe_power(state, self._joules_between)
+            self.estimator.observe_power(state, self._joules_between, self._busy_seconds)
 
     def _joules_between(self, start_seconds: float, end_seconds: float) -> float:
         """Entered joules, and those of steps in flight as far as they lie inside."""
@@ -257,3 +258,4 @@ class Controller:
         # The work is the same however long it took; the rest of the time is idle power.
         joules = flight.prediction.joules + (end - predicted_end) * self._idle_watts
         self._ledger.spend(start, end, joules)
+        self._busy_seconds += end - start

@@ -22,6 +22,9 @@ _SECONDS_WEIGHT = 0.01
 # Per span of two seconds: half a minute to follow. Edges that are 20 ms off make 1% a
 # span; averaged at this weight it stays below the deadband.
 _JOULES_WEIGHT = 0.15
+# A GPU that rests for long draws less than between steps, which the ledger does not
+# know: a span with more rest than this would say something about rest, not about steps.
+_BUSY_RATIO = 0.9
 # A move is dated by the reading that shows it, if the one before is this recent.
 _EDGE_SECONDS = 0.05
 _SPAN_SECONDS = 2.0
@@ -43,7 +46,7 @@ class Estimator:
     def __init__(self) -> None:
         self._measured_seconds = self._predicted_seconds = 0.0
         self._joules_gain = 1.0
-        self._span_start: tuple[float, float] | None = None
+        self._span_start: tuple[float, float, float] | None = None
         self._seen: tuple[float, float] | None = None
 
     @property
@@ -83,13 +86,17 @@ class Estimator:
         self._predicted_seconds += _SECONDS_WEIGHT * (predicted_seconds - self._predicted_seconds)
 
     def observe_power(
-        self, state: PowerState, ledger_joules: Callable[[float, float], float]
+        self,
+        state: PowerState,
+        ledger_joules: Callable[[float, float], float],
+        busy_seconds: float,
     ) -> None:
         """Learn from the energy counter.
 
         Args:
             state: what the sampler last saw; one without a counter teaches nothing.
             ledger_joules: corrected predicted joules between two times.
+            busy_seconds: time in steps since the start, counted up to now.
         """
         energy, now = state.energy_joules, state.sampled_seconds
         if energy is None:
@@ -102,14 +109,16 @@ class Estimator:
         if energy == seen[1] or now - seen[0] > _EDGE_SECONDS:
             return
         if self._span_start is None:
-            self._span_start = (now, energy)
+            self._span_start = (now, energy, busy_seconds)
             return
-        start, before = self._span_start
+        start, before, busy_before = self._span_start
         if now - start < _SPAN_SECONDS:
             return
-        self._span_start = (now, energy)
+        self._span_start = (now, energy, busy_seconds)
         if now - start > 2 * _SPAN_SECONDS:
             return  # the sampler was away; the ledger may not reach back so far
+        if busy_seconds - busy_before < _BUSY_RATIO * (now - start):
+            return
         predicted = ledger_joules(start, now) / self.joules_gain_ratio
         if predicted > 0:
             ratio = _clamp((energy - before) / predicted)

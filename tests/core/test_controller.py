@@ -168,22 +168,39 @@ def test_the_energy_counter_corrects_joules(true_ratio):
 def test_a_coarse_counter_does_not_move_a_right_model():
     """Power that swings, and a counter that moves each 100 ms out of step with the spans."""
     control = controller(PowerLimit(900.0, 0.1))
-    joules = shown = 0.0
+    load = dataclasses.replace(DECODES, prefills=(PrefillDemand(512, 0),))
+    joules = shown = now = 0.0
     gains = []
-    for tick in range(8000):
-        now = 0.008 * tick
-        busy = tick % 37 < 20
-        if busy:
-            control.plan(DECODES, now)
-            control.launched(BATCH, now)
-            control.finished(now + 0.008)
-        joules += 3.6 if busy else 0.008 * 140.0
-        if tick % 13 == 0:
+    for tick in range(6000):
+        batch = load.batch() if tick % 37 < 9 else BATCH
+        step = control.predict(batch)
+        control.plan(load, now)
+        control.launched(batch, now)
+        now += step.seconds
+        control.finished(now)
+        joules += step.joules
+        if tick % 11 == 0:
             shown = joules
-        if tick % 3 == 0:
-            control.observe(state(now + 0.008, energy_joules=shown))
+        if tick % 2 == 0:
+            control.observe(state(now, energy_joules=shown))
         gains.append(control.estimator.joules_gain_ratio)
     assert set(gains) == {1.0}
+
+
+def test_rest_teaches_nothing_about_steps():
+    """A GPU that draws less at rest than the ledger thinks leaves the gain alone."""
+    control = controller(PowerLimit(900.0, 0.1))
+    joules = now = 0.0
+    for tick in range(4000):
+        if tick % 4:
+            now, joules = now + 0.02, joules + 0.02 * 75.0
+        else:
+            control.plan(DECODES, now)
+            control.launched(BATCH, now)
+            now, joules = now + 0.008, joules + 3.6
+            control.finished(now)
+        control.observe(state(now, energy_joules=joules))
+    assert control.estimator.joules_gain_ratio == 1.0
 
 
 def test_step_times_correct_seconds():
@@ -205,7 +222,7 @@ def test_absurd_measurements_are_clamped():
     estimator = Estimator()
     for span in range(400):
         for now in (2.1 * span, 2.1 * span + 0.02):
-            estimator.observe_power(state(now, energy_joules=1e9 * now), lambda a, b: 900.0)
+            estimator.observe_power(state(now, energy_joules=1e9 * now), lambda a, b: 900.0, now)
     assert 1.0 < estimator.joules_gain_ratio <= 1.4
 
 
@@ -213,7 +230,7 @@ def test_a_counter_that_resets_starts_a_new_span():
     """Going back to zero is not negative energy."""
     estimator = Estimator()
     for now, joules in ((0.0, 1e6), (0.02, 1e6 + 9), (2.1, 5.0), (2.12, 6.0), (2.14, 7.0)):
-        estimator.observe_power(state(now, energy_joules=joules), lambda a, b: 900.0)
+        estimator.observe_power(state(now, energy_joules=joules), lambda a, b: 900.0, now)
     assert estimator.joules_gain_ratio == 1.0
 
 
