@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import signal
 import sys
@@ -96,6 +97,7 @@ class _Run:
         if self._driver is not None and "idle" in self._stages:
             self._before.append(self._idle_without_engine(self._driver))
         runner = self._runner()
+        stages.warm_up(runner)
         about = dict(runner.about)
         _say(f"ready after {time.monotonic() - self._begin:.0f} s: {about.get('runner')}")
         identity = runner.reader.gpus[0]
@@ -218,9 +220,21 @@ _STAGES: dict[str, Callable[[stages.Session], None]] = {
 
 
 def _driver() -> GpuReader:
+    if importlib.util.find_spec("pynvml") is None:
+        _borrow_binding()
     from shaper.gpu.nvml import NvmlReader, visible_gpus
 
     return NvmlReader(visible_gpus(os.environ, 1))
+
+
+def _borrow_binding() -> None:
+    """Takes the copy of NVIDIA's binding that vLLM brings: nothing can be installed offline."""
+    try:
+        sys.modules["pynvml"] = importlib.import_module("vllm.third_party.pynvml")
+    except ImportError as error:
+        raise ConfigError(
+            "NVIDIA's Python binding is missing: pip install nvidia-ml-py, or give --emulate"
+        ) from error
 
 
 def _say(text: str) -> None:

@@ -1,10 +1,9 @@
 """A fixed block of numbers per engine in shared memory, and its reader.
 
 The scheduler runs in vLLM's engine-core process and `/metrics` is served by the
-API server's (one or several). Each engine writes its numbers to a small file in
-`/dev/shm`; every API server maps the files of its run and shows them. There are
-two writers in an engine, its scheduler thread and its sampler thread; each owns
-a section with a sequence number, odd while it is written, so that a reader never
+API server's (one or several). Each engine's sampler thread writes its numbers to a
+small file in `/dev/shm`; every API server maps the files of its run and shows them.
+A section carries a sequence number, odd while it is written, so that a reader never
 shows half an update. Nothing waits for anything.
 
 The run's id, chosen in the first process and inherited by the others through the
@@ -102,7 +101,7 @@ class StatusWriter:
         self._sequence = dict.fromkeys(_SECTIONS, 0)
 
     def write(self, section: str, values: Sequence[float]) -> None:
-        """Replace a section's numbers. Call from that section's own thread only."""
+        """Replace a section's numbers. Call from one thread only."""
         offset = _HEADER_BYTES + _SECTIONS.index(section) * _SECTION_BYTES
         sequence = self._sequence[section] + 1
         struct.pack_into("<II", self._memory, offset, sequence & 0xFFFFFFFF, len(values))

@@ -62,7 +62,6 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
         "async_scheduling": True,
         "enforce_eager": settings.enforce_eager,
         "disable_log_stats": True,
-        "seed": 0,
     }
     if settings.attention_backend:
         arguments["attention_backend"] = settings.attention_backend
@@ -77,6 +76,8 @@ def set_environment(emulate: str | None) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # Without a network vLLM finds no address of its own.
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     if emulate:
         os.environ[EMULATE_VARIABLE] = emulate
@@ -214,7 +215,9 @@ class EngineRunner:
             self._core.shutdown()
 
     def _prompt(self, tokens: int) -> list[int]:
-        found: list[int] = self._random.integers(1, self._vocabulary - 1000, tokens).tolist()
+        found: list[int] = self._random.integers(
+            1, max(2, self._vocabulary * 9 // 10), tokens
+        ).tolist()
         return found
 
     def _add(self, prompt: list[int], output_tokens: int) -> None:

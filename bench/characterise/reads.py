@@ -84,7 +84,7 @@ def _getters(pynvml: Any) -> dict[str, Callable[[Any], object]]:
         "field POWER_INSTANT": fields(instant),
         "field POWER_AVERAGE": fields(average),
         "fields POWER_INSTANT and POWER_AVERAGE together": fields(instant, average),
-        "field TOTAL_ENERGY_CONSUMPTION": lambda h: _field_values(pynvml, h, [energy]),
+        "field TOTAL_ENERGY_CONSUMPTION": fields(energy),
         "nvmlDeviceGetTotalEnergyConsumption": lambda h: pynvml.nvmlDeviceGetTotalEnergyConsumption(
             h
         ),

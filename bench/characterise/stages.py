@@ -86,6 +86,16 @@ class Session:
         self.say(f"{stage}: skipped {why}")
 
 
+def warm_up(runner: Runner) -> None:
+    """One load of each kind, not recorded: kernels that are compiled at their first use."""
+    runner.start_decodes(2, 64)
+    _run_steps(runner, 8, 60.0)
+    runner.start_chunks(64, 256, 2)
+    _run_steps(runner, 3, 60.0)
+    runner.clear()
+    runner.take_steps()
+
+
 def idle(session: Session, what: str) -> None:
     """Nothing runs; the engine is there."""
     seconds = session.plan.idle_seconds

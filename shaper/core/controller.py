@@ -122,6 +122,7 @@ class Controller:
         self._state: PowerState | None = None
         self._clock_hertz: float | None = None
         self._celsius: float | None = None
+        self._predictions: dict[StepBatch, tuple[StepPrediction, StepPrediction]] = {}
         self._room = Room(())
         self._plan = Plan(UNLIMITED, Reason.IDLE)
         self._wanted_prefill_tokens = 0
@@ -160,13 +161,25 @@ class Controller:
 
     def predict(self, batch: StepBatch) -> StepPrediction:
         """A step at the present clock and temperature, corrected by what was measured."""
-        prediction = self._model.predict(
-            batch, sm_clock_hertz=self._clock_hertz, temperature_celsius=self._celsius
-        )
-        return self.estimator.correct(prediction)
+        return self._predict(batch)[1]
+
+    def _predict(self, batch: StepBatch) -> tuple[StepPrediction, StepPrediction]:
+        """As the model says, and corrected. A plan asks about some steps several times."""
+        found = self._predictions.get(batch)
+        if found is None:
+            raw = self._model.predict(
+                batch, sm_clock_hertz=self._clock_hertz, temperature_celsius=self._celsius
+            )
+            found = self._predictions[batch] = (raw, self.estimator.correct(raw))
+        return found
 
     def plan(self, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits that the engine shall apply to its next step."""
+        self._predictions.clear()
+        self._wanted_prefill_tokens = sum(demand.remaining_tokens for demand in load.prefills)
+        if not self._ledger.limits and self._itl_target_seconds is None:
+            self._plan = Plan(UNLIMITED, Reason.OFF)
+            return UNLIMITED
         in_flight = self._in_flight(now_seconds)
         start = max(now_seconds, in_flight[-1][1]) if in_flight else now_seconds
         self._room = self._ledger.ask(
@@ -180,7 +193,6 @@ class Controller:
             turn=self._guard.turn(now_seconds),
         )
         self._plan = self._guard.check(self._policy.plan(view), load, now_seconds)
-        self._wanted_prefill_tokens = sum(demand.remaining_tokens for demand in load.prefills)
         return UNLIMITED if self._shadow else self._plan.limits
 
     def _floor_watts(self, load: EngineLoad) -> float:
@@ -214,10 +226,7 @@ class Controller:
         prediction = StepPrediction(0.0, 0.0)
         headroom = math.inf
         if batch.tokens:
-            raw = self._model.predict(
-                batch, sm_clock_hertz=self._clock_hertz, temperature_celsius=self._celsius
-            )
-            prediction = self.estimator.correct(raw)
+            raw, prediction = self._predict(batch)
             queued = bool(self._flights)
             self._queues = self._queues or queued
             self._flights.append(_Flight(now_seconds, queued, raw.seconds, prediction))

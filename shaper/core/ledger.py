@@ -221,6 +221,7 @@ class Room:
 
     def __init__(self, parts: tuple[_LimitRoom, ...]) -> None:
         self._parts = parts
+        self._answers: dict[float, float] = {}
 
     def max_watts(self, seconds: float) -> float:
         """The highest mean power at which a step of this length fits.
@@ -232,4 +233,11 @@ class Room:
             Watts; below 0 when a step of no watts at all would still leave a window
             too full, infinity without limits.
         """
-        return min((part.max_watts(seconds) for part in self._parts), default=math.inf)
+        if not self._parts:
+            return math.inf
+        # The step that is planned is the one that is launched, so it is asked about twice.
+        answer = self._answers.get(seconds)
+        if answer is None:
+            answer = min(part.max_watts(seconds) for part in self._parts)
+            self._answers[seconds] = answer
+        return answer

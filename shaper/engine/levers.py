@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import Any
 
 from shaper.core.types import StepLimits
 from shaper.engine.compat import admissions_capped_at
 from shaper.engine.load import is_ready_decode
+
+_IS_PREFILL = attrgetter("is_prefill_chunk")
 
 
 class Levers:
@@ -18,23 +21,31 @@ class Levers:
         self._scheduler = scheduler
         self._last_run: dict[str, int] = {}
 
-    def apply(self, limits: StepLimits) -> ExitStack:
-        """Set up the scheduler for one `schedule()`; leaving the stack puts it back."""
+    def apply(self, limits: StepLimits, ready_decodes: int | None = None) -> ExitStack:
+        """Set up the scheduler for one `schedule()`; leaving the stack puts it back.
+
+        Args:
+            limits: of this step.
+            ready_decodes: how many decodes would run, if that is known; else counted.
+        """
         with ExitStack() as stack:
             if not limits.run:
                 stack.enter_context(self._tokens_capped_at(0))
             elif limits.binding:
-                self._bind(limits, stack)
+                self._bind(limits, ready_decodes, stack)
             return stack.pop_all()
 
-    def _bind(self, limits: StepLimits, stack: ExitStack) -> None:
-        decodes = self._hold_decodes(limits.decode_requests)
+    def _bind(self, limits: StepLimits, ready_decodes: int | None, stack: ExitStack) -> None:
+        if limits.decode_requests is None and ready_decodes is not None:
+            decodes = ready_decodes
+        else:
+            decodes = self._hold_decodes(limits.decode_requests)
         if limits.prefill_tokens == 0:
             self._hold_prefills()
             stack.enter_context(admissions_capped_at(self._scheduler, 0))
         elif limits.prefill_tokens is not None:
             # vLLM serves `running` in order: a prompt before a decode would eat its token.
-            self._scheduler.running.sort(key=_is_prefill)
+            self._scheduler.running.sort(key=_IS_PREFILL)
             each = 1 + self._scheduler.num_spec_tokens
             stack.enter_context(self._tokens_capped_at(decodes * each + limits.prefill_tokens))
 
@@ -79,8 +90,3 @@ class Levers:
             for position, request in enumerate(ready)
         }
         return cap
-
-
-def _is_prefill(request: Any) -> bool:
-    prefill: bool = request.is_prefill_chunk
-    return prefill

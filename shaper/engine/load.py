@@ -33,14 +33,23 @@ def engine_load(scheduler: Any, previous: Set[str]) -> EngineLoad:
     decode_tokens_each = 1 + scheduler.num_spec_tokens
     decodes = contexts = returned = 0
     prefills: list[PrefillDemand] = []
+    # `is_ready_decode`, written out: this loop runs over all requests at every step.
     for request in scheduler.running:
+        if next_step < request.next_decode_eligible_step:
+            continue
+        computed = request.num_computed_tokens
         if request.is_prefill_chunk:
-            if next_step >= request.next_decode_eligible_step:
-                prefills.append(_demand(request))
-        elif is_ready_decode(request, next_step):
-            decodes += 1
-            contexts += request.num_computed_tokens
-            returned += request.request_id not in previous
+            prefills.append(PrefillDemand(max(1, request.num_tokens - computed), computed))
+            continue
+        placeholders = request.num_output_placeholders
+        if placeholders and computed + 2 - placeholders >= (
+            request.num_prompt_tokens + request.max_tokens
+        ):
+            continue
+        decodes += 1
+        contexts += computed
+        if request.request_id not in previous:
+            returned += 1
     tokens = decodes * decode_tokens_each
     budget = scheduler.max_num_scheduled_tokens
     _add_waiting(scheduler, prefills, budget - tokens)
@@ -77,8 +86,24 @@ def _add_waiting(scheduler: Any, prefills: list[PrefillDemand], tokens: int) -> 
         slots -= 1
 
 
-def launched_batch(scheduler: Any, output: Any, previous: Set[str]) -> StepBatch:
-    """What `schedule()` put into the step it just returned."""
+def launched_batch(
+    scheduler: Any, output: Any, previous: Set[str], expected: StepBatch | None = None
+) -> StepBatch:
+    """What `schedule()` put into the step it just returned.
+
+    Args:
+        scheduler: vLLM's.
+        output: what it returned.
+        previous: as in `engine_load`.
+        expected: what the limits should have given; it is taken if counts and tokens
+            agree, which spares the loop over all requests.
+    """
+    if (
+        expected is not None
+        and output.total_num_scheduled_tokens == expected.tokens
+        and len(output.num_scheduled_tokens) == expected.requests
+    ):
+        return expected
     requests = scheduler.requests
     decode_most = 1 + scheduler.num_spec_tokens
     decodes = decode_tokens = decode_contexts = returned = 0

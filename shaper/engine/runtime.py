@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 from shaper.core.controller import Controller
 from shaper.core.types import (
     Decision,
+    EngineLoad,
     PowerState,
     Reason,
     StepBatch,
@@ -96,7 +97,6 @@ class LiveShaper:
         new_controller: makes a controller that starts at the given time.
         cap: what holds while there is none.
         sampler: publishes power states; None without a sensor.
-        publish: gets the scheduler's section of the status block.
         log: gets every decision.
         record: gets every step that returned.
         clock: monotonic seconds.
@@ -109,7 +109,6 @@ class LiveShaper:
         cap: SafeCap,
         *,
         sampler: Sensing | None = None,
-        publish: Callable[[list[float]], None] | None = None,
         log: DecisionSink | None = None,
         record: Callable[[RecordedStep], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -119,7 +118,6 @@ class LiveShaper:
         self._new_controller = new_controller
         self._cap = cap
         self._sampler = sampler
-        self._publish = publish
         self._log = log
         self._record_step = record
         self._clock = clock
@@ -131,11 +129,12 @@ class LiveShaper:
         self._logged_seconds: float | None = None
         self._launched_seconds = float("-inf")
         self._previous: Set[str] = frozenset()
+        self._load: EngineLoad | None = None
+        self._limits: StepLimits | None = None
         self._flying: deque[tuple[float, StepBatch]] = deque()
         self._returned_seconds = float("-inf")
         self._energy_start: tuple[float, float] | None = None
         self._busy_seconds = 0.0
-        self._show()
 
     # --- the scheduler's calls
 
@@ -145,7 +144,8 @@ class LiveShaper:
         if limits is None:
             limits = self._cap.limits(self._clock() - self._launched_seconds)
         # The levers may fail too; then this one step is vLLM's own.
-        applied = self._guarded(lambda: self._levers.apply(limits))
+        decodes = None if self._load is None else self._load.decode_requests
+        applied = self._guarded(lambda: self._levers.apply(limits, decodes))
         with applied or ExitStack():
             output = run()
         self._guarded(lambda: self._record(output))
@@ -165,6 +165,7 @@ class LiveShaper:
 
     def _decide(self) -> StepLimits | None:
         controller = self._controller
+        self._load = self._limits = None
         now = self._clock()
         if controller is None:
             if now - self._failed_seconds < RETRY_SECONDS:
@@ -174,11 +175,22 @@ class LiveShaper:
         if state is not None:
             controller.observe(state)
             self._measure(state)
-        return controller.plan(engine_load(self._scheduler, self._previous), now)
+            self.counters.seconds_gain = controller.estimator.seconds_gain_ratio
+            self.counters.joules_gain = controller.estimator.joules_gain_ratio
+        self._load = engine_load(self._scheduler, self._previous)
+        self._limits = controller.plan(self._load, now)
+        return self._limits
+
+    def _expected(self) -> StepBatch | None:
+        """The step that the limits should give, where that is known before."""
+        load, limits = self._load, self._limits
+        if load is None or limits is None or not limits.run or limits.decode_requests is not None:
+            return None
+        return load.batch(limits.prefill_tokens)
 
     def _record(self, output: Any) -> None:
         now = self._clock()
-        batch = launched_batch(self._scheduler, output, self._previous)
+        batch = launched_batch(self._scheduler, output, self._previous, self._expected())
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
             self._launched_seconds = now
@@ -202,7 +214,6 @@ class LiveShaper:
         if self._log is not None:
             state = self._sampler.latest if self._sampler else None
             self._log.add(decision, state.instant_watts if state else None)
-        self._show()
 
     def _finish(self) -> None:
         now = self._clock()
@@ -232,13 +243,6 @@ class LiveShaper:
             gaps = (span - busy) * self._controller.idle_watts
             self.counters.measured_watts = (state.energy_joules - before - gaps) / busy
         self._energy_start, self._busy_seconds = (state.sampled_seconds, state.energy_joules), 0
-
-    def _show(self) -> None:
-        if self._controller is not None:
-            self.counters.seconds_gain = self._controller.estimator.seconds_gain_ratio
-            self.counters.joules_gain = self._controller.estimator.joules_gain_ratio
-        if self._publish is not None:
-            self._publish(self.counters.values())
 
     def _guarded(self, call: Callable[[], _T]) -> _T | None:
         try:

@@ -7,6 +7,7 @@ or of `Scheduler` that this engine's configuration asks for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 class _Shaped:
     """What both schedulers add. Takes any arguments: signatures differ by version."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, attach: Callable[[Any], EngineShaper] = attach, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.shaper: EngineShaper = attach(self)
 
@@ -55,7 +58,7 @@ class ShapedScheduler(_Shaped, Scheduler):
 
 
 def power_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Scheduler:
-    """The shaped scheduler for this configuration."""
+    """The shaped scheduler for this configuration. `attach` replaces what shapes it."""
     asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
     kind = ShapedAsyncScheduler if asynchronous else ShapedScheduler
     return kind(vllm_config, *args, **kwargs)

@@ -16,7 +16,7 @@ from shaper.core.policy import Policy
 from shaper.core.policy.fixed import FixedPolicy
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
-from shaper.engine.compat import check_scheduler
+from shaper.engine.compat import check_scheduler, supported, vllm_version
 from shaper.engine.readers import engine_gpus
 from shaper.engine.runtime import EngineShaper, LiveShaper, PassThrough
 from shaper.engine.safe_cap import safe_cap
@@ -57,6 +57,9 @@ def attach(scheduler: Any) -> EngineShaper:
 
 def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     check_scheduler(scheduler)
+    version = vllm_version()
+    if not supported(version):
+        logger.warning("the shaper was not tried on vLLM %s; it was on 0.23 to 0.33", version)
     vllm_config = scheduler.vllm_config
     gpus = engine_gpus(vllm_config, config)
     model = StepModel(gpus.profile, engine_coefficients(vllm_config))
@@ -110,11 +113,11 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
         new_controller,
         safe_cap(model.predict, model.gap_watts, () if config.shadow else limits),
         sampler=sampler,
-        publish=lambda values: status.write("scheduler", values),
         log=log,
         record=recorder.add_step if recorder else None,
         on_close=close,
     )
+    telemetry.counters = shaper.counters
     sampler.start()
     _announce(config, gpus.profile.name)
     return shaper

@@ -16,7 +16,7 @@ from typing import TextIO
 
 from shaper.core.types import Decision, GpuIdentity, GpuSample, PowerLimit, PowerState, Reason
 from shaper.gpu.reader import GpuReader
-from shaper.metrics import NAN
+from shaper.metrics import NAN, SchedulerCounters
 from shaper.recording import RecordedStep, RecordingWriter
 from shaper.status import StatusWriter
 
@@ -186,7 +186,11 @@ class _Tap:
 
 
 class Telemetry:
-    """The sampler's `on_tick`: writes the sampler's section, the log and the recording."""
+    """The sampler's `on_tick`: writes the status block, the log and the recording.
+
+    `counters` is the scheduler thread's; it is read here while that thread counts, so
+    two numbers of one scrape may be a step apart.
+    """
 
     def __init__(
         self,
@@ -197,6 +201,7 @@ class Telemetry:
     ) -> None:
         self._status, self._windows, self._log = status, windows, log
         self._recorder = recorder
+        self.counters = SchedulerCounters()
         self._first_joules: float | None = None
         self._last: PowerState | None = None
         self._derived = (NAN, NAN)
@@ -209,6 +214,7 @@ class Telemetry:
             self._derived = self._windows.observe(state)
             self._last = state
         self._status.write("sampler", self._values(now_seconds, state, errors, rejected))
+        self._status.write("scheduler", self.counters.values())
         self._log.drain()
         if self._recorder is not None:
             self._recorder.drain()

@@ -1,8 +1,8 @@
-"""`bench.gpu_characterise`: its parts by hand and in virtual time, and whole runs."""
+"""`bench.gpu_characterise` as it is run: bad input, a fake driver, interrupts, vLLM's engine."""
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -10,22 +10,20 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pynvml
 import pytest
 
 from bench import gpu_characterise
-from bench.characterise import kernels, output
-from bench.characterise.plan import QUICK, STAGES, Budget
-from bench.characterise.points import Point, between_steps, make_point
-from bench.characterise.runner import StepLog
-from bench.characterise.waves import describe_cap, infer_meter
-from shaper.core.types import ClockEventReasons, GpuSample, StepBatch, StepPrediction
-from shaper.emulator.silicon import EmulatedGpus
+from bench.characterise import kernels
+from bench.characterise.plan import QUICK, STAGES
+from shaper.core.types import StepBatch
 from shaper.gpu import nvml
 from shaper.gpu.profiles import load_profile
-from shaper.recording import RecordedStep, read_recording
+from shaper.recording import read_recording
 from tests.gpu.fake_nvml import FakeGpu, FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,177 +41,6 @@ def command(*arguments: str) -> list[str]:
 def results(folder: Path, tail: str = "") -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / f"points{tail}.json").read_text())
     return found
-
-
-# The parts.
-
-
-def test_a_step_starts_when_its_predecessor_ended() -> None:
-    """Launched ahead, it waits; launched late, it starts then; an empty step is none."""
-    log = StepLog()
-    log.launched(1.0, ONE)
-    log.launched(1.1, ONE)
-    log.returned(2.0)
-    log.ended(3.0)
-    log.launched(5.0, None)
-    log.returned(5.5)
-    log.launched(6.0, ONE)
-    log.returned(6.1)
-    log.returned(7.0)
-    spans = [(step.start_seconds, step.end_seconds) for step in log.take()]
-    assert spans == [(1.0, 2.0), (2.0, 3.0), (6.0, 7.0)]
-    assert log.take() == []
-
-
-def test_power_is_taken_between_changes_of_the_counter() -> None:
-    """The counter stands still between refreshes: only where it moves is the time known."""
-    samples = [
-        GpuSample(read_seconds=0.02 * i, gpu_index=0, energy_joules=30.0 * (0.02 * i // 0.1))
-        for i in range(51)
-    ]
-    steps = [RecordedStep(0.1 * i, 0.1 * i + 0.05, ONE) for i in range(10)]
-    point = make_point("decode", {"batch": 1}, (0.0, 1.0), steps, samples)
-    assert point.watts == pytest.approx(300.0, rel=0.03)
-    assert point.busy_ratio == pytest.approx(0.5)
-    assert point.step_joules == pytest.approx(30.0, rel=0.03)
-    assert point.mean_context_tokens == 10
-    nothing = make_point("decode", {"batch": 1}, (0.0, 0.04), steps, samples)
-    assert nothing.watts is None
-
-
-def test_power_between_steps_is_the_line_s_foot() -> None:
-    """140 W between steps and 2 J above it for each step, at three cadences."""
-    points = [
-        Point(
-            stage="cadence",
-            settings={"batch": 16, "cadence_seconds": period},
-            start_seconds=0.0,
-            end_seconds=100 * period,
-            steps=100,
-            watts=140.0 + 2.0 / period,
-        )
-        for period in (0.01, 0.02, 0.04)
-    ]
-    (found,) = between_steps(points)
-    assert found.batch == 16
-    assert found.gap_watts == pytest.approx(140.0)
-    assert found.step_excess_joules == pytest.approx(2.0)
-    assert found.error_watts == pytest.approx(0.0, abs=1e-6)
-    assert between_steps(points[:1]) == []
-
-
-class Level:
-    """A step of 10 ms that draws 500 W."""
-
-    gpu_count = 1
-
-    def predict(
-        self,
-        batch: StepBatch,
-        *,
-        sm_clock_hertz: float | None = None,
-        temperature_celsius: float | None = None,
-    ) -> StepPrediction:
-        return StepPrediction(0.01, 5.0)
-
-
-@pytest.mark.parametrize(("instant", "average"), [(0.025, 1.0), (0.1, 0.5)])
-def test_the_meter_s_windows_are_found(instant: float, average: float) -> None:
-    """Square waves in virtual time, through meters whose windows are known."""
-    profile = load_profile("h100-sxm")
-    power = profile.power
-    level = dataclasses.replace(power, gap_watts=power.context_watts)
-    spec = dataclasses.replace(
-        profile.meter, instant_window_seconds=instant, average_window_seconds=average
-    )
-    profile = dataclasses.replace(profile, meter=spec, power=level)
-    gpus = EmulatedGpus(profile, Level(), start_seconds=0.0, exact_meter=True, seed=3)
-    steps: list[RecordedStep] = []
-    samples: list[GpuSample] = []
-    now, sampled = 1.0, 0.0
-    for on, cycles in ((0.05, 30), (0.1, 15), (0.2, 8), (0.5, 4), (1.0, 3)):
-        for _ in range(cycles):
-            rise, end = now, now
-            while end < rise + on:
-                ran = gpus.launch(ONE, end)
-                steps.append(RecordedStep(ran.start_seconds, ran.end_seconds, ONE))
-                end = ran.end_seconds
-                while sampled <= end:
-                    samples += gpus.sample(sampled)
-                    sampled += 0.02
-            now = rise + 2.13 * on
-            while sampled <= now:
-                samples += gpus.sample(sampled)
-                sampled += 0.02
-    energy, instant_found, average_found = infer_meter(steps, samples, 0.02)
-    assert energy.refresh_seconds == pytest.approx(0.1, abs=0.021)
-    assert instant_found.refresh_seconds == pytest.approx(0.1, abs=0.021)
-    assert instant_found.window_seconds == pytest.approx(instant, abs=0.012)
-    assert average_found.window_seconds == pytest.approx(average, rel=0.1)
-    assert instant_found.load_watts == pytest.approx(500.0, rel=0.03)
-    assert instant_found.rest_watts == pytest.approx(power.context_watts, abs=15)
-
-
-def test_readings_that_never_change_show_nothing() -> None:
-    """No window is made up."""
-    samples = [GpuSample(0.02 * i, 0, instant_watts=100.0) for i in range(100)]
-    energy, instant, average = infer_meter([RecordedStep(0.0, 1.0, ONE)], samples, 0.02)
-    assert energy.refresh_seconds is None
-    assert instant.window_seconds is None
-    assert average.window_seconds is None
-
-
-def test_the_power_cap_is_described() -> None:
-    """When it set in, and where the clock went."""
-    samples = [
-        GpuSample(
-            read_seconds=0.1 * i,
-            gpu_index=0,
-            instant_watts=720.0 if i < 2 else 690.0,
-            enforced_limit_watts=700.0,
-            sm_clock_hertz=1.98e9 if i < 2 else 1.5e9,
-            clock_event_reasons=ClockEventReasons(0 if i < 2 else 4),
-        )
-        for i in range(10)
-    ]
-    found = describe_cap(samples, 0.0)
-    assert found["first_capped_seconds"] == pytest.approx(0.2)
-    assert found["capped_ratio"] == pytest.approx(0.8)
-    assert found["settled_sm_clock_hertz"] == 1.5e9
-    assert found["highest_instant_watts"] == 720.0
-
-
-def test_time_is_left_for_the_stage_and_for_the_run() -> None:
-    """Whichever ends first."""
-    now = 0.0
-    budget = Budget(100.0, 40.0, lambda: now)
-    assert budget.fits(40.0)
-    assert not budget.fits(41.0)
-    now = 70.0
-    assert not budget.fits(1.0)
-    budget.start_stage()
-    assert budget.fits(30.0)
-    assert not budget.fits(31.0)
-
-
-def test_without_pyarrow_the_recording_is_csv(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """And one stage alone has files of its own."""
-    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
-    files = output.files_in(tmp_path, "decode")
-    assert files.recording == tmp_path / "recording-decode.csv"
-    assert files.points == tmp_path / "points-decode.json"
-
-
-def test_the_engine_is_given_its_attention_backend() -> None:
-    """And none by default."""
-    from bench.characterise.engine import EngineSettings, engine_arguments
-
-    named = engine_arguments(EngineSettings(attention_backend="FLASH_ATTN"))
-    assert named["attention_backend"] == "FLASH_ATTN"
-    assert named["load_format"] == "dummy"
-    assert "attention_backend" not in engine_arguments(EngineSettings())
 
 
 # Bad input.
@@ -250,8 +77,6 @@ def test_without_a_gpu_it_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """No driver, and a GPU without CUDA in torch: both exit with 2."""
-    import pynvml
-
     missing = FakeNvml([], init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
     monkeypatch.setattr(nvml, "pynvml", missing)
     assert run("--out", str(tmp_path / "a")) == 2
@@ -264,6 +89,25 @@ def test_without_a_gpu_it_says_so(
     error = capsys.readouterr().err
     assert "NVIDIA driver" in error
     assert "--torch-only needs CUDA" in error
+
+
+def test_without_a_binding_vllm_s_copy_is_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And without that the message says what to install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    copy = FakeNvml([FakeGpu("GPU-a")])
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "vllm.third_party", SimpleNamespace(__path__=[]))
+    monkeypatch.setitem(sys.modules, "vllm.third_party.pynvml", copy)
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
+    monkeypatch.setattr(nvml, "pynvml", copy)
+    quick = ("--stage", "idle", "--idle-seconds", "0.05", "--out", str(tmp_path))
+    assert run(*quick) == 0
+    assert sys.modules["pynvml"] is copy
+    monkeypatch.setitem(sys.modules, "vllm.third_party.pynvml", None)
+    assert run(*quick) == 2
+    assert "pip install nvidia-ml-py" in capsys.readouterr().err
 
 
 # Whole runs.
@@ -281,6 +125,11 @@ class CountingNvml(FakeNvml):
             super().__getattribute__("asked").add(name)
         return super().__getattribute__(name)
 
+    def _field_value(self, handle: FakeGpu, number: int, scope: int) -> SimpleNamespace:
+        if number == pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
+            return SimpleNamespace(nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return super()._field_value(handle, number, scope)
+
     def _get(self, name: str, handle: FakeGpu, *arguments: int) -> Any:
         if name == "nvmlDeviceGetTotalEnergyConsumption":
             handle.energy_millijoules = (handle.energy_millijoules or 0) + 6_000
@@ -292,7 +141,7 @@ def small_model(folder: Path) -> Path:
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 64,
+        "hidden_size": 128,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -306,13 +155,12 @@ def small_model(folder: Path) -> Path:
 
 def test_a_real_gpu_is_only_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """All stages over a fake driver, the load being torch on the CPU: no setter is called."""
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     fake = CountingNvml(FakeGpu("GPU-a"))
     monkeypatch.setattr(nvml, "pynvml", fake)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     on_cpu = partial(kernels.TorchSteps, device="cpu", kv_tokens=40_000, largest_chunk=2048)
     monkeypatch.setattr(kernels, "TorchSteps", on_cpu)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     model = small_model(tmp_path / "small")
     plan = ("--quick", "--seconds-per-point", "0.05", "--idle-seconds", "0.05")
     out = tmp_path / "out"
@@ -325,10 +173,48 @@ def test_a_real_gpu_is_only_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert {point["stage"] for point in found["points"]} == set(STAGES) - {"reads"}
     assert found["points"][0]["extra"] == {"when": "before, no engine"}
     assert found["meta"]["gpu"] == "h200-sxm"
-    names = {cost["name"] for cost in found["findings"]["reads"]}
-    assert {"a whole sample", "nvmlDeviceGetTotalEnergyConsumption"} <= names
+    errors = {cost["name"]: cost["error"] for cost in found["findings"]["reads"]}
+    assert not errors["a whole sample"]
+    assert not errors["nvmlDeviceGetTotalEnergyConsumption"]
+    assert "Not Supported" in errors["field TOTAL_ENERGY_CONSUMPTION"]
     recording = read_recording(next(out.glob("recording.*")))
     assert {step.batch.prefill_tokens for step in recording.steps} >= set(QUICK.chunks_tokens)
+
+
+def test_reading_needs_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Idle and reads alone run nothing on the GPU, and write files of their own."""
+    fake = CountingNvml(FakeGpu("GPU-a"))
+    monkeypatch.setattr(nvml, "pynvml", fake)
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    quick = ("--out", str(tmp_path), "--quick", "--idle-seconds", "0.2")
+    assert run("--stage", "idle", *quick) == 0
+    assert run("--stage", "reads", *quick) == 0
+    (idle,) = results(tmp_path, "-idle")["points"]
+    assert idle["watts"] > 0
+    assert idle["steps"] == 0
+    assert results(tmp_path, "-reads")["findings"]["reads"]
+    assert fake.open_count == 0
+
+
+def test_an_engine_that_does_not_start_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It names the cause and what to try; what was measured before is kept."""
+    pytest.importorskip("vllm")
+    from bench.characterise import engine
+
+    def broken(settings: engine.EngineSettings) -> None:
+        raise RuntimeError("no kernel image\nis available")
+
+    monkeypatch.setattr(engine, "set_environment", lambda emulate: None)
+    monkeypatch.setattr(engine, "_start", broken)
+    monkeypatch.setattr(nvml, "pynvml", CountingNvml(FakeGpu("GPU-a")))
+    assert run("--out", str(tmp_path), "--idle-seconds", "0.1") == 2
+    error = capsys.readouterr().err
+    assert "no kernel image" in error
+    assert "--torch-only" in error
+    assert error.count("\n") == 1
+    assert [point["stage"] for point in results(tmp_path)["points"]] == ["idle"]
 
 
 def test_what_no_longer_fits_is_skipped_and_said(
@@ -362,6 +248,30 @@ def test_an_interrupt_keeps_what_there_is(tmp_path: Path) -> None:
     recording = read_recording(next(tmp_path.glob("recording.*")))
     assert len(recording.steps) >= 16
     assert recording.samples
+
+
+@pytest.mark.cpu_engine
+def test_the_real_model_runner_runs_exact_steps(tmp_path: Path) -> None:
+    """vLLM on the CPU, with a real KV and prefix cache: each batch, chunk and context is exact."""
+    pytest.importorskip("vllm")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SHAPER", "VLLM"))}
+    model = small_model(tmp_path / "small")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench.real_steps", str(model)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    contexts = [step["decode_context_tokens"] for step in found["decodes"]]
+    assert [step["decode_requests"] for step in found["decodes"]] == [4] * 5
+    assert np.diff(contexts).tolist() == [4] * 4
+    assert [step["prefill_tokens"] for step in found["chunks"]] == [128] * 6
+    assert [step["prefill_context_tokens"] for step in found["chunks"]] == [384] * 6
+    assert found["left"] is False
 
 
 @pytest.mark.e2e

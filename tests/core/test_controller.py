@@ -126,7 +126,7 @@ def test_no_recent_reading_keeps_more_free():
 def test_predictions_follow_the_measured_clock_but_not_an_idle_one():
     """A sagging clock reaches the model; what an idle GPU shows does not."""
     model = Model()
-    control = Controller(model, WindowedPlanner(), (), 0.0)
+    control = Controller(model, WindowedPlanner(), [PowerLimit(900.0, 0.1)], 0.0)
     control.observe(state(1.0, sm_clock_hertz=1.2e9))
     control.plan(DECODES, 1.0)
     assert model.clocks[-1] == 1.2e9

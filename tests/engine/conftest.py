@@ -14,15 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from shaper.core.controller import Controller
-from shaper.core.policy import Policy
-from shaper.core.policy.windowed import WindowedPlanner
-from shaper.core.power_model import StepModel
 from shaper.core.types import Decision, PowerLimit
-from shaper.emulator.silicon import EmulatedGpus
-from shaper.engine.safe_cap import safe_cap
-from shaper.gpu.profiles import load_profile
-from shaper.gpu.sampler import summarise
 
 vllm = pytest.importorskip("vllm", reason="these tests run vLLM's own scheduler: make setup")
 
@@ -81,90 +73,32 @@ def plain(output: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def make_rig() -> Callable[..., Rig]:
     """Builds rigs: `limits=None` is vLLM's own scheduler with no shaper at all."""
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-    from vllm.v1.core.sched.scheduler import Scheduler
+    from shaper.simulate.engine import engine_config
+    from shaper.simulate.rig import new_engine
 
-    import shaper.engine.scheduler as shaped
-    from shaper.engine.runtime import LiveShaper
-    from shaper.engine.work import engine_coefficients
-    from shaper.simulate.engine import VirtualEngine, engine_config, new_scheduler
-
-    configs: dict[Any, Any] = {}
-
-    def config_for(**arguments: Any) -> Any:
-        key = tuple(sorted(arguments.items()))
-        if key not in configs:
-            configs[key] = engine_config(MODEL, GPU, **arguments)
-        return configs[key]
+    configs: dict[bool, Any] = {}
 
     def make(
         limits: tuple[PowerLimit, ...] | None,
         *,
-        policy: Policy | None = None,
-        kv_blocks: int = 50_000,
         asynchronous: bool = True,
-        itl_target_seconds: float | None = None,
-        max_pause_seconds: float = 1.0,
-        shadow: bool = False,
         v2_runner: bool = False,
-        host_late_seconds: Callable[[], float] = lambda: 0.0,
-        **arguments: Any,
+        **settings: Any,
     ) -> Rig:
-        config = config_for(async_scheduling=asynchronous, **arguments)
-        profile = load_profile(GPU)
-        model = StepModel(profile, engine_coefficients(config))
-        gpus = EmulatedGpus(profile, model, start_seconds=0.0, exact_meter=True)
-        log = RecordingLog()
-        holder: list[Any] = []
-
-        def clock() -> float:
-            return holder[0].now_seconds if holder else 0.0
-
-        class Sampler:
-            @property
-            def latest(self) -> Any:
-                return summarise(gpus.sample(clock()))
-
-        def attach(scheduler: Any) -> LiveShaper:
-            return LiveShaper(
-                scheduler,
-                lambda now: Controller(
-                    model,
-                    policy or WindowedPlanner(),
-                    limits or (),
-                    now,
-                    itl_target_seconds=itl_target_seconds,
-                    max_pause_seconds=max_pause_seconds,
-                    shadow=shadow,
-                ),
-                safe_cap(model.predict, model.gap_watts, limits or ()),
-                sampler=Sampler(),
-                log=log,
-                clock=clock,
-            )
-
-        if limits is None:
-            kind: Any = AsyncScheduler if asynchronous else Scheduler
-        else:
-            kind = shaped.power_scheduler
-        patch = pytest.MonkeyPatch()
-        try:
-            patch.setattr(shaped, "attach", attach)
-            scheduler = new_scheduler(config, kind, kv_blocks)
-        finally:
-            patch.undo()
-        if v2_runner:
-            scheduler.use_v2_model_runner = True
-        rig = Rig(None, getattr(scheduler, "shaper", None), log)
-        rig.engine = VirtualEngine(
-            scheduler,
-            gpus,
-            asynchronous=asynchronous,
-            on_output=lambda output: rig.outputs.append(plain(output)),
-            host_late_seconds=host_late_seconds,
+        if asynchronous not in configs:
+            configs[asynchronous] = engine_config(MODEL, GPU, async_scheduling=asynchronous)
+        log, outputs = RecordingLog(), []
+        engine = new_engine(
+            configs[asynchronous],
+            GPU,
+            limits,
+            log=log,
+            on_output=lambda output: outputs.append(plain(output)),
+            **settings,
         )
-        holder.append(rig.engine)
-        return rig
+        if v2_runner:
+            engine.scheduler.use_v2_model_runner = True
+        return Rig(engine, getattr(engine.scheduler, "shaper", None), log, outputs)
 
     return make
 

@@ -33,7 +33,7 @@ class Failing:
 def test_a_policy_that_raises_leaves_the_safe_cap(make_rig, random_traffic):
     """All requests finish, each failure is counted, the cap keeps the budget, shaping resumes."""
     policy = Failing(300, 303)
-    rig = make_rig((LIMIT,), policy=policy)
+    rig = make_rig((LIMIT,), policy=lambda: policy)
     rig.run(random_traffic(21, count=120, rate=5.0))
     assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
     assert rig.shaper.counters.errors == 3
@@ -82,7 +82,7 @@ class HoldAllButTwo:
 @pytest.mark.parametrize("v2_runner", [True, False])
 def test_held_decodes_take_turns(make_rig, asynchronous, v2_runner):
     """With a cap of two of eight, all eight advance at the same pace."""
-    rig = make_rig((LIMIT,), policy=HoldAllButTwo(), asynchronous=asynchronous, v2_runner=v2_runner)
+    rig = make_rig((LIMIT,), policy=HoldAllButTwo, asynchronous=asynchronous, v2_runner=v2_runner)
     rig.run([(0.0, [index] * 40, 120) for index in range(8)], seconds=1.5)
     counts = [len(r.token_seconds) for r in rig.engine.requests.values()]
     assert min(counts) > 5

@@ -1,0 +1,83 @@
+"""Start-up: what stops it, what only warns, and what passes through."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+
+from shaper.config import build_config
+from shaper.engine import startup
+from shaper.engine.compat import admissions_capped_at, supported
+from shaper.engine.runtime import PassThrough
+from shaper.errors import ConfigError, GpuUnavailableError
+
+
+def scheduler(settings):
+    """As much of vLLM's scheduler as `attach` looks at before it finds the GPUs."""
+    config = SimpleNamespace(additional_config={"power_shaper": settings})
+    return SimpleNamespace(vllm_config=config)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    """A host without a driver."""
+
+    def attach(*args):
+        raise GpuUnavailableError("no driver")
+
+    monkeypatch.setattr(startup, "_attach", attach)
+
+
+def test_without_a_limit_an_unreadable_gpu_only_warns(no_gpu, caplog):
+    """vLLM serves on, unshaped, and the log says why."""
+    with caplog.at_level(logging.WARNING, logger="shaper"):
+        shaper = startup.attach(scheduler({}))
+    assert isinstance(shaper, PassThrough)
+    assert shaper.schedule(lambda: "vLLM's own") == "vLLM's own"
+    assert "no driver" in caplog.text
+
+
+def test_with_a_limit_an_unreadable_gpu_stops_the_start(no_gpu):
+    """A budget that can't be kept must not look as if it were."""
+    with pytest.raises(GpuUnavailableError):
+        startup.attach(scheduler({"limits": "500W@1s"}))
+
+
+def test_a_wrong_setting_stops_the_start(no_gpu):
+    """Also on the native route, where no parser has looked at it before."""
+    with pytest.raises(ConfigError, match="limits"):
+        startup.attach(scheduler({"limts": "500W@1s"}))
+
+
+@pytest.mark.parametrize(("limits", "warns"), [("700W@1s", True), ("690W@1s", False)])
+def test_limits_above_the_enforced_one_warn(caplog, limits, warns):
+    """The enforced limit can change while running, so it is no error."""
+    with caplog.at_level(logging.WARNING, logger="shaper"):
+        startup._warn_of_loose_limits(build_config({"limits": limits}), [700.0])
+    assert ("the driver acts before" in caplog.text) is warns
+
+
+def test_each_rank_has_files_of_its_own():
+    """Data-parallel ranks must not write over each other."""
+    assert startup._of_rank("a/run.csv", 0) == "a/run.csv"
+    assert startup._of_rank("a/run.csv", 2) == "a/run.rank2.csv"
+    assert startup._of_rank(None, 1) is None
+
+
+def test_admissions_of_an_older_vllm_are_capped_too():
+    """Before 0.31 there is no cap on active requests; the running ones must fit the cap."""
+    older = SimpleNamespace(max_num_running_reqs=64, running=[1, 2, 3])
+    with admissions_capped_at(older, 0):
+        assert older.max_num_running_reqs == 3
+    assert older.max_num_running_reqs == 64
+
+
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [("0.22.9", False), ("0.23.0", True), ("0.33.1rc1", True), ("0.34.0", False), ("dev", False)],
+)
+def test_supported_versions(version, is_supported):
+    """0.23 to 0.33."""
+    assert supported(version) is is_supported
