@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -40,6 +41,8 @@ from shaper.recording import RecordingWriter
 
 # These run no steps, and need no engine on a GPU that is there without one.
 _ONLY_READ = frozenset({"idle", "reads"})
+# Reads under load are timed beside decode steps of this batch.
+_READ_BATCH = 8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,14 +197,25 @@ class _Run:
 
 
 def _reads(session: stages.Session) -> None:
-    session.runner.clear()
+    """What the reads cost with nothing running, and in a thread beside decode steps."""
+    runner, calls = session.runner, session.plan.read_calls
+    runner.clear()
     session.meter.stop()
-    reader, calls = session.runner.reader, session.plan.read_calls
-    costs = read_costs(reader, calls, driver=session.driver)
+    session.collect()
+    costs = read_costs(runner.reader, calls, driver=session.driver)
     session.findings["reads"] = [dataclasses.asdict(cost) for cost in costs]
     for cost in costs:
         _say(f"reads: {cost.name}: {cost.error or f'{cost.median_seconds * 1e3:.3f} ms'}")
-    session.meter = MeterThread(reader, session.plan.sample_interval_seconds)
+    if runner.kv_tokens and session.has_time("reads", "reads under load", 30.0):
+        runner.start_decodes(_READ_BATCH, session.plan.cadence_context_tokens)
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(read_costs, runner.reader, calls, driver=session.driver)
+            while not found.done() and runner.step():
+                pass
+        costs = found.result()
+        session.findings["reads_under_load"] = [dataclasses.asdict(cost) for cost in costs]
+        runner.clear()
+    session.meter = MeterThread(runner.reader, session.plan.sample_interval_seconds)
     session.meter.start()
 
 
@@ -229,6 +243,9 @@ def _driver() -> GpuReader:
 
 def _borrow_binding() -> None:
     """Takes the copy of NVIDIA's binding that vLLM brings: nothing can be installed offline."""
+    from bench.characterise import engine
+
+    engine.set_environment(None)
     try:
         sys.modules["pynvml"] = importlib.import_module("vllm.third_party.pynvml")
     except ImportError as error:

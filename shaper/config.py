@@ -149,6 +149,10 @@ class ShaperConfig(_Frozen):
     itl_target_seconds: Seconds | None = Field(default=None)
     """Longest step that decodes may wait behind: bounds the prefill chunk. None: no bound."""
 
+    objective: Literal["latency", "efficiency"] = "latency"
+    """`latency` lets tokens wait only as the budget asks; `efficiency` lets decodes wait up to
+    the ITL target for larger steps, also without a budget: fewer joules a token."""
+
     shadow: bool = False
     """Predict, decide, record and expose everything, but apply nothing."""
 
@@ -187,6 +191,11 @@ class ShaperConfig(_Frozen):
             if value is not None and not low <= value <= high:
                 hint = f"; if these are milliseconds, write {value / 1000:g}" * (value > high)
                 raise ValueError(f"{name}={value:g} is outside {low:g} to {high:g} seconds{hint}")
+        if self.objective == "efficiency" and self.itl_target_seconds is None:
+            raise ValueError(
+                "objective 'efficiency' spends the ITL target and none is given: "
+                "set itl_target_seconds (--itl-target 50ms)"
+            )
         ordered = sorted(self.limits, key=lambda limit: (limit.window_seconds, limit.watts))
         for short, long in pairwise(ordered):
             if short.window_seconds == long.window_seconds:

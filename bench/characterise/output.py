@@ -142,21 +142,23 @@ def _found_of(stage: str, outcome: Outcome) -> list[str]:
         cap = outcome.findings.get("power_cap")
         if cap:
             lines += ["", f"Power cap under the heaviest load: {_words(cap)}."]
-    costs = outcome.findings.get("reads") if stage == "reads" else None
-    if costs:
-        lines += [
-            "",
-            "## Reads",
-            "",
-            "| read | median ms | p99 ms | longest ms |",
-            "|---" * 4 + "|",
-        ]
-        for cost in costs:
-            numbers = (cost["median_seconds"], cost["p99_seconds"], cost["longest_seconds"])
-            cells = [_number(seconds, 3, 1e3) for seconds in numbers]
-            if cost["error"]:
-                cells = [cost["error"], "", ""]
-            lines.append(f"| {cost['name']} | " + " | ".join(cells) + " |")
+    if stage == "reads":
+        for name, title in (("reads", "Reads"), ("reads_under_load", "Reads beside decode steps")):
+            lines += _costs(title, outcome.findings.get(name, []))
+    return lines
+
+
+def _costs(title: str, costs: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not costs:
+        return []
+    head = "| read | median ms | p99 ms | longest ms |"
+    lines = ["", f"## {title}", "", head, "|---" * 4 + "|"]
+    for cost in costs:
+        numbers = (cost["median_seconds"], cost["p99_seconds"], cost["longest_seconds"])
+        cells = [_number(seconds, 3, 1e3) for seconds in numbers]
+        if cost["error"]:
+            cells = [cost["error"], "", ""]
+        lines.append(f"| {cost['name']} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -76,6 +76,7 @@ class _Flight:
     launched_seconds: float
     queued: bool
     """It was launched behind another one, so it starts when that one ends."""
+    decodes: bool
     raw_seconds: float
     prediction: StepPrediction
 
@@ -89,6 +90,7 @@ class Controller:
         limits: the budget; empty means that nothing is ever limited.
         start_seconds: now.
         itl_target_seconds: bound on a step that decodes wait behind, or None.
+        spend_slack: let decodes wait up to the ITL target, for fewer and larger steps.
         max_pause_seconds: longest time that work is held back.
         margin_ratio: part of each limit that is kept free.
         shadow: decide and record, but apply nothing.
@@ -102,6 +104,7 @@ class Controller:
         start_seconds: float,
         *,
         itl_target_seconds: float | None = None,
+        spend_slack: bool = False,
         max_pause_seconds: float = 1.0,
         margin_ratio: float = 0.0,
         shadow: bool = False,
@@ -110,6 +113,7 @@ class Controller:
         self._policy = policy
         self._shadow = shadow
         self._itl_target_seconds = itl_target_seconds
+        self._spend_slack = spend_slack
         self._margin_ratio = margin_ratio
         self._idle_watts = model.gap_watts
         self._ledger = Ledger(limits, self._idle_watts, start_seconds)
@@ -118,6 +122,7 @@ class Controller:
         self._flights: deque[_Flight] = deque()
         self._returned_seconds = -math.inf
         self._queues = False
+        self._decode_end_seconds = -math.inf
         self._busy_seconds = 0.0
         self._state: PowerState | None = None
         self._clock_hertz: float | None = None
@@ -190,10 +195,20 @@ class Controller:
             room=self._room,
             predict=self.predict,
             itl_target_seconds=self._itl_target_seconds,
+            since_decode_seconds=start - self._last_decode_end(in_flight),
+            spend_slack=self._spend_slack,
             turn=self._guard.turn(now_seconds),
         )
         self._plan = self._guard.check(self._policy.plan(view), load, now_seconds)
         return UNLIMITED if self._shadow else self._plan.limits
+
+    def _last_decode_end(self, in_flight: list[tuple[float, float, float]]) -> float:
+        ends = [
+            end
+            for flight, (_, end, _) in zip(self._flights, in_flight, strict=True)
+            if flight.decodes
+        ]
+        return ends[-1] if ends else self._decode_end_seconds
 
     def _floor_watts(self, load: EngineLoad) -> float:
         """What the decodes draw when they go on alone: at every step, or at their ITL target."""
@@ -229,7 +244,9 @@ class Controller:
             raw, prediction = self._predict(batch)
             queued = bool(self._flights)
             self._queues = self._queues or queued
-            self._flights.append(_Flight(now_seconds, queued, raw.seconds, prediction))
+            decodes = batch.decode_tokens > 0
+            flight = _Flight(now_seconds, queued, decodes, raw.seconds, prediction)
+            self._flights.append(flight)
             self._guard.launched(batch)
             headroom = self._room.max_watts(prediction.seconds) - prediction.watts
         return Decision(
@@ -267,4 +284,6 @@ class Controller:
         # The work is the same however long it took; the rest of the time is idle power.
         joules = flight.prediction.joules + (end - predicted_end) * self._idle_watts
         self._ledger.spend(start, end, joules)
+        if flight.decodes:
+            self._decode_end_seconds = end
         self._busy_seconds += end - start

@@ -226,6 +226,8 @@ class Reason(enum.StrEnum):
     """Prompts were cut to the tokens that keep the ITL target."""
     DECODE_ONLY = "decode_only"
     """Prompts wait: no efficient chunk fits the budget now."""
+    SLACK = "slack"
+    """Decodes wait for company: their ITL target leaves time, and fewer steps cost less."""
     PAUSE = "pause"
     """Nothing fits the budget now."""
     TURN = "turn"

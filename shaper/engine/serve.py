@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
         help="longest step that decodes may wait behind, like 50ms",
     )
     group.add_argument(
+        "--objective",
+        choices=("latency", "efficiency"),
+        help="latency (default): tokens wait only as the budget asks; efficiency: decodes wait up "
+        "to the ITL target for larger steps, for fewer joules a token",
+    )
+    group.add_argument(
         "--shadow",
         action="store_true",
         help="predict, decide, record and expose everything, apply nothing",
@@ -190,6 +196,9 @@ def shaper_config(options: argparse.Namespace) -> ShaperConfig | None:
         except ValueError as error:
             raise ConfigError(f"--itl-target: {error}") from error
         flags["itl_target_seconds"] = "--itl-target"
+    if options.objective is not None:
+        given["objective"] = options.objective
+        flags["objective"] = "--objective"
     if options.shadow:
         given["shadow"] = True
         flags["shadow"] = "--shadow"

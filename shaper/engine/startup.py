@@ -74,6 +74,7 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
             limits,
             now_seconds,
             itl_target_seconds=config.itl_target_seconds,
+            spend_slack=config.objective == "efficiency",
             max_pause_seconds=config.max_pause_seconds,
             margin_ratio=config.margin_ratio,
             shadow=config.shadow,

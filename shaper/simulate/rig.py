@@ -46,6 +46,7 @@ def new_engine(
     policy: Callable[[], Policy] = WindowedPlanner,
     kv_blocks: int = 50_000,
     itl_target_seconds: float | None = None,
+    spend_slack: bool = False,
     max_pause_seconds: float = 1.0,
     margin_ratio: float = 0.0,
     shadow: bool = False,
@@ -59,7 +60,8 @@ def new_engine(
         limits: None is vLLM's own scheduler with no shaper at all.
         kv_blocks: blocks of the KV cache.
         log: gets every decision.
-        policy, itl_target_seconds, max_pause_seconds, margin_ratio, shadow: the controller's.
+        policy, itl_target_seconds, spend_slack, max_pause_seconds, margin_ratio, shadow:
+            the controller's.
         on_output, host_late_seconds: the engine's.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -85,6 +87,7 @@ def new_engine(
                 limits or (),
                 now_seconds,
                 itl_target_seconds=itl_target_seconds,
+                spend_slack=spend_slack,
                 max_pause_seconds=max_pause_seconds,
                 margin_ratio=margin_ratio,
                 shadow=shadow,

@@ -18,7 +18,7 @@ import pynvml
 import pytest
 
 from bench import gpu_characterise
-from bench.characterise import kernels
+from bench.characterise import engine, kernels
 from bench.characterise.plan import QUICK, STAGES
 from shaper.core.types import StepBatch
 from shaper.gpu import nvml
@@ -96,6 +96,7 @@ def test_without_a_binding_vllm_s_copy_is_used(
 ) -> None:
     """And without that the message says what to install."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engine, "set_environment", lambda emulate: None)
     copy = FakeNvml([FakeGpu("GPU-a")])
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "vllm.third_party", SimpleNamespace(__path__=[]))
@@ -104,7 +105,7 @@ def test_without_a_binding_vllm_s_copy_is_used(
     monkeypatch.setattr(nvml, "pynvml", copy)
     quick = ("--stage", "idle", "--idle-seconds", "0.05", "--out", str(tmp_path))
     assert run(*quick) == 0
-    assert sys.modules["pynvml"] is copy
+    assert id(sys.modules["pynvml"]) == id(copy)
     monkeypatch.setitem(sys.modules, "vllm.third_party.pynvml", None)
     assert run(*quick) == 2
     assert "pip install nvidia-ml-py" in capsys.readouterr().err
@@ -177,6 +178,7 @@ def test_a_real_gpu_is_only_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert not errors["a whole sample"]
     assert not errors["nvmlDeviceGetTotalEnergyConsumption"]
     assert "Not Supported" in errors["field TOTAL_ENERGY_CONSUMPTION"]
+    assert len(found["findings"]["reads_under_load"]) == len(errors)
     recording = read_recording(next(out.glob("recording.*")))
     assert {step.batch.prefill_tokens for step in recording.steps} >= set(QUICK.chunks_tokens)
 
@@ -201,7 +203,6 @@ def test_an_engine_that_does_not_start_is_one_line(
 ) -> None:
     """It names the cause and what to try; what was measured before is kept."""
     pytest.importorskip("vllm")
-    from bench.characterise import engine
 
     def broken(settings: engine.EngineSettings) -> None:
         raise RuntimeError("no kernel image\nis available")

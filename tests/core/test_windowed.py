@@ -29,13 +29,17 @@ def predict(batch: StepBatch) -> StepPrediction:
     return StepPrediction(seconds, 2.4 + 700.0 * 20e-6 * batch.prefill_tokens)
 
 
-def view(load, limits=(), itl=None, turn=False, ledger=None, floor=IDLE) -> PlanInput:
+def view(
+    load, limits=(), itl=None, turn=False, ledger=None, floor=IDLE, since=0.0, slack=False
+) -> PlanInput:
     ledger = ledger or Ledger(limits, IDLE, 0.0)
     return PlanInput(
         load=load,
         room=ledger.ask(ledger.end_seconds, floor),
         predict=predict,
         itl_target_seconds=itl,
+        since_decode_seconds=since,
+        spend_slack=slack,
         turn=turn,
     )
 

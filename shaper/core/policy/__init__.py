@@ -20,6 +20,10 @@ class PlanInput:
     room: Room
     predict: Predictor
     itl_target_seconds: float | None
+    since_decode_seconds: float
+    """From the end of the last step with decodes to the start of this one."""
+    spend_slack: bool
+    """Use the ITL target up for fewer, larger decode steps, also where the budget is loose."""
     turn: bool
     """Prompts have waited so long that decodes shall wait for them."""
 

@@ -6,6 +6,9 @@ and to the inter-token latency (ITL) target.
 Law: a step fits when its predicted mean watts are at most what the ledger
 leaves for a step of its length, with decodes going on after it. In order:
 
+0. where slack shall be spent and only decodes are ready: nothing, until they just make
+   their ITL target. A decode step mostly reads weights, so its joules hardly depend on
+   how many share it;
 1. what the engine wants, if it fits: then nothing is limited;
 2. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
@@ -39,6 +42,11 @@ _LONG_CHUNK_TOKENS = 2048
 _EFFICIENT_RATIO = 1.25
 
 
+# A held engine is asked again after a millisecond, and is then launched with nothing
+# queued before it; a step may take a little longer than predicted.
+_POLL_SECONDS = 0.003
+_LATE_RATIO = 1.02
+SLACK_SHARE = 0.5
 # In decode steps. Without this bound the p99 of ITL rises over the unshaped one at 85% of
 # the peak power (`python -m bench.demo` compares them); a smaller one costs more TTFT.
 GENTLE_STEPS = 4.0
@@ -58,6 +66,8 @@ class WindowedPlanner:
             return Plan(UNLIMITED, Reason.IDLE)
         decodes = view.predict(load.batch(0)) if load.decode_requests else None
         reserve_seconds = decodes.seconds if decodes else 0.0
+        if decodes and not wanted.prefill_tokens and _has_slack(view, decodes.seconds):
+            return Plan(NOTHING, Reason.SLACK)
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction, reserve_seconds)
         if fits_itl and _fits(view, prediction):
@@ -162,6 +172,17 @@ def _is_gentle(view: PlanInput, prediction: StepPrediction, reserve_seconds: flo
 def _fits_itl(view: PlanInput, prediction: StepPrediction, reserve_seconds: float) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
     target = view.itl_target_seconds
-    if target is None or not reserve_seconds:
+    if target is None or not reserve_seconds or prediction.seconds <= reserve_seconds:
         return True
-    return prediction.seconds <= reserve_seconds or prediction.seconds + reserve_seconds <= target
+    # The decodes are in the chunk's own step: their next token comes when it ends.
+    waited = view.since_decode_seconds if view.spend_slack else 0.0
+    return waited + prediction.seconds * _LATE_RATIO <= target
+
+
+def _has_slack(view: PlanInput, decode_seconds: float) -> bool:
+    """Whether decodes that wait another poll still make their target."""
+    target = view.itl_target_seconds
+    if not view.spend_slack or target is None:
+        return False
+    waited = view.since_decode_seconds + decode_seconds * _LATE_RATIO + _POLL_SECONDS
+    return waited < target * SLACK_SHARE
