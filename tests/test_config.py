@@ -68,6 +68,8 @@ def test_bad_limits_say_what_to_write(text, says):
         ({"limits": 560}, "limits"),
         ({"itl_target_seconds": 50}, "milliseconds, write 0.05"),
         ({"itl_target_seconds": "50"}, "no unit"),
+        ({"objective": "efficiency"}, "set itl_target_seconds"),
+        ({"objective": "speed"}, "objective"),
         ({"shadow": "maybe"}, "'maybe'"),
         ({"margin_ratio": 3}, "margin_ratio"),
         ({"margin_ratio": float("nan")}, "margin_ratio"),

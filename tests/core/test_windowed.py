@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shaper.core.ledger import Ledger
 from shaper.core.policy import PlanInput
-from shaper.core.policy.windowed import GENTLE_STEPS, WindowedPlanner
+from shaper.core.policy.windowed import GENTLE_STEPS, SLACK_SHARE, WindowedPlanner
 from shaper.core.types import (
     EngineLoad,
     PowerLimit,
@@ -102,13 +102,13 @@ def test_a_turn_makes_decodes_wait_for_the_prompt():
     assert not plan.limits.run
 
 
-def test_the_itl_target_leaves_time_for_the_next_decode():
-    """A chunk and the decode after it end inside the target."""
+def test_the_itl_target_bounds_the_chunks_step():
+    """Decodes share the chunk's step, so their next token comes when it ends."""
     plan = WindowedPlanner().plan(view(BOTH, itl=0.04))
     assert plan.reason is Reason.CHUNK_ITL
+    assert plan.limits.prefill_tokens is not None
     step = predict(BOTH.batch(plan.limits.prefill_tokens)).seconds
-    assert step + 0.006 <= 0.04
-    assert step + 0.006 > 0.04 * 0.6
+    assert 0.04 * 0.7 < step <= 0.04
 
 
 def test_without_a_target_a_cut_chunk_is_still_short():
@@ -152,6 +152,30 @@ def test_an_engine_that_cannot_split_gets_whole_prompts():
     assert plan.limits.prefill_tokens in (600, 1200)
 
 
+def test_slack_is_spent_on_decodes_alone():
+    """With slack to spend decodes wait for a part of their target, and prompts never."""
+    planner = WindowedPlanner()
+    waiting = planner.plan(view(DECODES, itl=0.05, slack=True, since=0.0))
+    assert waiting.reason is Reason.SLACK
+    assert not waiting.limits.run
+    due = planner.plan(view(DECODES, itl=0.05, slack=True, since=SLACK_SHARE * 0.05))
+    assert due.reason is Reason.UNCONSTRAINED
+    assert planner.plan(view(BOTH, itl=0.05, slack=True)).limits.run
+    assert planner.plan(view(DECODES, itl=0.05, slack=False)).limits.run
+
+
+def test_a_chunk_counts_the_time_that_decodes_have_waited():
+    """What a chunk takes and what decodes have waited before it share one deadline."""
+    planner = WindowedPlanner()
+    fresh = planner.plan(view(BOTH, itl=0.05, slack=True)).limits.prefill_tokens
+    later = planner.plan(view(BOTH, itl=0.05, slack=True, since=0.02)).limits.prefill_tokens
+    assert fresh is not None
+    assert later is not None
+    assert predict(BOTH.batch(fresh)).seconds <= 0.05
+    assert 0.02 + predict(BOTH.batch(later)).seconds <= 0.05
+    assert later < fresh
+
+
 @given(
     strategies.loads(),
     strategies.limits,
@@ -172,6 +196,6 @@ def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
         step = predict(batch)
         assert step.watts <= seen.room.max_watts(step.seconds)
         if itl is not None and load.decode_requests and batch.prefill_tokens and not turn:
-            assert step.seconds + 0.006 <= itl or step.seconds <= 0.006
+            assert step.seconds <= itl or step.seconds <= 0.006
     assert plan.limits.decode_requests is None
     assert not math.isnan(seen.room.max_watts(0.01))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -106,3 +107,29 @@ def test_aborts_leave_nothing_behind(make_rig, random_traffic):
     assert not rig.engine.busy
     assert not scheduler.requests
     assert not rig.shaper._controller._flights
+
+
+def joules_per_token(rig) -> float:
+    segments = rig.engine.gpus.take_segments()
+    end = max(record.finished_seconds for record in rig.engine.requests.values())
+    seconds = np.clip(segments[:, 1], None, end) - np.clip(segments[:, 0], None, end)
+    tokens = sum(len(record.token_seconds) for record in rig.engine.requests.values())
+    return float((seconds * segments[:, 2]).sum()) / tokens
+
+
+def test_slack_saves_joules_inside_the_itl_target(make_rig, random_traffic):
+    """With an ITL target of 50 ms and no budget: fewer joules a token, and no token late."""
+    traffic = random_traffic(5, count=150, rate=4.0)
+    plain, slack = make_rig(None), make_rig((), itl_target_seconds=0.05, spend_slack=True)
+    plain.run(traffic)
+    slack.run(traffic)
+    assert joules_per_token(slack) <= 0.82 * joules_per_token(plain)
+    assert all(r.finished_seconds is not None for r in slack.engine.requests.values())
+    gaps = [
+        later - earlier
+        for record in slack.engine.requests.values()
+        for earlier, later in pairwise(record.token_seconds)
+    ]
+    assert max(gaps) <= 0.05 * 1.03
+    assert {d.reason for d in slack.log.decisions} >= {Reason.SLACK, Reason.UNCONSTRAINED}
+    assert slack.shaper.counters.forced == 0
