@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Set
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from shaper.core.controller import Controller
@@ -89,6 +90,16 @@ class DecisionSink(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Flying:
+    """A step that was launched and is not back, and who had decided it."""
+
+    output: Any
+    launched_seconds: float
+    batch: StepBatch
+    controller: Controller | None
+
+
 class LiveShaper:
     """The shaper of one engine.
 
@@ -131,7 +142,7 @@ class LiveShaper:
         self._previous: Set[str] = frozenset()
         self._load: EngineLoad | None = None
         self._limits: StepLimits | None = None
-        self._flying: deque[tuple[float, StepBatch]] = deque()
+        self._flying: deque[_Flying] = deque()
         self._returned_seconds = float("-inf")
         self._energy_start: tuple[float, float] | None = None
         self._busy_seconds = 0.0
@@ -154,7 +165,7 @@ class LiveShaper:
     def returned(self, scheduler_output: Any) -> None:
         """A step's output is back."""
         if scheduler_output.total_num_scheduled_tokens:
-            self._guarded(self._finish)
+            self._guarded(lambda: self._finish(scheduler_output))
 
     def close(self) -> None:
         """Stop the sampler, remove the status block, close the log."""
@@ -194,7 +205,7 @@ class LiveShaper:
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
             self._launched_seconds = now
-            self._flying.append((now, batch))
+            self._flying.append(_Flying(output, now, batch, self._controller))
         controller = self._controller
         if controller is None:
             decision = Decision(
@@ -215,16 +226,21 @@ class LiveShaper:
             state = self._sampler.latest if self._sampler else None
             self._log.add(decision, state.instant_watts if state else None)
 
-    def _finish(self) -> None:
+    def _finish(self, output: Any) -> None:
         now = self._clock()
-        launched, batch = self._flying.popleft()
-        start = max(launched, self._returned_seconds)
+        # Steps return in order; one that failed to be recorded is not among them.
+        if not any(each.output is output for each in self._flying):
+            return
+        while (step := self._flying.popleft()).output is not output:
+            pass
+        start = max(step.launched_seconds, self._returned_seconds)
         self._returned_seconds = now
         self.counters.measured_seconds = now - start
         self._busy_seconds += now - start
         if self._record_step is not None and now > start:
-            self._record_step(RecordedStep(start, now, batch))
-        if self._controller is not None:
+            self._record_step(RecordedStep(start, now, step.batch))
+        # A controller that took over since then knows nothing of this step.
+        if self._controller is not None and step.controller is self._controller:
             self._controller.finished(now)
 
     def _measure(self, state: PowerState) -> None:

@@ -80,7 +80,8 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
             shadow=config.shadow,
         )
 
-    rank = vllm_config.parallel_config.data_parallel_index
+    parallel = vllm_config.parallel_config
+    rank = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
     info = {
         "version": __version__,
         "gpu": gpus.profile.name,

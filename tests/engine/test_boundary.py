@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 
 from shaper.core.policy import Plan
@@ -43,6 +46,40 @@ def test_a_policy_that_raises_leaves_the_safe_cap(make_rig, random_traffic):
     assert Reason.CHUNK_POWER in reasons[last:]
     power = sliding(rig.engine.gpus.take_segments(), LIMIT.window_seconds)
     assert power.max() <= LIMIT.watts * 1.01
+
+
+def test_a_new_controller_counts_its_own_steps_only(make_rig, random_traffic):
+    """A step that was in flight when the old controller failed is not taken for a later one."""
+    policies = iter([Failing(300, 301), WindowedPlanner()])
+    rig = make_rig((LIMIT,), policy=lambda: next(policies))
+    rig.run([(0.0, [7] * 600, 3000), (0.0, [8] * 600, 3000)])  # the queue never runs empty
+    assert rig.shaper.counters.errors == 1
+    controller = rig.shaper._controller
+    assert not controller._flights
+    # Off by one step, the ledger would end a step too early or too late, for good.
+    assert controller.ledger.end_seconds == pytest.approx(rig.engine.now_seconds, abs=0.003)
+
+
+def test_one_step_that_is_not_recorded_does_not_shift_the_others(make_rig, random_traffic):
+    """Steps are matched by what vLLM returns, not by counting."""
+    rig = make_rig((LIMIT,))
+    recorded: list[Any] = []
+    rig.shaper._record_step = recorded.append
+    inner, calls = rig.shaper._record, []
+
+    def once_broken(output):
+        calls.append(output)
+        if len(calls) == 50:
+            raise RuntimeError("broken")
+        return inner(output)
+
+    rig.shaper._record = once_broken
+    rig.run([(0.0, [7] * 600, 400)])
+    assert rig.shaper.counters.errors == 1
+    contexts = [step.batch.decode_context_tokens for step in recorded if step.batch.decode_tokens]
+    missing = [b - a for a, b in pairwise(contexts)]
+    assert missing.count(2) == 1
+    assert set(missing) == {1, 2}
 
 
 @pytest.mark.parametrize("what", ["apply", "load", "record", "finish"])
