@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_one(answer(question), as_json=arguments.json)
         return 0
     name, values = sweep_values(arguments.sweep)
-    answers = [answer(with_value(question, name, value)) for value in values]
+    values, answers = _answer_all(question, name, values)
     if arguments.json:
         print(json.dumps([one.as_dict() for one in answers], indent=2))
     else:
@@ -151,6 +151,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot is not None:
         _plot(arguments.plot, name, values, answers)
     return 0
+
+
+def _answer_all(
+    question: StepQuestion, name: str, values: Sequence[float]
+) -> tuple[list[float], list[StepAnswer]]:
+    """The values that are possible, with their answers; the others are said on stderr."""
+    possible: list[float] = []
+    answers: list[StepAnswer] = []
+    refused: list[tuple[float, ConfigError]] = []
+    for value in values:
+        try:
+            answers.append(answer(with_value(question, name, value)))
+            possible.append(value)
+        except ConfigError as error:
+            refused.append((value, error))
+    if not answers:
+        raise refused[0][1]
+    for value, why in refused:
+        print(f"left out: {name}={value:.10g}: {why}", file=sys.stderr)
+    return possible, answers
 
 
 def _print_one(one: StepAnswer, *, as_json: bool) -> None:

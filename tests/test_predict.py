@@ -177,3 +177,19 @@ def test_no_engine_is_started() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["decode_requests"] == 8
+
+
+def test_a_sweep_leaves_out_what_is_impossible(capsys: pytest.CaptureFixture[str]) -> None:
+    """A row that does not fit the memory is said on stderr, and costs the others nothing."""
+    arguments = ["--gpu", "h100-sxm", "--model", "llama-3.1-8b"]
+    assert main([*arguments, "--sweep", "decode-requests=1..512"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 1 + 9
+    assert "left out: decode-requests=512" in printed.err
+    assert "does not fit" in printed.err
+
+
+def test_a_sweep_with_nothing_possible_is_an_error() -> None:
+    """Nothing to print is not an empty table."""
+    with pytest.raises(ConfigError, match="does not fit"):
+        main(["--gpu", "l40s", "--model", "llama-3.1-70b", "--sweep", "decode-requests=1..8"])
