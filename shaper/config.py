@@ -213,6 +213,11 @@ class ShaperConfig(_Frozen):
         return self
 
     @property
+    def asks_for_shaping(self) -> bool:
+        """Whether there is anything to keep: then a shaper that can't run stops the start."""
+        return bool(self.limits) or self.itl_target_seconds is not None
+
+    @property
     def power_limits(self) -> tuple[PowerLimit, ...]:
         """The limits as the core's values, shortest window first."""
         ordered = sorted(self.limits, key=lambda limit: limit.window_seconds)

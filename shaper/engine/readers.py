@@ -93,7 +93,7 @@ def check_gpus(config: ShaperConfig) -> None:
         GpuError: there is no GPU to read.
         ConfigError: no profile describes it.
     """
-    if not config.limits or config.sensor == "none":
+    if not config.asks_for_shaping or config.sensor == "none":
         return
     from shaper.gpu.nvml import NvmlReader, visible_gpus
 

@@ -39,8 +39,8 @@ def attach(scheduler: Any) -> EngineShaper:
     """The shaper for a scheduler that vLLM just made.
 
     Raises:
-        ShaperError: a limit is configured and can't be kept, e.g. no GPU can be read.
-            Without a limit the engine runs unshaped, and the log says why.
+        ShaperError: a limit or an ITL target is set and can't be kept, e.g. no GPU can be
+            read. Without either the engine runs unshaped, and the log says why.
     """
     vllm_config = scheduler.vllm_config
     additional = vllm_config.additional_config
@@ -49,9 +49,9 @@ def attach(scheduler: Any) -> EngineShaper:
     try:
         return _attach(scheduler, config)
     except ShaperError as error:
-        if config.limits:
+        if config.asks_for_shaping:
             raise
-        logger.warning("no power limit is set and the shaper is off: %s", error)
+        logger.warning("no limit and no ITL target is set, and the shaper is off: %s", error)
         return PassThrough()
 
 

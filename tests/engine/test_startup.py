@@ -39,10 +39,11 @@ def test_without_a_limit_an_unreadable_gpu_only_warns(no_gpu, caplog):
     assert "no driver" in caplog.text
 
 
-def test_with_a_limit_an_unreadable_gpu_stops_the_start(no_gpu):
-    """A budget that can't be kept must not look as if it were."""
+@pytest.mark.parametrize("settings", [{"limits": "500W@1s"}, {"itl_target_seconds": "50ms"}])
+def test_with_a_promise_an_unreadable_gpu_stops_the_start(no_gpu, settings):
+    """A budget or a target that can't be kept must not look as if it were."""
     with pytest.raises(GpuUnavailableError):
-        startup.attach(scheduler({"limits": "500W@1s"}))
+        startup.attach(scheduler(settings))
 
 
 def test_a_wrong_setting_stops_the_start(no_gpu):
