@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -176,6 +177,16 @@ def test_a_chunk_counts_the_time_that_decodes_have_waited():
     assert later < fresh
 
 
+@pytest.mark.parametrize("slack", [False, True])
+def test_a_target_that_no_chunk_keeps_does_not_stop_prompts(slack):
+    """Below the length of a decode step, prompts go on in the smallest pieces."""
+    plan = WindowedPlanner().plan(view(BOTH, itl=0.005, slack=slack))
+    assert plan.reason is Reason.CHUNK_ITL
+    assert plan.limits.prefill_tokens == 64
+    waited = WindowedPlanner().plan(view(BOTH, itl=0.007, slack=True, since=0.01))
+    assert waited.reason is Reason.DECODE_ONLY
+
+
 @given(
     strategies.loads(),
     strategies.limits,
@@ -196,6 +207,6 @@ def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
         step = predict(batch)
         assert step.watts <= seen.room.max_watts(step.seconds)
         if itl is not None and load.decode_requests and batch.prefill_tokens and not turn:
-            assert step.seconds <= itl or step.seconds <= 0.006
+            assert step.seconds <= itl or batch.prefill_tokens <= 64
     assert plan.limits.decode_requests is None
     assert not math.isnan(seen.room.max_watts(0.01))

@@ -78,6 +78,20 @@ def test_itl_target_bounds_the_chunk(make_rig, random_traffic, seed):
     assert any(d.reason is Reason.CHUNK_ITL for d in rig.log.decisions)
 
 
+def test_an_itl_target_below_a_decode_step_starves_no_prompt(make_rig, random_traffic):
+    """A target that can't be kept costs some time to first token, not seconds a piece."""
+    rig, plain = make_rig((), itl_target_seconds=0.004), make_rig(None)
+    rig.run(random_traffic(3, count=20))
+    plain.run(random_traffic(3, count=20))
+
+    def slowest(each) -> float:
+        records = each.engine.requests.values()
+        return float(max(r.token_seconds[0] - r.arrival_seconds for r in records))
+
+    assert slowest(rig) <= 20 * slowest(plain)
+    assert rig.shaper.counters.forced == 0
+
+
 def test_a_budget_below_the_floor_serves_on_and_says_so(make_rig, random_traffic):
     """No step fits 160 W; every request still finishes, over the budget, and is counted."""
     rig = make_rig((PowerLimit(160.0, 0.1),), max_pause_seconds=0.2)

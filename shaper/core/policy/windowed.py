@@ -12,7 +12,7 @@ leaves for a step of its length, with decodes going on after it. In order:
 1. what the engine wants, if it fits: then nothing is limited;
 2. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
-   don't come back as one long step;
+   don't come back as one long step; where no chunk keeps the ITL target, 64 tokens;
 3. the decodes alone: prompts wait for the window to move on;
 4. nothing: a pause of one poll (about 1 ms), then the question is asked again.
 
@@ -40,8 +40,6 @@ _LONG_CHUNK_TOKENS = 2048
 # A chunk that costs up to a quarter more a token than a long one is still efficient:
 # between 256 and 2,048 tokens on the profiles here when no decode shares the weights.
 _EFFICIENT_RATIO = 1.25
-
-
 # A held engine is asked again after a millisecond, and is then launched with nothing
 # queued before it; a step may take a little longer than predicted.
 _POLL_SECONDS = 0.003
@@ -103,13 +101,26 @@ class WindowedPlanner:
             itl = least_turn or _fits_itl(view, prediction, reserve_seconds)
             return gentle and itl and _fits(view, prediction)
 
-        if not fits(sizes[0]):
-            return 0
+        if not fits(least):
+            return self._crumb(view, least, reserve_seconds)
         low, high = 0, len(sizes)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
         return sizes[low]
+
+    def _crumb(self, view: PlanInput, least: int, reserve_seconds: float) -> int:
+        """A chunk of 64 tokens where only the ITL target refuses an efficient one, else 0.
+
+        A target that no chunk keeps must not stop prompts: it is broken by the little
+        that this adds to a decode step. Decodes that have waited for slack go first.
+        """
+        if _fits_itl(view, view.predict(view.load.batch(least)), reserve_seconds):
+            return 0
+        if view.spend_slack and view.since_decode_seconds > reserve_seconds:
+            return 0
+        crumb = min(CHUNK_TOKENS[0], least)
+        return crumb if _fits(view, view.predict(view.load.batch(crumb))) else 0
 
     def _least_efficient(self, view: PlanInput) -> int:
         decodes = view.load.decode_requests
