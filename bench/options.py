@@ -9,8 +9,8 @@ from typing import NoReturn
 from bench.synthetic import load_summary, synthesise
 from bench.traces import TRACE_FORMATS, load_trace
 from bench.workload import Workload
-from shaper.config import parse_seconds
 from shaper.errors import ConfigError
+from shaper.units import parse_seconds
 
 MAX_DURATION_SECONDS = 24 * 3600.0
 MAX_RATE_HERTZ = 1000.0

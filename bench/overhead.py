@@ -53,22 +53,37 @@ class Cost:
 
 
 class _Timed:
-    """Times two methods of a scheduler from outside, the shaper's part included."""
+    """Times two methods of a scheduler from outside, the shaper's part included.
+
+    Calls for steps without tokens are left out: the polls of a pause delay nobody.
+    """
 
     def __init__(self, scheduler: Any) -> None:
-        self.seconds = 0.0
-        for name in ("schedule", "update_from_output"):
-            setattr(scheduler, name, self._timed(getattr(scheduler, name)))
+        self._seconds: dict[str, list[float]] = {"schedule": [], "update_from_output": []}
+        for name in self._seconds:
+            setattr(scheduler, name, self._timed(name, getattr(scheduler, name)))
 
-    def _timed(self, method: Any) -> Any:
+    def _timed(self, name: str, method: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
+            returned = method(*args, **kwargs)
+            seconds = time.perf_counter() - start
+            step = returned if name == "schedule" else args[0]
+            if step.total_num_scheduled_tokens:
+                self._seconds[name].append(seconds)
+            return returned
 
         return call
+
+    def reset(self) -> None:
+        """Forget the warm-up."""
+        for seconds in self._seconds.values():
+            seconds.clear()
+
+    @property
+    def microseconds(self) -> float:
+        """The medians of both methods, added up."""
+        return 1e6 * sum(statistics.median(seconds) for seconds in self._seconds.values())
 
 
 def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, steps: int) -> Any:
@@ -95,20 +110,19 @@ def measure(running: int, steps: int) -> list[Cost]:
 
     config = engine_config(MODEL, GPU)
     engines = {name: _engine(config, running, limits, steps) for name, limits in STATES.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in STATES}
+    for _, timed in engines.values():
+        timed.reset()
     gc.collect()
     gc.disable()  # a collection in the middle would be counted as one state's
     try:
         for _ in range(steps):
-            for name, (engine, timed) in engines.items():
+            for engine, _ in engines.values():
                 before = engine.steps
-                while engine.steps == before:  # the polls of a pause delay nobody
-                    timed.seconds = 0.0
+                while engine.steps == before:
                     engine.step()
-                seconds[name].append(timed.seconds)
     finally:
         gc.enable()
-    medians = {name: statistics.median(each) * 1e6 for name, each in seconds.items()}
+    medians = {name: timed.microseconds for name, (_, timed) in engines.items()}
     own = medians["vLLM"]
     return [Cost(running, name, own, medians[name] - own) for name in STATES if name != "vLLM"]
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -27,6 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
+from shaper.units import parse_seconds, parse_watts
 
 ADDITIONAL_CONFIG_KEY = "power_shaper"
 CONFIG_VARIABLE = "SHAPER_CONFIG"
@@ -39,35 +39,6 @@ MIN_WINDOW_SECONDS = 0.010
 MAX_WINDOW_SECONDS = 60.0
 # The largest rack-scale server draws about 15 kW; more than this is a unit mistake.
 MAX_WATTS = 200_000.0
-
-_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
-_SECONDS_PER = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
-_WATTS_PER = {"mw": 1e-3, "w": 1.0, "kw": 1e3}
-
-
-def _quantity(text: str, units: Mapping[str, float], example: str) -> float:
-    match = _QUANTITY.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is not a quantity; write it like {example}")
-    number, unit = float(match[1]), match[2]
-    # "MW" would read as milliwatts once lowered, so it is refused.
-    factor = None if unit == "MW" else units.get(unit.lower())
-    if factor is None:
-        known = ", ".join(units)
-        what = f"has the unit {unit!r}" if unit else "has no unit"
-        raise ValueError(f"{text!r} {what}; use one of {known}, like {example}")
-    return number * factor
-
-
-def parse_seconds(value: object) -> object:
-    """Seconds from `"50ms"`, `"1s"` or a number; other types pass through."""
-    return _quantity(value, _SECONDS_PER, "50ms") if isinstance(value, str) else value
-
-
-def parse_watts(value: object) -> object:
-    """Watts from `"560W"`, `"4kW"` or a number; other types pass through."""
-    return _quantity(value, _WATTS_PER, "560W") if isinstance(value, str) else value
-
 
 Seconds = Annotated[float, BeforeValidator(parse_seconds)]
 Watts = Annotated[float, BeforeValidator(parse_watts)]

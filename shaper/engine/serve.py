@@ -26,7 +26,6 @@ from shaper.config import (
     check_floor,
     parse_config_text,
     parse_power_limit,
-    parse_seconds,
     settings_from_environment,
 )
 from shaper.core.profile import GpuProfile
@@ -36,6 +35,7 @@ from shaper.errors import ConfigError, GpuError
 from shaper.gpu.profiles import load_profile
 from shaper.recording import finish_recordings
 from shaper.status import RUN_VARIABLE
+from shaper.units import parse_seconds
 
 SCHEDULER_CLASS_PATH = "shaper.PowerScheduler"
 

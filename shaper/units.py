@@ -1,0 +1,34 @@
+"""Quantities as people write them: `50ms`, `560W`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z]*)\s*")
+_SECONDS_PER = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
+_WATTS_PER = {"mw": 1e-3, "w": 1.0, "kw": 1e3}
+
+
+def _quantity(text: str, units: Mapping[str, float], example: str) -> float:
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a quantity; write it like {example}")
+    number, unit = float(match[1]), match[2]
+    # "MW" would read as milliwatts once lowered, so it is refused.
+    factor = None if unit == "MW" else units.get(unit.lower())
+    if factor is None:
+        known = ", ".join(units)
+        what = f"has the unit {unit!r}" if unit else "has no unit"
+        raise ValueError(f"{text!r} {what}; use one of {known}, like {example}")
+    return number * factor
+
+
+def parse_seconds(value: object) -> object:
+    """Seconds from `"50ms"`, `"1s"` or a number; other types pass through."""
+    return _quantity(value, _SECONDS_PER, "50ms") if isinstance(value, str) else value
+
+
+def parse_watts(value: object) -> object:
+    """Watts from `"560W"`, `"4kW"` or a number; other types pass through."""
+    return _quantity(value, _WATTS_PER, "560W") if isinstance(value, str) else value
