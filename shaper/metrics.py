@@ -77,8 +77,10 @@ class SchedulerCounters:
         self._decisions[decision.reason] += 1
         self.held += decision.limits.binding
         self.forced += decision.reason is Reason.FORCED
-        if decision.predicted.seconds:
+        # Under the safe cap a step runs without a prediction.
+        if decision.decode_requests or decision.prefill_tokens:
             self.steps += 1
+        if decision.predicted.seconds:
             self.predicted_watts = decision.predicted.watts
             self.predicted_seconds = decision.predicted.seconds
             self.predicted_joules += decision.predicted.joules

@@ -40,6 +40,7 @@ def test_a_policy_that_raises_leaves_the_safe_cap(make_rig, random_traffic):
     rig.run(random_traffic(21, count=120, rate=5.0))
     assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
     assert rig.shaper.counters.errors == 3
+    assert rig.shaper.counters.steps == rig.engine.steps
     reasons = [d.reason for d in rig.log.decisions]
     assert reasons.count(Reason.SAFE_CAP) > 50
     last = len(reasons) - 1 - reasons[::-1].index(Reason.SAFE_CAP)
