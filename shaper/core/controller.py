@@ -40,8 +40,8 @@ from shaper.errors import LedgerError
 # The sampler reads every 20 ms and meters refresh every 100 ms: a state this old
 # means that the sensor is gone.
 STALE_SECONDS = 1.0
-# What a blind controller keeps free on top: the profiles' error on serving power
-# is within this for the published measurements they are compared with.
+# What a blind controller keeps free on top: about the mean error of the H100 and B200
+# profiles on published serving power (`python -m bench.fidelity`).
 BLIND_MARGIN_RATIO = 0.05
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from shaper.core.policy import Plan
 from shaper.core.types import EngineLoad, Reason, StepBatch, StepLimits
 
-# About the least efficient chunk with no decodes beside it on the profiles here.
+# Just above the least efficient chunk of a dense model with no decodes beside it.
 _FORCED_TOKENS = 512
 
 
