@@ -90,6 +90,35 @@ class PowerLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class PowerBudget:
+    """What an engine may draw: all limits hold at once. Without any, nothing is limited."""
+
+    limits: tuple[PowerLimit, ...] = ()
+    ramp_watts_per_second: float | None = None
+    """How much the mean power of 100 ms may rise within a second; None: as it likes."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is limited."""
+        return not self.limits and self.ramp_watts_per_second is None
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyTargets:
+    """What the operator promises at p99, and whether slack inside it may be spent for joules."""
+
+    itl_seconds: float | None = None
+    ttft_seconds: float | None = None
+    spend_slack: bool = False
+    """Let decodes wait up to the ITL target also where the budget is loose."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is promised."""
+        return self.itl_seconds is None and self.ttft_seconds is None
+
+
+@dataclass(frozen=True, slots=True)
 class StepBatch:
     """What one engine step computes, summed over its requests.
 
@@ -195,18 +224,25 @@ class EngineLoad:
 class StepLimits:
     """What a policy allows the next step. The default allows everything.
 
-    `prefill_tokens` and `decode_requests`: None is no bound, 0 is none at all.
+    `prefill_tokens`, `decode_requests`, `running_requests`: None is no bound, 0 is none at all.
     `run=False` is an empty step: the engine asks again a millisecond later.
     """
 
     run: bool = True
     prefill_tokens: int | None = None
     decode_requests: int | None = None
+    running_requests: int | None = None
+    """Requests that may run at once: while so many or more do, none enters."""
 
     @property
     def binding(self) -> bool:
         """Whether this differs from letting the engine do as it likes."""
-        return not self.run or self.prefill_tokens is not None or self.decode_requests is not None
+        return (
+            not self.run
+            or self.prefill_tokens is not None
+            or self.decode_requests is not None
+            or self.running_requests is not None
+        )
 
 
 UNLIMITED = StepLimits()
@@ -228,6 +264,10 @@ class Reason(enum.StrEnum):
     """Prompts wait: no efficient chunk fits the budget now."""
     SLACK = "slack"
     """Decodes wait for company: their ITL target leaves time, and fewer steps cost less."""
+    CADENCE = "cadence"
+    """Decodes wait for company because the budget asks for it; their ITL target allows it."""
+    ROTATE = "rotate"
+    """Only some decodes fit: those that have waited longest run."""
     PAUSE = "pause"
     """Nothing fits the budget now."""
     TURN = "turn"
