@@ -16,6 +16,8 @@ Power-aware batching for vLLM.
 
 commands:
   serve     vllm serve with the shaper in it (and, with --emulate, without a GPU)
+  budget    set, clear or show the power budget of a running server
+  mode      switch a running server's shaper on, to shadow, or off
   predict   seconds, joules and watts of an engine step on a GPU
   fit       a GPU profile from a recording
   version   versions of the shaper, vLLM and Python
@@ -42,6 +44,18 @@ def _fit(arguments: Sequence[str]) -> int | None:
     return main(list(arguments))
 
 
+def _budget(arguments: Sequence[str]) -> int | None:
+    from shaper.operate import budget_main
+
+    return budget_main(arguments)
+
+
+def _mode(arguments: Sequence[str]) -> int | None:
+    from shaper.operate import mode_main
+
+    return mode_main(arguments)
+
+
 def _version(arguments: Sequence[str]) -> int:
     import platform
     from importlib import metadata
@@ -63,6 +77,8 @@ def _version(arguments: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "serve": _serve,
+    "budget": _budget,
+    "mode": _mode,
     "predict": _predict,
     "fit": _fit,
     "version": _version,

@@ -4,6 +4,7 @@
     ├── ConfigError          a setting is wrong; the message names the key, the value and the fix
     │   ├── UnknownGpuError  no profile of that name
     │   └── UnknownModelError  no built-in shape and no config directory of that name
+    ├── ControlError         a live change can't be made, or was refused
     ├── EngineError          vLLM is missing, too old, or does not have what the shaper needs
     ├── GpuError             the GPU's driver can't be asked
     │   ├── GpuUnavailableError  no driver, no GPU, or none of the names asked for
@@ -30,6 +31,10 @@ class UnknownGpuError(ConfigError):
 
 class UnknownModelError(ConfigError):
     """No built-in shape and no Hugging Face config directory has that name."""
+
+
+class ControlError(ShaperError):
+    """A change of a running server can't be made, or was refused."""
 
 
 class EngineError(ShaperError):

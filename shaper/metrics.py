@@ -1,7 +1,8 @@
-"""The metrics: one table of what each engine writes, and the collector that shows it.
+"""The metrics: the collector that shows what each engine writes.
 
 Names follow Prometheus: base units, `shaper_` prefix, `_total` for counters. A
-value that is NaN is left out. See `shaper/status.py` for how numbers get here.
+value that is NaN is left out. See `shaper/metric_values.py` for the numbers, and
+`shaper/status.py` for how they get here.
 """
 
 from __future__ import annotations
@@ -18,90 +19,21 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from shaper.core.types import Decision, Reason
+from shaper.control import MODES, EngineControl
+from shaper.core.budget import Source
+from shaper.engine.flex import RELEASED
+from shaper.metric_values import (
+    CAUSES,
+    CHUNK_BUCKETS,
+    FLEX_METRICS,
+    HEARTBEAT_INDEX,
+    REASONS,
+    SAMPLED_AT_INDEX,
+    SAMPLER_METRICS,
+    SCHEDULER_METRICS,
+    STANDING_METRICS,
+)
 from shaper.status import Status
-
-CHUNK_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-REASONS = tuple(Reason)
-MAX_LIMITS = 8
-NAN = math.nan
-
-# Each engine's sampler thread writes these, in this order; gauges unless `_total`.
-SAMPLER_METRICS = (
-    ("shaper_power_instant_watts", "Power of the engine's GPUs, the meter's shortest window."),
-    ("shaper_power_average_watts", "Power of the engine's GPUs, the meter's 1 s average."),
-    ("shaper_energy_joules_total", "Energy of the engine's GPUs since it started, as metered."),
-    ("shaper_gpu_enforced_limit_watts", "Sum of the driver's enforced power limits."),
-    ("shaper_gpu_sm_clock_hertz", "Lowest SM clock of the engine's GPUs."),
-    ("shaper_gpu_temperature_celsius", "Highest temperature of the engine's GPUs."),
-    ("shaper_gpu_clock_event_reasons", "NVML clock event reasons, the union as a bit mask."),
-    ("shaper_power_headroom_watts", "Least of limit minus metered mean power over its window."),
-    ("shaper_pressure_ratio", "Greatest share of a limit's room above idle in use, 0 to 1."),
-    ("shaper_sample_read_errors_total", "Reads of the GPUs that failed."),
-    ("shaper_samples_rejected_total", "Readings that were not plausible."),
-)
-# Written at the end of the sampler's section, shown as the sample's age.
-SAMPLED_AT_INDEX = len(SAMPLER_METRICS)
-HEARTBEAT_INDEX = SAMPLED_AT_INDEX + 1
-
-SCHEDULER_METRICS = (
-    ("shaper_steps_total", "Steps that the engine launched."),
-    ("shaper_held_steps_total", "Scheduler calls in which work was held back."),
-    ("shaper_step_predicted_watts", "Predicted mean power of the last step."),
-    ("shaper_step_measured_watts", "Metered mean power of the steps of the last seconds."),
-    ("shaper_step_predicted_seconds", "Predicted length of the last step."),
-    ("shaper_step_measured_seconds", "Measured length of the last step that returned."),
-    ("shaper_predicted_energy_joules_total", "Predicted energy of all launched steps."),
-    ("shaper_model_seconds_gain_ratio", "Measured over predicted step seconds."),
-    ("shaper_model_joules_gain_ratio", "Metered over predicted joules."),
-    ("shaper_errors_total", "Failures inside the shaper; vLLM went on under the safe cap."),
-    ("shaper_forced_steps_total", "Steps that ran over the budget to keep requests moving."),
-)
-
-
-class SchedulerCounters:
-    """What the scheduler's thread counts, and its section of the status block."""
-
-    def __init__(self) -> None:
-        self.steps = self.held = self.errors = self.forced = 0
-        self.predicted_watts = self.predicted_seconds = NAN
-        self.measured_watts = self.measured_seconds = NAN
-        self.predicted_joules = 0.0
-        self.seconds_gain = self.joules_gain = 1.0
-        self._decisions = dict.fromkeys(REASONS, 0)
-        self._chunks = [0] * (len(CHUNK_BUCKETS) + 1)
-        self._chunk_tokens = 0
-
-    def count(self, decision: Decision) -> None:
-        """Enter one decision."""
-        self._decisions[decision.reason] += 1
-        self.held += decision.limits.binding
-        self.forced += decision.reason is Reason.FORCED
-        # Under the safe cap a step runs without a prediction.
-        if decision.decode_requests or decision.prefill_tokens:
-            self.steps += 1
-        if decision.predicted.seconds:
-            self.predicted_watts = decision.predicted.watts
-            self.predicted_seconds = decision.predicted.seconds
-            self.predicted_joules += decision.predicted.joules
-        if decision.prefill_tokens:
-            bucket = next(
-                (i for i, top in enumerate(CHUNK_BUCKETS) if decision.prefill_tokens <= top),
-                len(CHUNK_BUCKETS),
-            )
-            self._chunks[bucket] += 1
-            self._chunk_tokens += decision.prefill_tokens
-
-    def values(self) -> list[float]:
-        """The section, in the order of `SCHEDULER_METRICS`, decisions and chunks behind."""
-        return [
-            *(self.steps, self.held, self.predicted_watts, self.measured_watts),
-            *(self.predicted_seconds, self.measured_seconds, self.predicted_joules),
-            *(self.seconds_gain, self.joules_gain, self.errors, self.forced),
-            *self._decisions.values(),
-            *self._chunks,
-            self._chunk_tokens,
-        ]
 
 
 class StatusCollector(Collector):
@@ -127,7 +59,11 @@ class StatusCollector(Collector):
         yield _info(statuses)
         yield from _table(statuses, "sampler", SAMPLER_METRICS)
         yield from _ages(statuses, now)
-        yield _limits(statuses)
+        yield from _control(statuses)
+        yield from _table(statuses, "standing", STANDING_METRICS)
+        yield _degraded(statuses)
+        yield from _table(statuses, "flex", FLEX_METRICS)
+        yield _released(statuses)
         yield from _table(statuses, "scheduler", SCHEDULER_METRICS)
         yield _decisions(statuses)
         yield _chunks(statuses)
@@ -173,18 +109,86 @@ def _ages(statuses: Sequence[Status], now: float) -> Iterator[Metric]:
         yield family
 
 
-def _limits(statuses: Sequence[Status]) -> Metric:
-    family = GaugeMetricFamily(
+def _labelled(
+    statuses: Sequence[Status],
+    section: str,
+    first: int,
+    labels: Sequence[str],
+    family: GaugeMetricFamily | CounterMetricFamily,
+) -> Metric:
+    """The family with one sample for each of its second label's values, from `first` on."""
+    for status in statuses:
+        slots = status.values[section][first : first + len(labels)]
+        for label, number in zip(labels, slots, strict=False):
+            family.add_metric([_engine(status), label], number)
+    return family
+
+
+def _control(statuses: Sequence[Status]) -> Iterator[Metric]:
+    """What each engine holds itself to."""
+    limits = GaugeMetricFamily(
         "shaper_power_limit_watts",
-        "Power limit of the engine, by the window it is averaged over.",
+        "Power limit in force, by the window it is averaged over; of the engine's GPUs together.",
         labels=("engine", "window_seconds"),
     )
+    ramp = GaugeMetricFamily(
+        "shaper_ramp_limit_watts_per_second",
+        "How much the mean power of 100 ms may rise within a second.",
+        labels=("engine",),
+    )
+    mode = GaugeMetricFamily(
+        "shaper_mode", "1 for the mode that the engine is in.", labels=("engine", "mode")
+    )
+    source = GaugeMetricFamily(
+        "shaper_budget_source",
+        "1 for what the budget in force comes from.",
+        labels=("engine", "source"),
+    )
+    numbers = (
+        CounterMetricFamily(
+            "shaper_control_changes_total",
+            "The last change of budget or mode that the engine has followed.",
+            labels=("engine",),
+        ),
+        CounterMetricFamily(
+            "shaper_control_refused_total",
+            "Changes that the engine did not believe or could not follow.",
+            labels=("engine",),
+        ),
+    )
     for status in statuses:
-        limits = status.info.get("limits", [])
-        assert isinstance(limits, list)
-        for watts, window_seconds in limits:
-            family.add_metric([_engine(status), f"{window_seconds:g}"], watts)
-    return family
+        engine, control = _engine(status), EngineControl.from_values(status.values["control"])
+        if control is None:
+            continue
+        for limit in control.budget.limits:
+            limits.add_metric([engine, f"{limit.window_seconds:g}"], limit.watts)
+        if control.budget.ramp_watts_per_second is not None:
+            ramp.add_metric([engine], control.budget.ramp_watts_per_second)
+        for known in MODES:
+            mode.add_metric([engine, known], float(known == control.mode))
+        for each in Source:
+            source.add_metric([engine, each.value], float(each is control.source))
+        for family, number in zip(numbers, (control.taken_sequence, control.refused), strict=True):
+            family.add_metric([engine], number)
+    yield from (limits, ramp, mode, source, *numbers)
+
+
+def _degraded(statuses: Sequence[Status]) -> Metric:
+    family = GaugeMetricFamily(
+        "shaper_degraded_ratio",
+        "What the GPUs give less than their state should give, by cause; 0: nothing.",
+        labels=("engine", "cause"),
+    )
+    return _labelled(statuses, "standing", len(STANDING_METRICS), CAUSES, family)
+
+
+def _released(statuses: Sequence[Status]) -> Metric:
+    family = CounterMetricFamily(
+        "shaper_flex_released_total",
+        "Deferred flex requests that were let in, by why.",
+        labels=("engine", "why"),
+    )
+    return _labelled(statuses, "flex", len(FLEX_METRICS), RELEASED, family)
 
 
 def _decisions(statuses: Sequence[Status]) -> Metric:
@@ -193,12 +197,7 @@ def _decisions(statuses: Sequence[Status]) -> Metric:
         "Scheduler calls by why they got their limits.",
         labels=("engine", "reason"),
     )
-    first = len(SCHEDULER_METRICS)
-    for status in statuses:
-        counts = status.values["scheduler"][first : first + len(REASONS)]
-        for reason, count in zip(REASONS, counts, strict=False):
-            family.add_metric([_engine(status), reason.value], count)
-    return family
+    return _labelled(statuses, "scheduler", len(SCHEDULER_METRICS), REASONS, family)
 
 
 def _chunks(statuses: Sequence[Status]) -> Metric:

@@ -29,7 +29,7 @@ RUN_VARIABLE = "_SHAPER_RUN_ID"
 _HEADER_BYTES = 4096
 _SECTION_SLOTS = 256
 _SECTION_BYTES = 8 * (_SECTION_SLOTS + 1)
-_SECTIONS = ("scheduler", "sampler")
+_SECTIONS = ("scheduler", "sampler", "control", "standing", "flex")
 _SIZE = _HEADER_BYTES + len(_SECTIONS) * _SECTION_BYTES
 _READ_TRIES = 100
 
@@ -48,9 +48,15 @@ def run_id(environ: MutableMapping[str, str] = os.environ) -> str:
 
 def _remove_blocks(run: str, owner_pid: int) -> None:
     if os.getpid() == owner_pid:
-        for path in block_directory().glob(_pattern(run, "*")):
+        for path in (*block_directory().glob(_pattern(run, "*")), *control_paths(run)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
+
+
+def control_paths(run: str) -> tuple[Path, Path]:
+    """The run's control file and the lock beside it; see `shaper/control.py`."""
+    stem = f"vllm-shaper-control-{os.getuid()}-{run}"
+    return block_directory() / stem, block_directory() / f"{stem}.lock"
 
 
 def block_directory() -> Path:

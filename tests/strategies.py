@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from shaper.core.types import EngineLoad, PowerLimit, PrefillDemand
+from shaper.core.admission import Strain
+from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
 
 watts = st.floats(min_value=1.0, max_value=900.0)
 step_seconds = st.floats(min_value=0.002, max_value=0.2)
@@ -30,6 +31,15 @@ demands = st.builds(
 )
 
 
+strains = st.builds(
+    Strain,
+    use_ratio=st.none() | st.floats(0.0, 1.5),
+    held_ratio=st.floats(0.0, 1.0),
+    wait_seconds=st.floats(0.0, 100.0),
+)
+"""What presses on an engine, where all of it is known."""
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> EngineLoad:
     """Engine loads with consistent sums."""
@@ -41,4 +51,39 @@ def loads(draw: st.DrawFn) -> EngineLoad:
         prefills=tuple(draw(st.lists(demands, max_size=6))),
         request_chunk_tokens=draw(st.sampled_from([0, 0, 512])),
         splittable=draw(st.sampled_from([True, True, True, False])),
+    )
+
+
+AMPLE_WATTS, AMPLE_SECONDS = 430.0, 0.1
+"""Above the floor of a small model's few requests on an H200, over this window and longer."""
+
+ample_limits = st.builds(
+    PowerLimit,
+    watts=st.floats(AMPLE_WATTS, 700.0),
+    window_seconds=st.sampled_from([AMPLE_SECONDS, 0.25, 1.0, 5.0, 60.0]),
+)
+any_limits = st.builds(
+    PowerLimit,
+    watts=st.one_of(st.floats(1.0, 800.0), st.sampled_from([76.0, 140.0, 141.0, 200.0, 300.0])),
+    window_seconds=st.sampled_from([0.01, 0.05, 0.1, 1.0, 10.0, 60.0]),
+)
+ramps = st.one_of(st.none(), st.none(), st.sampled_from([20.0, 200.0, 2000.0]))
+
+
+def budgets() -> st.SearchStrategy[PowerBudget]:
+    """Ample ones, tight ones, some below the floor, and none."""
+    ample = st.lists(ample_limits, min_size=1, max_size=2)
+    tight = st.lists(any_limits, max_size=3)
+    return st.one_of(
+        st.builds(PowerBudget, ample.map(tuple)),
+        st.builds(PowerBudget, tight.map(tuple), ramps),
+        st.just(PowerBudget()),
+    )
+
+
+def is_ample(budget: PowerBudget) -> bool:
+    """Whether work is never held back for long by this budget alone."""
+    return budget.ramp_watts_per_second is None and all(
+        limit.watts >= AMPLE_WATTS and limit.window_seconds >= AMPLE_SECONDS
+        for limit in budget.limits
     )

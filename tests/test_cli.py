@@ -16,18 +16,24 @@ from typing import Any
 import pytest
 
 from shaper import cli
-from shaper.config import CONFIG_VARIABLE, load_config
 from shaper.core.profile import GpuProfile
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.emulator.serving import batch_defaults, fill_in
-from shaper.engine import preflight, serve
+from shaper.engine import flags, preflight, serve
 from shaper.errors import ConfigError, EngineError
 from shaper.gpu.profiles import load_profile
+from shaper.settings import CONFIG_VARIABLE, load_config
 
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SHAPER_CONFIG", "SHAPER_EMULATE", "SHAPER_LIMITS", "VLLM_PLUGINS"):
+    for name in (
+        "SHAPER_ADMIN_KEY",
+        "SHAPER_CONFIG",
+        "SHAPER_EMULATE",
+        "SHAPER_LIMITS",
+        "VLLM_PLUGINS",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -57,7 +63,7 @@ EMULATED = ("serve", "llama-3.1-8b", "--emulate", "h200-sxm", "--port", "0")
     ("arguments", "message"),
     [
         (("srve",), "did you mean 'serve'"),
-        (("frobnicate",), "commands: serve, predict, fit, version"),
+        (("frobnicate",), "commands: serve, budget, mode, predict, fit, version"),
         (("version", "now"), "no arguments"),
         (("serve", "llama-3.1-8b", "--emulate", "h300"), r"unknown GPU 'h300'; known: .*h200-sxm"),
         (("serve", "llama-9", "--emulate", "h200-sxm", "--port", "0"), "llama-9.*qwen3-8b"),
@@ -73,6 +79,19 @@ EMULATED = ("serve", "llama-3.1-8b", "--emulate", "h200-sxm", "--port", "0")
         ((*EMULATED, "--power-shaper-config", '{"limts": []}'), "did you mean 'limits'"),
         ((*EMULATED, "--power-shaper-config", "not-here.toml"), "readable file"),
         ((*EMULATED, "--power-limit"), "expected one argument"),
+        ((*EMULATED, "--gpu-limit", "650W"), "650W@1s|no window"),
+        ((*EMULATED, "--gpu-limit", "90W@1s"), "each GPU draws idle"),
+        ((*EMULATED, "--ramp-limit", "200W"), "--ramp-limit: '200W' has the unit 'W'"),
+        ((*EMULATED, "--ttft-target", "1"), "--ttft-target: '1' has no unit"),
+        ((*EMULATED, "--policy", "predictve"), "--policy: invalid choice.*predictive"),
+        ((*EMULATED, "--policy", "reactive"), "no limit to react to"),
+        ((*EMULATED, "--shaper-off", "--gpu-limit", "650W@1s"), "contradicts --gpu-limit"),
+        (("budget",), "required: action"),
+        (("budget", "sett"), "invalid choice.*set"),
+        (("budget", "set", "500W"), "no window"),
+        (("budget", "set", "none", "500W@1s"), "'none' has no window"),
+        (("mode", "onn"), "invalid choice.*shadow"),
+        (("budget", "show"), "set SHAPER_ADMIN_KEY"),
         ((*EMULATED, "--shaper-off", "--shadow"), "--shaper-off contradicts --shadow"),
         (
             (*EMULATED, "--shadow", "--power-shaper-config", '{"shadow": false}'),
@@ -91,10 +110,22 @@ def test_bad_input_is_one_line_and_code_2(
     assert re.search(message, line), line
 
 
+def test_control_routes_are_named_once_and_last() -> None:
+    """vLLM builds its engine's arguments several times; the last one sees requests first."""
+    from shaper.engine.middleware import CONTROL_ROUTES, add_middleware
+
+    arguments = argparse.Namespace(middleware=["mine.Layer"])
+    for _ in range(3):
+        add_middleware(arguments, CONTROL_ROUTES)
+        add_middleware(arguments, "other.Layer")
+        add_middleware(arguments, CONTROL_ROUTES)
+    assert arguments.middleware == ["mine.Layer", "other.Layer", CONTROL_ROUTES]
+
+
 def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str], taken_port: int) -> None:
     """Written either way, and on the address that is asked for."""
-    for flags in (("--port", str(taken_port)), (f"--port={taken_port}",)):
-        line = refused(capsys, "serve", "m", "--host", "127.0.0.1", *flags)
+    for said in (("--port", str(taken_port)), (f"--port={taken_port}",)):
+        line = refused(capsys, "serve", "m", "--host", "127.0.0.1", *said)
         assert f"port {taken_port} is in use" in line
 
 
@@ -127,7 +158,14 @@ def test_help_shows_the_shaper_s_flags_first(capsys: pytest.CaptureFixture[str])
     """And points to vLLM's; the bare command lists the subcommands."""
     assert cli.main(["serve", "--help"]) == 0
     text = capsys.readouterr().out
-    for flag in ("--power-limit", "--emulate", "--shadow", "--itl-target", "--shaper-off"):
+    for flag in (
+        "--power-limit",
+        "--emulate",
+        "--shadow",
+        "--itl-target",
+        "--shaper-off",
+        "--gpu-limit",
+    ):
         assert flag in text
     assert "--help=all" in text
     assert cli.main(["--help"]) == 0
@@ -145,7 +183,7 @@ def test_version_names_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    return serve._parser().parse_known_args(list(arguments))[0]
+    return flags.new_parser().parse_known_args(list(arguments))[0]
 
 
 def test_vllm_s_flags_pass_untouched() -> None:
@@ -159,7 +197,7 @@ def test_vllm_s_flags_pass_untouched() -> None:
         '{"a": 1}',
         "-O3",
     ]
-    found, passed_on = serve._parser().parse_known_args(line)
+    found, passed_on = flags.new_parser().parse_known_args(line)
     assert passed_on == ["m", "--max-num-seqs=7", "--hf-overrides", '{"a": 1}', "-O3"]
     assert found.power_limit == ["500W@1s"]
     assert options("--power", "x").power_limit is None
@@ -170,9 +208,9 @@ def test_flags_and_environment_make_one_config(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("SHAPER_LIMITS", "300W@1s")
     monkeypatch.setenv("SHAPER_MARGIN_RATIO", "0.02")
     given = options("--power-limit", "640W@100ms", "--power-limit", "560W@1s", "--itl-target=50ms")
-    config = serve.shaper_config(given)
+    config = flags.shaper_config(given)
     assert config is not None
-    assert [limit.watts for limit in config.power_limits] == [640.0, 560.0]
+    assert [limit.watts for limit in config.limits] == [640.0, 560.0]
     assert config.itl_target_seconds == 0.05
     assert config.margin_ratio == 0.02
     environ = {"VLLM_PLUGINS": "mine", "VLLM_TARGET_DEVICE": "cpu"}
@@ -185,7 +223,7 @@ def test_flags_and_environment_make_one_config(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_shaper_can_be_left_out() -> None:
     """`--shaper-off` leaves no config behind, not even an inherited one."""
-    assert serve.shaper_config(options("--shaper-off")) is None
+    assert flags.shaper_config(options("--shaper-off")) is None
     environ = {CONFIG_VARIABLE: "{}", EMULATE_VARIABLE: "h100-sxm"}
     serve.prepare_environment(environ, None, options("--shaper-off"))
     assert CONFIG_VARIABLE not in environ

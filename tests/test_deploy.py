@@ -10,9 +10,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shaper.core.types import Reason
-from shaper.metrics import SAMPLER_METRICS, SCHEDULER_METRICS, StatusCollector
+from shaper.core.standing import Cause
+from shaper.core.types import PowerBudget, PowerLimit, Reason
+from shaper.metric_values import (
+    FLEX_METRICS,
+    SAMPLER_METRICS,
+    SCHEDULER_METRICS,
+    STANDING_METRICS,
+)
+from shaper.metrics import StatusCollector
 from shaper.status import Status
+from tests.scraping import control
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -22,10 +30,9 @@ WITH_METRICS = ("prometheus/alerts.yml", "grafana/shaper.json", "../docs/operati
 def exposed_names() -> set[str]:
     """Every name that a scrape of one engine can show, histograms by their series."""
     values = (1.0,) * 200
-    status = Status(
-        info={"engine": 0, "limits": [(560.0, 1.0)]},
-        values={"sampler": values, "scheduler": values},
-    )
+    held = control(560.0, budget=PowerBudget((PowerLimit(560.0, 1.0),), 900.0))
+    sections = dict.fromkeys(("sampler", "scheduler", "standing", "flex"), values)
+    status = Status(info={"engine": 0}, values={**sections, "control": tuple(held.values())})
     return {
         sample.name
         for family in StatusCollector(lambda: [status]).collect()
@@ -42,7 +49,7 @@ def test_every_metric_named_is_exposed(name: str) -> None:
     assert used <= known, sorted(used - known)
 
 
-def test_every_metric_of_the_sampler_and_scheduler_is_on_the_dashboard() -> None:
+def test_every_metric_is_on_the_dashboard() -> None:
     """Nothing is exposed that nobody can see, apart from what others are derived from."""
     text = (DEPLOY / "grafana" / "shaper.json").read_text()
     derived = {
@@ -52,8 +59,21 @@ def test_every_metric_of_the_sampler_and_scheduler_is_on_the_dashboard() -> None
         "shaper_predicted_energy_joules_total",
         "shaper_gpu_clock_event_reasons",
     }
-    names = {name for name, _ in (*SAMPLER_METRICS, *SCHEDULER_METRICS)}
-    assert {name for name in names if name not in text} == derived
+    tables = (*SAMPLER_METRICS, *SCHEDULER_METRICS, *STANDING_METRICS, *FLEX_METRICS)
+    assert {name for name, _ in tables if name not in text} == derived
+
+
+def test_every_metric_is_explained_to_operators() -> None:
+    """docs/operating.md says of each metric what it answers."""
+    text = (ROOT / "docs" / "operating.md").read_text()
+    series = {re.sub(r"_(bucket|sum|count|created)$", "", name) for name in exposed_names()}
+    assert sorted(name for name in series if f"`{name}" not in text) == []
+
+
+def test_every_cause_is_explained_to_operators() -> None:
+    """docs/health.md says of each what it means and what to do."""
+    text = (ROOT / "docs" / "health.md").read_text()
+    assert [cause.value for cause in Cause if f"`{cause.value}`" not in text] == []
 
 
 def test_the_dashboard_is_what_its_script_writes(

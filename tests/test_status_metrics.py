@@ -8,19 +8,22 @@ import stat
 import threading
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
-from shaper.core.types import Decision, PowerLimit, PowerState, Reason, StepLimits, StepPrediction
-from shaper.engine.telemetry import DecisionLog, MeterWindows, Telemetry
-from shaper.metrics import SchedulerCounters, StatusCollector
+from shaper.core.types import (
+    Decision,
+    PowerLimit,
+    PowerState,
+    Reason,
+    StepLimits,
+    StepPrediction,
+)
+from shaper.engine.meter_windows import MeterWindows
+from shaper.engine.telemetry import DecisionLog, Telemetry
+from shaper.metric_values import SchedulerCounters
 from shaper.status import StatusWriter, block_directory, read_statuses, run_id
+from tests.scraping import control, run, scrape
 
-
-@pytest.fixture
-def run(request):
-    """A run id of this test's own."""
-    return f"test{os.getpid()}x{abs(hash(request.node.name)) % 10**8}"
+__all__ = ["run"]
 
 
 def decision(reason=Reason.CHUNK_POWER, prefill_tokens=300, seconds=0.01) -> Decision:
@@ -30,26 +33,16 @@ def decision(reason=Reason.CHUNK_POWER, prefill_tokens=300, seconds=0.01) -> Dec
     )  # fmt: skip
 
 
-def scrape(run: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    registry = CollectorRegistry()
-    registry.register(StatusCollector(lambda: read_statuses(run)))
-    text = generate_latest(registry).decode()
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
-
-
 def test_two_engines_show_side_by_side(run):
     """Each data-parallel rank has its own label, limits and counts."""
-    writers = [StatusWriter(run, rank, {"limits": [(500.0 + rank, 0.1)]}) for rank in (0, 1)]
+    writers = [StatusWriter(run, rank, {}) for rank in (0, 1)]
     try:
         for rank, writer in enumerate(writers):
             counters = SchedulerCounters()
             for _ in range(rank + 1):
                 counters.count(decision())
             writer.write("scheduler", counters.values())
+            writer.write("control", control(500.0 + rank).values())
         values = scrape(run)
         key = (("engine", "1"), ("reason", "chunk_power"))
         assert values["shaper_decisions_total", key] == 2
@@ -70,7 +63,7 @@ def test_what_is_not_known_is_left_out(run):
     writer = StatusWriter(run, 0, {})
     try:
         log = DecisionLog(None)
-        telemetry = Telemetry(writer, MeterWindows([], 100.0), log)
+        telemetry = Telemetry(writer, 100.0, log)
         telemetry.tick(5.0, None, 3, 1)
         values = scrape(run)
         assert ("shaper_power_instant_watts", (("engine", "0"),)) not in values
@@ -158,20 +151,36 @@ def test_children_inherit_the_run():
 
 def test_headroom_and_pressure_are_metered():
     """From the energy counter over the window; pressure is the share of the room above idle."""
-    windows = MeterWindows([PowerLimit(500.0, 1.0)], 100.0)
+    windows, limits = MeterWindows(100.0), (PowerLimit(500.0, 1.0),)
     headroom = pressure = 0.0
     for tick in range(30):
         state = PowerState(0.1 * tick, 1, instant_watts=777.0, energy_joules=30.0 * tick)
-        headroom, pressure = windows.observe(state)
+        headroom, pressure = windows.observe(state, limits)
     assert headroom == pytest.approx(200.0)
     assert pressure == pytest.approx(0.5)
 
 
 def test_a_short_window_uses_the_meters_short_reading():
     """The counter moves too seldom for 100 ms."""
-    windows = MeterWindows([PowerLimit(500.0, 0.1)], 100.0)
-    headroom, _ = windows.observe(PowerState(1.0, 1, instant_watts=450.0, energy_joules=1.0))
+    state = PowerState(1.0, 1, instant_watts=450.0, energy_joules=1.0)
+    headroom, _ = MeterWindows(100.0).observe(state, (PowerLimit(500.0, 0.1),))
     assert headroom == pytest.approx(50.0)
+
+
+def test_headroom_follows_a_budget_that_changes_and_a_window_that_grows():
+    """A limit that comes later is judged on what was read before it came."""
+    windows, short = MeterWindows(100.0), (PowerLimit(500.0, 1.0),)
+    for tick in range(20_000):
+        state = PowerState(0.1 * tick, 1, instant_watts=777.0, energy_joules=30.0 * tick)
+        windows.observe(state, short)
+    assert windows.observe(state, (PowerLimit(350.0, 1.0),))[0] == pytest.approx(50.0)
+    assert windows.observe(state, ()) != windows.observe(state, short)
+    long = (PowerLimit(320.0, 30.0),)
+    for tick in range(20_000, 20_400):
+        state = PowerState(0.1 * tick, 1, instant_watts=777.0, energy_joules=30.0 * tick)
+        headroom, _ = windows.observe(state, long)
+    assert headroom == pytest.approx(20.0)
+    assert windows.observe(state, (PowerLimit(100.0, 1.0),)) == (pytest.approx(-200.0), 1.0)
 
 
 def test_the_decision_log_is_lines_of_json(tmp_path):

@@ -6,36 +6,38 @@ For each step the engine calls, in this order and from one thread:
     launched(batch, now)   -> Decision      when it has scheduled
     finished(now)                           when the step's output is back
 
-`observe(state)` may be called from the same thread at any time. There is no
-clock and no I/O here: the live engine, virtual time and tests run this same object.
+`observe(state)` and `set_budget(budget, now)` may be called from the same thread at any
+time. There is no clock and no I/O here: the live engine, virtual time and tests run this
+same object.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from shaper.core.demand import DemandMeter
 from shaper.core.estimator import Estimator
 from shaper.core.guard import Guard
-from shaper.core.ledger import Ledger, Room
+from shaper.core.ledger import UNBOUNDED, Ledger, Run
 from shaper.core.policy import Plan, PlanInput, Policy
+from shaper.core.standing import EngineDemand
 from shaper.core.types import (
+    NO_TARGETS,
     UNLIMITED,
     ClockEventReasons,
     Decision,
     EngineLoad,
-    PowerLimit,
+    LatencyTargets,
+    PowerBudget,
     PowerState,
     Reason,
     StepBatch,
     StepLimits,
     StepPrediction,
 )
-from shaper.errors import LedgerError
 
 # The sampler reads every 20 ms and meters refresh every 100 ms: a state this old
 # means that the sensor is gone.
@@ -43,11 +45,18 @@ STALE_SECONDS = 1.0
 # What a blind controller keeps free on top: about the mean error of the H100 and B200
 # profiles on published serving power (`python -m bench.fidelity`).
 BLIND_MARGIN_RATIO = 0.05
+# The margin for blindness comes and goes at this rate: a second each way, so that neither
+# the loss of a sensor nor its return is a jump.
+_MARGIN_SLEW_PER_SECOND = 0.05
+# The most that is ever kept free.
+MAX_MARGIN_RATIO = 0.2
 
 
 # A busy host sees a step's end some milliseconds late. Entered as seen, a window would
 # miss that much of it at full power: 3 ms at 700 W are 3% of a limit over 100 ms.
 HOST_LATE_SECONDS = 0.005
+# A clock that sags under way makes a step of 40 ms 1.4 ms longer, at full power.
+OWN_LATE_RATIO = 0.05
 
 
 class StepPredictor(Protocol):
@@ -76,8 +85,8 @@ class _Flight:
     launched_seconds: float
     queued: bool
     """It was launched behind another one, so it starts when that one ends."""
-    decodes: bool
-    raw_seconds: float
+    batch: StepBatch
+    raw: StepPrediction
     prediction: StepPrediction
 
 
@@ -87,48 +96,64 @@ class Controller:
     Args:
         model: predicts steps.
         policy: plans them.
-        limits: the budget; empty means that nothing is ever limited.
+        budget: what the engine may draw; an empty one never limits anything.
         start_seconds: now.
-        itl_target_seconds: bound on a step that decodes wait behind, or None.
-        spend_slack: let decodes wait up to the ITL target, for fewer and larger steps.
+        targets: what is promised about latency.
         max_pause_seconds: longest time that work is held back.
-        margin_ratio: part of each limit that is kept free.
+        margin_ratio: part of each limit that is kept free besides what the estimator asks for.
         shadow: decide and record, but apply nothing.
+        rest_watts: power of the GPUs when nothing ran for `rest_after_seconds`; by default
+            that between steps.
+        rest_after_seconds: see `rest_watts`.
+        full: nobody knows what ran just before: every window is taken as used up.
     """
 
     def __init__(
         self,
         model: StepPredictor,
         policy: Policy,
-        limits: Sequence[PowerLimit],
+        budget: PowerBudget,
         start_seconds: float,
         *,
-        itl_target_seconds: float | None = None,
-        spend_slack: bool = False,
+        targets: LatencyTargets = NO_TARGETS,
         max_pause_seconds: float = 1.0,
         margin_ratio: float = 0.0,
         shadow: bool = False,
+        rest_watts: float | None = None,
+        rest_after_seconds: float = math.inf,
+        full: bool = False,
     ) -> None:
         self._model = model
         self._policy = policy
-        self._shadow = shadow
-        self._itl_target_seconds = itl_target_seconds
-        self._spend_slack = spend_slack
+        self.shadow = shadow
+        self._targets = targets
         self._margin_ratio = margin_ratio
         self._idle_watts = model.gap_watts
-        self._ledger = Ledger(limits, self._idle_watts, start_seconds)
-        self._guard = Guard(max_pause_seconds)
-        self.estimator = Estimator()
+        self._ledger = Ledger(
+            budget,
+            self._idle_watts,
+            start_seconds,
+            rest_watts=rest_watts,
+            rest_after_seconds=rest_after_seconds,
+            full=full,
+        )
+        self._guard = Guard(max_pause_seconds, targets)
+        self._decode_deadline_seconds = targets.itl_seconds or max_pause_seconds
+        self.estimator = Estimator(self._idle_watts)
+        self._demand = DemandMeter(self._idle_watts, start_seconds)
         self._flights: deque[_Flight] = deque()
         self._returned_seconds = -math.inf
         self._queues = False
         self._decode_end_seconds = -math.inf
-        self._busy_seconds = 0.0
+        self._decodes_since = math.inf
         self._state: PowerState | None = None
         self._clock_hertz: float | None = None
         self._celsius: float | None = None
+        self._blind_margin_ratio = BLIND_MARGIN_RATIO
+        self._margin_seconds = start_seconds
+        self._kept_ratio = margin_ratio
         self._predictions: dict[StepBatch, tuple[StepPrediction, StepPrediction]] = {}
-        self._room = Room(())
+        self._room = UNBOUNDED
         self._plan = Plan(UNLIMITED, Reason.IDLE)
         self._wanted_prefill_tokens = 0
 
@@ -142,6 +167,20 @@ class Controller:
         """Power between steps, all GPUs of the engine."""
         return self._idle_watts
 
+    @property
+    def demand(self) -> EngineDemand:
+        """What there is to do, and how it goes; may be asked from another thread."""
+        return self._demand.publish(self.estimator, self._kept_ratio, self._plan)
+
+    def set_budget(self, budget: PowerBudget, now_seconds: float) -> None:
+        """Put another budget in force, from the next step on.
+
+        What ran or was launched before counts at no more than the new limits.
+        """
+        if budget == self._ledger.budget:
+            return
+        self._ledger.set_budget(budget, self._in_flight(now_seconds))
+
     def observe(self, state: PowerState) -> None:
         """Take the sampler's newest state; an old one again is no news."""
         if self._state is not None and state.sampled_seconds <= self._state.sampled_seconds:
@@ -151,18 +190,7 @@ class Controller:
         # An idle GPU shows a clock that it will not run the next step at.
         self._clock_hertz = None if idle else state.sm_clock_hertz
         self._celsius = state.temperature_celsius
-        # A span that began before the ledger did teaches nothing; the next one is whole.
-        with contextlib.suppress(LedgerError):
-            self.estimator.observe_power(state, self._joules_between, self._busy_seconds)
-
-    def _joules_between(self, start_seconds: float, end_seconds: float) -> float:
-        """Entered joules, and those of steps in flight as far as they lie inside."""
-        entered = self._ledger.joules_between(start_seconds, end_seconds)
-        for begin, end, joules in self._in_flight(end_seconds):
-            inside = max(0.0, min(end, end_seconds) - max(begin, start_seconds))
-            if inside:
-                entered += inside * (joules / (end - begin) - self._idle_watts)
-        return entered
+        self.estimator.observe_power(state)
 
     def predict(self, batch: StepBatch) -> StepPrediction:
         """A step at the present clock and temperature, corrected by what was measured."""
@@ -175,57 +203,89 @@ class Controller:
             raw = self._model.predict(
                 batch, sm_clock_hertz=self._clock_hertz, temperature_celsius=self._celsius
             )
-            found = self._predictions[batch] = (raw, self.estimator.correct(raw))
+            found = self._predictions[batch] = (raw, self.estimator.correct(batch, raw))
         return found
 
     def plan(self, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits that the engine shall apply to its next step."""
         self._predictions.clear()
         self._wanted_prefill_tokens = sum(demand.remaining_tokens for demand in load.prefills)
-        if not self._ledger.limits and self._itl_target_seconds is None:
+        if self._ledger.budget.empty and self._targets.empty:
             self._plan = Plan(UNLIMITED, Reason.OFF)
+            self._demand.planned(load, self._plan, now_seconds, None, 0.0, math.inf)
             return UNLIMITED
         in_flight = self._in_flight(now_seconds)
         start = max(now_seconds, in_flight[-1][1]) if in_flight else now_seconds
-        self._room = self._ledger.ask(
-            start, self._floor_watts(load), in_flight, self._margin(now_seconds)
-        )
+        decodes = self.predict(load.batch(0)) if load.decode_requests else None
+        whole = load.batch() if load.prefills else None
+        if whole is not None:
+            self._demand.wants(whole.prefill_tokens, self.predict(whole), decodes)
+        else:
+            self._demand.wants(0, None, decodes)
+        floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or 0.0)
+        margin_ratio = self._margin(now_seconds)
+        self._room = room = self._ledger.ask(start, floor_watts, in_flight, margin_ratio)
         view = PlanInput(
             load=load,
-            room=self._room,
+            room=room,
             predict=self.predict,
-            itl_target_seconds=self._itl_target_seconds,
-            since_decode_seconds=start - self._last_decode_end(in_flight),
-            spend_slack=self._spend_slack,
-            turn=self._guard.turn(now_seconds),
+            now_seconds=now_seconds,
+            state=self._state,
+            targets=self._targets,
+            decodes=decodes,
+            decode_deadline_seconds=self._decode_deadline_seconds,
+            since_decode_seconds=self._since_decode(load, start, in_flight),
+            turn=self._guard.turn(load, start),
+            idle_watts=self._idle_watts,
+            prefill_watts=self._demand.prefill_watts(now_seconds),
+            burst_joules=self._demand.burst_joules,
+            held_seconds=self._demand.held_seconds(now_seconds),
         )
-        self._plan = self._guard.check(self._policy.plan(view), load, now_seconds)
-        return UNLIMITED if self._shadow else self._plan.limits
+        # Waits count from when the device is free: behind a step in flight nothing is held back.
+        self._plan = self._guard.check(self._policy.plan(view), load, start)
+        least_watts = self._paced_watts(decodes, self._decode_deadline_seconds)
+        self._demand.planned(
+            load, self._plan, now_seconds, decodes, least_watts, room.sustained_watts
+        )
+        return UNLIMITED if self.shadow else self._plan.limits
 
-    def _last_decode_end(self, in_flight: list[tuple[float, float, float]]) -> float:
+    def _since_decode(self, load: EngineLoad, start_seconds: float, in_flight: list[Run]) -> float:
+        """From the last decode step's end, or from when there were decodes again, to `start`."""
+        if not load.decode_requests:
+            self._decodes_since = math.inf
+            return 0.0
+        self._decodes_since = min(self._decodes_since, start_seconds)
         ends = [
             end
             for flight, (_, end, _) in zip(self._flights, in_flight, strict=True)
-            if flight.decodes
+            if flight.batch.decode_tokens
         ]
-        return ends[-1] if ends else self._decode_end_seconds
+        last = ends[-1] if ends else self._decode_end_seconds
+        return start_seconds - max(last, self._decodes_since)
 
-    def _floor_watts(self, load: EngineLoad) -> float:
-        """What the decodes draw when they go on alone: at every step, or at their ITL target."""
-        if not load.decode_requests or not self._ledger.limits:
+    def _paced_watts(self, decodes: StepPrediction | None, cadence_seconds: float) -> float:
+        """What the decodes draw when they go on alone, a step each `cadence_seconds` at most."""
+        if decodes is None:
             return self._idle_watts
-        decodes = self.predict(load.batch(0))
-        cadence = max(decodes.seconds, self._itl_target_seconds or 0.0)
+        cadence = max(decodes.seconds, cadence_seconds)
         return self._idle_watts + (decodes.joules - self._idle_watts * decodes.seconds) / cadence
 
     def _margin(self, now_seconds: float) -> float:
         state = self._state
         blind = state is None or state.age_seconds(now_seconds) > STALE_SECONDS
-        return self._margin_ratio + (BLIND_MARGIN_RATIO if blind else 0.0)
+        step = _MARGIN_SLEW_PER_SECOND * max(0.0, now_seconds - self._margin_seconds)
+        self._margin_seconds = now_seconds
+        if blind:
+            self._blind_margin_ratio = min(BLIND_MARGIN_RATIO, self._blind_margin_ratio + step)
+        else:
+            self._blind_margin_ratio = max(0.0, self._blind_margin_ratio - step)
+        margin = self._margin_ratio + self._blind_margin_ratio + self.estimator.margin_ratio
+        self._kept_ratio = min(MAX_MARGIN_RATIO, margin)
+        return self._kept_ratio
 
-    def _in_flight(self, now_seconds: float) -> list[tuple[float, float, float]]:
+    def _in_flight(self, now_seconds: float) -> list[Run]:
         """Launched steps as `(start, end, joules)`; one that is overdue ends now."""
-        runs: list[tuple[float, float, float]] = []
+        runs: list[Run] = []
         free = self._ledger.end_seconds
         for index, flight in enumerate(self._flights):
             start = max(free, flight.launched_seconds)
@@ -240,20 +300,19 @@ class Controller:
         """Enter a step that the engine scheduled; one without tokens is only recorded."""
         prediction = StepPrediction(0.0, 0.0)
         headroom = math.inf
-        if batch.tokens:
+        self._guard.launched(batch)
+        if batch.decode_tokens or batch.prefill_tokens:
             raw, prediction = self._predict(batch)
             queued = bool(self._flights)
             self._queues = self._queues or queued
-            decodes = batch.decode_tokens > 0
-            flight = _Flight(now_seconds, queued, decodes, raw.seconds, prediction)
-            self._flights.append(flight)
-            self._guard.launched(batch)
-            headroom = self._room.max_watts(prediction.seconds) - prediction.watts
+            self._flights.append(_Flight(now_seconds, queued, batch, raw, prediction))
+            self._demand.launched(batch, prediction, now_seconds)
+            headroom = self._room.headroom_watts(prediction)
         return Decision(
             at_seconds=now_seconds,
             reason=self._plan.reason,
             limits=self._plan.limits,
-            applied=not self._shadow,
+            applied=not self.shadow,
             wanted_prefill_tokens=self._wanted_prefill_tokens,
             decode_requests=batch.decode_requests,
             prefill_tokens=batch.prefill_tokens,
@@ -265,25 +324,29 @@ class Controller:
         """The oldest launched step is back: what was promised becomes what was spent.
 
         A step that is back later than predicted was slow, or the host was late to see
-        its end; the next step then started before. Up to `HOST_LATE_SECONDS` it is taken
-        for the host's, since a slow GPU soon shows in the gain on step seconds.
+        its end; the next step then started before. A small part of the step's own length
+        is taken for its own, at its power; then up to `HOST_LATE_SECONDS` for the host's,
+        since a slow GPU soon shows in the gain on step seconds.
         """
         if not self._flights:
             return
         flight = self._flights.popleft()
         seen = now_seconds - max(self._returned_seconds, flight.launched_seconds)
         self._returned_seconds = now_seconds
-        # Only a queued step's time is free of the host's, if this engine queues steps.
-        if flight.queued or not self._queues:
-            self.estimator.observe_step(flight.raw_seconds, seen)
         start = max(self._ledger.end_seconds, flight.launched_seconds)
-        predicted_end = start + flight.prediction.seconds
-        end = min(now_seconds, max(predicted_end, now_seconds - HOST_LATE_SECONDS))
+        prediction = flight.prediction
+        predicted_end = start + prediction.seconds
+        late = now_seconds - predicted_end
+        own_late = min(max(late, 0.0), OWN_LATE_RATIO * prediction.seconds)
+        end = min(now_seconds, predicted_end + max(own_late, late - HOST_LATE_SECONDS))
         if end <= start:
             return
-        # The work is the same however long it took; the rest of the time is idle power.
-        joules = flight.prediction.joules + (end - predicted_end) * self._idle_watts
+        # Only a queued step's time is free of the host's, if this engine queues steps.
+        measured = seen if flight.queued or not self._queues else None
+        self.estimator.observe_run(flight.batch, flight.raw, start, end, measured)
+        # Early, or late beyond its own: the work is the same, and the rest of the time idle.
+        rest_seconds = end - predicted_end - own_late
+        joules = prediction.joules + own_late * prediction.watts + rest_seconds * self._idle_watts
         self._ledger.spend(start, end, joules)
-        if flight.decodes:
+        if flight.batch.decode_tokens:
             self._decode_end_seconds = end
-        self._busy_seconds += end - start

@@ -1,38 +1,62 @@
 """The last word on a step's limits: liveness and sane values. Nothing runs after it.
 
-Promises. Whatever a policy says and whatever the budget is, decodes that are
-ready wait at most `max_pause_seconds`, prompts at most twice that; then they
-run, over the budget if need be, and the step is marked `FORCED`. A prompt that
-a forced chunk can't advance (a model that only takes whole blocks or images)
-gets twice the tokens next time.
+Promises. Whatever a policy says and whatever the budget is:
+
+- decodes that are ready wait at most their ITL target, or `max_pause_seconds` without
+  one; then they run, over the budget if need be, and the step is marked `FORCED`;
+- prompts that could run wait at most twice `max_pause_seconds`; then a chunk is forced
+  likewise. A prompt that a forced chunk can't advance (a model that only takes whole
+  blocks or images) gets twice the tokens next time;
+- a cap on running requests that leaves nothing to run for `max_pause_seconds` is lifted.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 from shaper.core.policy import Plan
-from shaper.core.types import EngineLoad, Reason, StepBatch, StepLimits
+from shaper.core.types import NO_TARGETS, EngineLoad, LatencyTargets, Reason, StepBatch, StepLimits
 
 # Just above the least efficient chunk of a dense model with no decodes beside it.
 _FORCED_TOKENS = 512
+# Prompts get their turn when this part of their TTFT target is over: the rest is for running.
+_TURN_SHARE = 0.5
 
 
 class Guard:
-    """Clamps plans of one engine. Stateful fields: two waits and the forced count."""
+    """Clamps plans of one engine. Stateful fields: three waits, a turn, the forced count.
 
-    def __init__(self, max_pause_seconds: float) -> None:
+    Args:
+        max_pause_seconds: longest time that work is held back.
+        targets: an ITL target bounds the decodes' wait, a TTFT target brings the
+            prompts' turn forward.
+    """
+
+    def __init__(self, max_pause_seconds: float, targets: LatencyTargets = NO_TARGETS) -> None:
         self._max_pause_seconds = max_pause_seconds
+        self._decode_seconds = min(max_pause_seconds, targets.itl_seconds or max_pause_seconds)
+        ttft = targets.ttft_seconds
+        self._debt_seconds = None if ttft is None else ttft * _TURN_SHARE
         self._decode_since: float | None = None
         self._prefill_since: float | None = None
+        self._capped_since: float | None = None
+        self._granted = False
         self._forced = 0
 
-    def turn(self, now_seconds: float) -> bool:
+    def turn(self, load: EngineLoad, now_seconds: float) -> bool:
         """Whether prompts have waited long enough for decodes to make way."""
         since = self._prefill_since
-        return since is not None and now_seconds - since >= self._max_pause_seconds
+        if since is None:
+            return False
+        if now_seconds - since >= self._max_pause_seconds:
+            return True
+        arrival = load.oldest_arrival_seconds
+        oldest = since if arrival is None else min(since, arrival)
+        return self._debt_seconds is not None and now_seconds - oldest >= self._debt_seconds
 
     def check(self, plan: Plan, load: EngineLoad, now_seconds: float) -> Plan:
         """The plan itself, or one that keeps the promises."""
-        limits = _clamped(plan.limits, load)
+        limits = self._uncapped(_clamped(plan.limits, load), load, now_seconds)
         if not load.decode_requests:
             self._decode_since = None
         if not load.prefills:
@@ -41,15 +65,37 @@ class Guard:
         if load.decode_requests and holds_decodes:
             if self._decode_since is None:
                 self._decode_since = now_seconds
-            elif now_seconds - self._decode_since >= self._max_pause_seconds:
+            elif now_seconds - self._decode_since >= self._decode_seconds:
                 return Plan(StepLimits(prefill_tokens=0), Reason.FORCED)
         holds_prefills = not limits.run or limits.prefill_tokens == 0
+        self._granted = bool(load.prefills) and not holds_prefills
         if load.prefills and holds_prefills:
             if self._prefill_since is None:
                 self._prefill_since = now_seconds
             elif now_seconds - self._prefill_since >= 2 * self._max_pause_seconds:
+                self._granted = True
                 return Plan(self._forced_prefill(load), Reason.FORCED)
-        return Plan(limits, plan.reason)
+        if limits == plan.limits:
+            return plan
+        return dataclasses.replace(plan, limits=limits)
+
+    def _uncapped(self, limits: StepLimits, load: EngineLoad, now_seconds: float) -> StepLimits:
+        """The limits without a cap on running requests that has left nothing to run for long."""
+        cap = limits.running_requests
+        stuck = (
+            cap is not None
+            and bool(load.prefills)
+            and not load.decode_requests
+            and not load.capped(cap).prefills
+        )
+        if not stuck:
+            self._capped_since = None
+            return limits
+        if self._capped_since is None:
+            self._capped_since = now_seconds
+        if now_seconds - self._capped_since < self._max_pause_seconds:
+            return limits
+        return dataclasses.replace(limits, running_requests=None)
 
     def _forced_prefill(self, load: EngineLoad) -> StepLimits:
         tokens = _FORCED_TOKENS << min(self._forced, 16)
@@ -59,18 +105,27 @@ class Guard:
         return StepLimits(prefill_tokens=tokens)
 
     def launched(self, batch: StepBatch) -> None:
-        """What ran ends its wait."""
+        """What ran ends its wait; so does a turn that the engine did not use."""
         if batch.decode_tokens:
             self._decode_since = None
         if batch.prefill_tokens:
-            self._prefill_since, self._forced = None, 0
+            self._forced = 0
+        if batch.prefill_tokens or self._granted:
+            # No room in its KV cache, say: the next turn comes when it has waited again.
+            self._prefill_since = None
 
 
 def _clamped(limits: StepLimits, load: EngineLoad) -> StepLimits:
-    prefill, decodes = limits.prefill_tokens, limits.decode_requests
+    prefill, decodes, running = (
+        limits.prefill_tokens,
+        limits.decode_requests,
+        limits.running_requests,
+    )
     if prefill is not None:
         prefill = min(max(int(prefill), 0), load.token_budget)
     if decodes is not None:
         decodes = max(int(decodes), 0)
         decodes = None if decodes >= load.decode_requests else decodes
-    return StepLimits(limits.run, prefill, decodes)
+    if running is not None:
+        running = max(int(running), 1)
+    return StepLimits(limits.run, prefill, decodes, running)

@@ -4,17 +4,20 @@ Law. A limit `(watts, window)` holds when for every time `t` the energy of
 `[t - window, t]` is at most `watts * window`. Energy over time is kept as a
 piecewise-linear curve `C(t)` whose corners are the starts and ends of steps,
 so the question "may a step of this length start then, and at how many watts"
-has an exact answer: the left side of
-
-    C(t) - C(t - window) <= watts * window
-
-is piecewise linear in `t`, hence greatest at a corner of `C(t)` or of
-`C(t - window)`, and at each corner it is linear in the step's watts.
+has an exact answer (`_WindowRoom`).
 
 After the step the curve goes on at the *floor*: what the engine will draw
 whatever is decided next (idle power, and the decodes that must go on). A step
 that would leave the floor no room until the window has moved past it does not
 fit, so that a window is never spent early and the decodes starved late.
+
+A limit that is lowered counts the energy of before at no more than the new
+limit, by one factor for all of it: a long window would else stop service until the
+past has left it. A past that keeps the new limit counts as it was, so that changes
+which change little forgive nothing.
+
+The ramp limit is one more window of 100 ms, whose watts are the lowest mean of
+100 ms about a second ago, plus what may be added in a second.
 """
 
 from __future__ import annotations
@@ -23,55 +26,93 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
-from shaper.core.types import PowerLimit
+from shaper.core.curve import Array, EnergyCurve
+from shaper.core.types import PowerBudget, StepPrediction
 from shaper.errors import LedgerError
 
-Array = npt.NDArray[np.float64]
+Run = tuple[float, float, float]
+"""Start seconds, end seconds, joules."""
 
-# A step of 5 ms makes two corners; 4096 corners are 10 s of steps before the
-# first compaction. The arrays grow when a window needs more.
-_INITIAL_CORNERS = 4096
+# The longest window that a budget may have is 60 s.
+_HISTORY_SECONDS = 65.0
+# A window's curve has about this many corners; what merging may hide is kept free.
+_CORNERS_PER_WINDOW = 512
+# A floor above a limit is taken as this part of it: a chunk needs some room, or prompts
+# would wait for ever.
+_MOST_FLOOR_RATIO = 0.9
+# Below this part of a limit a run can't be what a window is too full of. No margin is larger.
+_COOL_RATIO = 0.8
+_INSTANT_SECONDS = 1e-6
+RAMP_WINDOW_SECONDS = 0.1
+RAMP_SECONDS = 1.0
+# A step asked about ends less than this after its start, or its end is bound by less past.
+_RAMP_HORIZON_SECONDS = 0.4
 
 
 class Ledger:
-    """Energy of the past and of steps in flight, against the limits.
+    """Energy of the past and of steps in flight, against the budget.
 
     Args:
-        limits: may be empty; then everything fits.
+        budget: may be empty; then everything fits.
         idle_watts: what the engine's GPUs draw between steps, all together.
-        start_seconds: the ledger's first moment; before it, idle is assumed.
+        start_seconds: the ledger's first moment.
+        rest_watts: what they draw when nothing ran for `rest_after_seconds`; by default the same.
+        rest_after_seconds: see `rest_watts`.
+        full: take every window as used up at the start, because nobody knows what ran
+            before; by default idle is assumed.
     """
 
     def __init__(
-        self, limits: Sequence[PowerLimit], idle_watts: float, start_seconds: float
+        self,
+        budget: PowerBudget,
+        idle_watts: float,
+        start_seconds: float,
+        *,
+        rest_watts: float | None = None,
+        rest_after_seconds: float = math.inf,
+        full: bool = False,
     ) -> None:
-        self._limits = tuple(limits)
         self._idle_watts = idle_watts
-        self._longest_seconds = max((x.window_seconds for x in limits), default=1.0)
-        self._times = np.zeros(_INITIAL_CORNERS)
-        self._joules = np.zeros(_INITIAL_CORNERS)
-        history = self._keep_seconds
-        self._times[0] = start_seconds - history
-        self._times[1] = start_seconds
-        self._joules[1] = idle_watts * history
-        self._count = 2
-
-    @property
-    def limits(self) -> tuple[PowerLimit, ...]:
-        """The limits in force."""
-        return self._limits
+        self._rest_watts = idle_watts if rest_watts is None else rest_watts
+        self._rest_after_seconds = rest_after_seconds
+        self._end_seconds = start_seconds
+        self._busy_end_seconds = start_seconds
+        past_watts = max((x.watts for x in budget.limits), default=idle_watts)
+        self._history = EnergyCurve(start_seconds - _HISTORY_SECONDS, _HISTORY_SECONDS)
+        self._history.append(
+            start_seconds, (past_watts if full else self._rest_watts) * _HISTORY_SECONDS
+        )
+        self._windows: tuple[_Window, ...] = ()
+        self.budget = PowerBudget()
+        self.set_budget(budget)
 
     @property
     def end_seconds(self) -> float:
         """The time up to which energy is entered."""
-        return float(self._times[self._count - 1])
+        return self._end_seconds
 
-    @property
-    def _keep_seconds(self) -> float:
-        # Energy-counter deltas are compared over a few seconds of the past.
-        return self._longest_seconds + 5.0
+    def set_budget(self, budget: PowerBudget, in_flight: Sequence[Run] = ()) -> None:
+        """Put another budget in force.
+
+        Args:
+            budget: the new one.
+            in_flight: runs launched and not yet over, as for `ask`. Neither they nor what was
+                entered could be chosen by the new budget; they count at no more than its watts.
+        """
+        windows: list[_Window] = [
+            _Window(limit.watts, limit.window_seconds) for limit in budget.limits
+        ]
+        if budget.ramp_watts_per_second is not None:
+            windows.append(_Ramp(budget.ramp_watts_per_second))
+        count = self._history.count
+        times, joules = self._history.times[:count], self._history.joules[:count]
+        for window in windows:
+            first = int(times.searchsorted(self._end_seconds - window.keep_seconds, "right")) - 1
+            window.begin(times[max(0, first) :], joules[max(0, first) :], in_flight)
+        self._windows = tuple(windows)
+        self._lowest_watts = min((x.watts for x in budget.limits), default=math.inf)
+        self.budget = budget
 
     def spend(self, start_seconds: float, end_seconds: float, joules: float) -> None:
         """Enter a run that is over; the time since the last entry was idle.
@@ -81,30 +122,26 @@ class Ledger:
         """
         if not (math.isfinite(joules) and math.isfinite(end_seconds)):
             raise LedgerError(f"a run of {joules} J until {end_seconds} s can't be entered")
-        start_seconds = max(start_seconds, self.end_seconds)
-        if start_seconds > self.end_seconds:
-            self._append(start_seconds, self._idle_watts * (start_seconds - self.end_seconds))
+        for run in self._idle(self._end_seconds, start_seconds, self._busy_end_seconds):
+            self._enter(*run)
+        start_seconds = self._end_seconds
         if end_seconds > start_seconds:
-            self._append(end_seconds, max(0.0, joules))
+            self._enter(start_seconds, end_seconds, max(0.0, joules))
+            self._busy_end_seconds = end_seconds
 
-    def _append(self, time_seconds: float, joules: float) -> None:
-        if self._count == len(self._times):
-            self._compact()
-        self._times[self._count] = time_seconds
-        self._joules[self._count] = self._joules[self._count - 1] + joules
-        self._count += 1
+    def _enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
+        self._history.append(end_seconds, joules)
+        for window in self._windows:
+            window.enter(start_seconds, end_seconds, joules)
+        self._end_seconds = end_seconds
 
-    def _compact(self) -> None:
-        oldest = self.end_seconds - self._keep_seconds
-        first = int(np.searchsorted(self._times[: self._count], oldest, side="right")) - 1
-        first = max(0, first)
-        kept = self._count - first
-        size = len(self._times) * (2 if kept > len(self._times) // 2 else 1)
-        times, joules = np.zeros(size), np.zeros(size)
-        times[:kept] = self._times[first : self._count]
-        # Start from zero again, so that years of joules cost no precision.
-        joules[:kept] = self._joules[first : self._count] - self._joules[first]
-        self._times, self._joules, self._count = times, joules, kept
+    def _idle(self, begin: float, end: float, busy_end: float) -> list[Run]:
+        """The idle time `[begin, end]` after a run that ended at `busy_end`."""
+        if end <= begin:
+            return []
+        change = min(max(busy_end + self._rest_after_seconds, begin), end)
+        runs = [(begin, change, self._idle_watts), (change, end, self._rest_watts)]
+        return [(a, b, watts * (b - a)) for a, b, watts in runs if b > a]
 
     def joules_between(self, start_seconds: float, end_seconds: float) -> float:
         """Energy entered for `[start, end]`; idle after the last entry.
@@ -112,23 +149,21 @@ class Ledger:
         Raises:
             LedgerError: `start_seconds` is older than what is kept.
         """
-        times, joules = self._times[: self._count], self._joules[: self._count]
-        if start_seconds < times[0]:
-            raise LedgerError(
-                f"the ledger begins at {times[0]:.3f} s and was asked about {start_seconds:.3f} s"
-            )
-        low, high = np.interp((start_seconds, end_seconds), times, joules)
-        idle_seconds = max(0.0, end_seconds - max(start_seconds, self.end_seconds))
-        return float(high - low) + idle_seconds * self._idle_watts
+        begin = max(start_seconds, self._end_seconds)
+        idle = self._idle(begin, end_seconds, self._busy_end_seconds)
+        return self._history.between(start_seconds, end_seconds) + sum(run[2] for run in idle)
 
     def ask(
         self,
         start_seconds: float,
         floor_watts: float,
-        in_flight: Sequence[tuple[float, float, float]] = (),
+        in_flight: Sequence[Run] = (),
         margin_ratio: float = 0.0,
     ) -> Room:
         """What a step that starts at `start_seconds` may draw.
+
+        A step queued behind others starts when they end. Ending later than predicted they
+        leave the same joules in a longer time, so the predicted start is the one to ask about.
 
         Args:
             start_seconds: when it would start.
@@ -136,92 +171,232 @@ class Ledger:
                 90% of that limit: the step is then bounded by what the past leaves.
             in_flight: runs launched and not yet over, as `(start, end, joules)` in
                 their order; the last one ends at or before `start_seconds`.
-            margin_ratio: part of each limit that is kept free.
+            margin_ratio: part of each limit that is kept free, at most 0.2.
         """
-        if not self._limits:
-            return Room(())
-        times, joules = self._known(start_seconds, in_flight)
-        # 90%: see Args. A chunk needs some room, or prompts would wait for ever.
-        parts = (
-            _LimitRoom(
-                times, joules, limit.window_seconds, allowed, min(floor_watts, 0.9 * allowed)
-            )
-            for limit in self._limits
-            for allowed in (limit.watts * (1.0 - margin_ratio),)
-        )
-        return Room(tuple(parts))
-
-    def _known(
-        self, start_seconds: float, in_flight: Sequence[tuple[float, float, float]]
-    ) -> tuple[Array, Array]:
-        """The curve's corners up to `start_seconds`, from just before the longest window."""
-        known = self._times[: self._count]
-        oldest = start_seconds - self._longest_seconds
-        first = max(0, int(known.searchsorted(oldest, side="right")) - 1)
-        time, total = float(known[-1]), float(self._joules[self._count - 1])
-        more: list[tuple[float, float]] = []
-        for begin, end, step_joules in in_flight:
-            if begin > time:
-                total += self._idle_watts * (begin - time)
-                time = begin
-                more.append((time, total))
+        if not self._windows:
+            return UNBOUNDED
+        runs: list[Run] = []
+        time, busy_end = self._end_seconds, self._busy_end_seconds
+        for begin, end, joules in in_flight:
+            runs += self._idle(time, begin, busy_end)
+            time = max(time, begin)
             if end > time:
-                total += step_joules
-                time = end
-                more.append((time, total))
-        if start_seconds > time:
-            more.append((start_seconds, total + self._idle_watts * (start_seconds - time)))
-        corners = np.empty((2, self._count - first + len(more)))
-        corners[0, : self._count - first] = known[first:]
-        corners[1, : self._count - first] = self._joules[first : self._count]
-        if more:
-            corners[:, self._count - first :] = np.array(more).T
-        return corners[0], corners[1]
+                runs.append((time, end, joules))
+                time = busy_end = end
+        runs += self._idle(time, start_seconds, busy_end)
+        kept = 1.0 - margin_ratio
+        parts = tuple(_WindowRoom(window, runs, floor_watts, kept) for window in self._windows)
+        return Room(parts, self._lowest_watts * kept)
 
 
-class _LimitRoom:
-    """One limit's answer for steps that start at `times[-1]`.
+class _Window:
+    """One limit and the curve that it sees."""
 
-    With the step at `p` watts, a window that ends `x` after the step's start
-    holds `C(start) - C(start + x - window)` from the past, `p * min(x, seconds)`
-    of the step and `floor * (x - seconds)` after it. That must stay within
-    `limit * window` at each corner `x`.
+    def __init__(self, watts: float, window_seconds: float) -> None:
+        self.watts = watts
+        self.window_seconds = window_seconds
+        self.keep_seconds = window_seconds
+        self.spacing_seconds = window_seconds / _CORNERS_PER_WINDOW
+        self._old_until_seconds = -math.inf
+        self._old_ratio = 1.0
+        self.hot_seconds = -math.inf
+        """The end of the last run that drew more than most of the limit."""
+        self.curve = EnergyCurve(0.0, self.keep_seconds, self.spacing_seconds)
+
+    def begin(self, times: Array, joules: Array, in_flight: Sequence[Run]) -> None:
+        """Take over a curve's corners, from a window ago on."""
+        end, total = float(times[-1]), float(joules[-1])
+        for start, run_end, spent in in_flight:
+            # The device may begin it later than predicted; the first run that this limit
+            # can choose begins when the last of them ends.
+            self._old_until_seconds = (start + run_end) / 2
+            end, total = run_end, total + spent
+        self._old_until_seconds = max(self._old_until_seconds, float(times[-1]))
+        within = total - float(np.interp(end - self.window_seconds, times, joules))
+        if within > 0.0:
+            self._old_ratio = min(1.0, self.watts * self.window_seconds / within)
+        self._fill(times, joules * self._old_ratio)
+
+    def _fill(self, times: Array, joules: Array) -> None:
+        hot = np.flatnonzero(np.diff(joules) > _COOL_RATIO * self.watts * np.diff(times))
+        self.hot_seconds = float(times[hot[-1] + 1]) if len(hot) else -math.inf
+        self.curve.begin(times, joules)
+
+    def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
+        """Append a run that begins where the curve ends."""
+        joules = self.counted(start_seconds, joules)
+        self.curve.append(end_seconds, joules)
+        if joules > _COOL_RATIO * self.watts * (end_seconds - start_seconds):
+            self.hot_seconds = end_seconds
+
+    def counted(self, start_seconds: float, joules: float) -> float:
+        """What a run counts: one that was there before the limit, no more than the limit."""
+        return joules * self._old_ratio if start_seconds < self._old_until_seconds else joules
+
+    def allowed_watts(self, times: Array, joules: Array) -> float:
+        """The limit over the curve with these corners."""
+        return self.watts
+
+
+class _Ramp(_Window):
+    """The ramp limit: its watts follow the power of a second ago."""
+
+    def __init__(self, ramp_watts_per_second: float) -> None:
+        super().__init__(0.0, RAMP_WINDOW_SECONDS)
+        self.keep_seconds = RAMP_SECONDS + 2 * RAMP_WINDOW_SECONDS
+        self.curve = EnergyCurve(0.0, self.keep_seconds, self.spacing_seconds)
+        self._rise_watts = ramp_watts_per_second * RAMP_SECONDS
+
+    def begin(self, times: Array, joules: Array, in_flight: Sequence[Run]) -> None:
+        """Take over a curve's corners, as they were."""
+        self._fill(times, joules)
+
+    def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
+        """Append a run that begins where the curve ends."""
+        self.curve.append(end_seconds, joules)
+        self.hot_seconds = end_seconds
+
+    def allowed_watts(self, times: Array, joules: Array) -> float:
+        """The lowest mean of 100 ms around a second ago, and the rise."""
+        window = RAMP_WINDOW_SECONDS
+        begin = times[-1] - RAMP_SECONDS
+        end = begin + window + _RAMP_HORIZON_SECONDS
+        corners = np.concatenate((times, times + window, (begin, end)))
+        corners = corners[(corners >= begin) & (corners <= end)]
+        means = np.interp(corners, times, joules) - np.interp(corners - window, times, joules)
+        return float(means.min()) / window + self._rise_watts
+
+
+class _WindowRoom:
+    """One window's answer for steps that start at the end of the known curve.
+
+    With the step at `p` watts for `s` seconds, a window that ends `x` after its start
+    holds `C(start) - C(start + x - window)` from the past, `p * min(x, s)` of the step
+    and `floor * max(0, x - s)` after it. With `room(x) = watts * window` minus the
+    first, at every `x` up to the window
+
+        x < s:   p <= room(x) / x
+        x >= s:  p <= floor + (room(x) - floor * x) / s
+
+    Both sides are linear between corners of the curve, so the least of each is at a
+    corner or at `s`; running minima from the left and from the right answer for any
+    step by one bisection. They are computed when first needed.
     """
 
+    __slots__ = (
+        *("_floor_watts", "_kept_ratio", "_left", "_quick_watts", "_right", "_room"),
+        *("_runs", "_solved", "_window", "_x", "allowed_watts"),
+    )
+
     def __init__(
-        self,
-        times: Array,
-        joules: Array,
-        window_seconds: float,
-        limit_watts: float,
-        floor_watts: float,
+        self, window: _Window, runs: Sequence[Run], floor_watts: float, kept_ratio: float
     ) -> None:
-        self._times, self._joules = times, joules
-        self._window_seconds, self._floor_watts = window_seconds, floor_watts
-        start = times[-1]
-        first = int(times.searchsorted(start - window_seconds, side="right"))
-        self._after = times[first:] + (window_seconds - start)
-        self._budget = limit_watts * window_seconds - joules[-1]
-        self._room = joules[first:] + self._budget
+        self._window, self._runs = window, runs
+        self._floor_watts, self._kept_ratio = floor_watts, kept_ratio
+        self._solved = False
+        self.allowed_watts = window.watts * kept_ratio
+        start = runs[-1][1] if runs else window.curve.end_seconds
+        # No power above the limit since a window ago: anything up to the limit fits.
+        cool = window.hot_seconds <= start - window.window_seconds and all(
+            joules <= self.allowed_watts * (end - begin) for begin, end, joules in runs
+        )
+        self._quick_watts = self.allowed_watts if cool else -math.inf
+
+    def fits(self, seconds: float, watts: float) -> bool:
+        """Whether a step of this length and mean power fits."""
+        return watts <= self._quick_watts or watts <= self.max_watts(seconds)
+
+    def headroom_watts(self, seconds: float, watts: float) -> float:
+        """How far it stays below what fits, or at least so far."""
+        if watts <= self._quick_watts:
+            return self._quick_watts - watts
+        return self.max_watts(seconds) - watts
 
     def max_watts(self, seconds: float) -> float:
-        after, floor = self._after, self._floor_watts
-        room = self._room - floor * np.maximum(after - seconds, 0.0)
-        lowest = float((room / np.minimum(after, seconds)).min())
-        # The step's own end is a corner too, unless the window is shorter than the step.
-        if seconds < self._window_seconds:
-            behind = self._times[-1] + seconds - self._window_seconds
-            spent = float(np.interp(behind, self._times, self._joules))
-            lowest = min(lowest, (self._budget + spent) / seconds)
+        """The highest mean power at which a step of this length fits."""
+        if not self._solved:
+            self._solve()
+        index = int(self._x.searchsorted(seconds))
+        lowest = float(self._left[index - 1]) if index > 1 else math.inf
+        if seconds <= self._window.window_seconds:
+            before, after = self._x[index - 1], self._x[index]
+            share = (seconds - before) / (after - before)
+            own = self._room[index - 1] + share * (self._room[index] - self._room[index - 1])
+            spare = min(float(own) - self._floor_watts * seconds, float(self._right[index]))
+            lowest = min(lowest, self._floor_watts + spare / seconds)
         return lowest
+
+    def empty_watts(self, seconds: float) -> float:
+        """The same if nothing had run before."""
+        span = self._window.window_seconds
+        if seconds >= span:
+            return self.allowed_watts
+        floor = min(self._floor_watts, _MOST_FLOOR_RATIO * self.allowed_watts)
+        return floor + (self.allowed_watts - floor) * span / seconds
+
+    def paced_watts(self, burst_joules: float) -> float:
+        """The limit less a burst once a window; without end where the limit is a ramp."""
+        if not self._window.watts:
+            return math.inf
+        return self.allowed_watts - burst_joules / self._window.window_seconds
+
+    def _solve(self) -> None:
+        window, curve = self._window, self._window.curve
+        count = curve.count
+        times, joules = curve.times, curve.joules
+        for begin, end, spent in self._runs:
+            times[count] = end
+            joules[count] = joules[count - 1] + window.counted(begin, spent)
+            count += 1
+        times, joules = times[:count], joules[:count]
+        span, start = window.window_seconds, float(times[-1])
+        allowed = window.allowed_watts(times, joules) * self._kept_ratio
+        self.allowed_watts = allowed
+        self._floor_watts = floor = min(self._floor_watts, _MOST_FLOOR_RATIO * allowed)
+        budget = allowed * span - joules[-1] - curve.merged_joules
+        # From just before the window's first moment: x[0] is 0 or before, and no corner. A
+        # corner within the first microsecond is no more than rounding, and divides by it.
+        first = int(times.searchsorted(start - span + _INSTANT_SECONDS, side="right")) - 1
+        x = times[first:] + (span - start)
+        room = joules[first:] + budget
+        if x[0] != 0.0:
+            room[0] += (room[1] - room[0]) * (-x[0] / (x[1] - x[0]))
+            x[0] = 0.0
+        x[-1] = span
+        self._x, self._room = x, room
+        self._left = left = np.empty_like(room)
+        left[0] = math.inf
+        np.divide(room[1:], x[1:], out=left[1:])
+        np.minimum.accumulate(left, out=left)
+        spare = room - floor * x
+        self._right = np.minimum.accumulate(spare[::-1])[::-1]
+        self._solved = True
 
 
 class Room:
     """What every limit leaves for a step that starts at one given time."""
 
-    def __init__(self, parts: tuple[_LimitRoom, ...]) -> None:
+    __slots__ = ("_parts", "sustained_watts")
+
+    def __init__(self, parts: tuple[_WindowRoom, ...], sustained_watts: float = math.inf) -> None:
         self._parts = parts
-        self._answers: dict[float, float] = {}
+        self.sustained_watts = sustained_watts
+        """What the engine may draw for long: the lowest limit, less the margin."""
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is any limit."""
+        return bool(self._parts)
+
+    def fits(self, prediction: StepPrediction) -> bool:
+        """Whether a step as predicted fits every window it touches."""
+        seconds, watts = prediction.seconds, prediction.watts
+        return all(part.fits(seconds, watts) for part in self._parts)
+
+    def headroom_watts(self, prediction: StepPrediction) -> float:
+        """How far below what fits a step stays, at least; infinity without limits."""
+        seconds, watts = prediction.seconds, prediction.watts
+        return min((p.headroom_watts(seconds, watts) for p in self._parts), default=math.inf)
 
     def max_watts(self, seconds: float) -> float:
         """The highest mean power at which a step of this length fits.
@@ -233,11 +408,15 @@ class Room:
             Watts; below 0 when a step of no watts at all would still leave a window
             too full, infinity without limits.
         """
-        if not self._parts:
-            return math.inf
-        # The step that is planned is the one that is launched, so it is asked about twice.
-        answer = self._answers.get(seconds)
-        if answer is None:
-            answer = min(part.max_watts(seconds) for part in self._parts)
-            self._answers[seconds] = answer
-        return answer
+        return min((part.max_watts(seconds) for part in self._parts), default=math.inf)
+
+    def empty_watts(self, seconds: float) -> float:
+        """The same if nothing had run before: what no pause makes more of."""
+        return min((part.empty_watts(seconds) for part in self._parts), default=math.inf)
+
+    def paced_watts(self, burst_joules: float) -> float:
+        """Power that leaves every window room for a burst; infinity without limits."""
+        return min((part.paced_watts(burst_joules) for part in self._parts), default=math.inf)
+
+
+UNBOUNDED = Room(())

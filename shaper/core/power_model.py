@@ -28,10 +28,16 @@ from shaper.core.work import Gemm, WorkCoefficients
 __all__ = ["GpuProfile", "StepExplanation", "StepModel", "StepTerm"]
 
 
-class StepModel:
-    """Predicts a step of one engine: pure floats, no state, no I/O.
+# Sizes of steps whose GEMM seconds are remembered. A scheduler asks about the same few
+# chunk sizes beside the same decodes again and again; 8,192 of them take two megabytes.
+_REMEMBERED_SIZES = 8192
 
-    `predict` costs a few microseconds; a scheduler calls it several times a step.
+
+class StepModel:
+    """Predicts a step of one engine: pure floats, no I/O.
+
+    `predict` costs two or three microseconds; a scheduler calls it several times a step.
+    The only state is the GEMM seconds of the step sizes and clocks that were asked about.
     """
 
     def __init__(
@@ -97,6 +103,14 @@ class StepModel:
         self._expert_byte_seconds = 1.0 / (self._bandwidth * memory.expert_ratio)
         self._expert_flop_seconds = 1.0 / (compute.flops_per_second * compute.expert_ratio)
         self._clock_reciprocal = 1.0 / profile.clocks.sm_max_hertz
+        self._knee_ratio = memory.clock_knee_ratio
+        self._activation_ratio = memory.activation_ratio
+        self._tile_flops = (
+            compute.attention_tile_tokens,
+            (coefficients.flops_per_pair_full + coefficients.flops_per_pair_sliding),
+        )
+        self._overhead = self._gemm_overhead + self._layer_overhead + self._attention_overhead
+        self._gemm_seconds: dict[tuple[int, float], tuple[float, float]] = {}
 
     @property
     def idle_watts(self) -> float:
@@ -261,18 +275,15 @@ class StepModel:
         tokens = batch.decode_tokens + batch.prefill_tokens
         logits = batch.decode_tokens + batch.prefill_requests
         slow = 1.0 / ratio
-        knee = self.profile.memory.clock_knee_ratio
+        knee = self._knee_ratio
         stretch = 1.0 if ratio >= knee else knee * slow
-        memory = compute = 0.0
-        for weights, per_row, flop_seconds in self._token_gemms:
-            a = (weights + tokens * per_row) * stretch
-            b = tokens * flop_seconds * slow
-            a4 = a * a * a * a
-            b4 = b * b * b * b
-            whole = sqrt(sqrt(a4 + b4))
-            share = a4 / (a4 + b4)
-            memory += whole * share
-            compute += whole - whole * share
+        gemms = self._gemm_seconds.get((tokens, ratio))
+        if gemms is None:
+            gemms = self._token_gemm_seconds(tokens, stretch, slow)
+            if len(self._gemm_seconds) >= _REMEMBERED_SIZES:
+                self._gemm_seconds.clear()
+            self._gemm_seconds[tokens, ratio] = gemms
+        memory, compute = gemms
         weights, per_row, flop_seconds = self._logits_gemm
         a = (weights + logits * per_row) * stretch
         b = logits * flop_seconds * slow
@@ -297,27 +308,21 @@ class StepModel:
                 memory += whole
             else:
                 compute += whole
+        tile_tokens, pair_flops = self._tile_flops
         attention = (
             kv_bytes * self._attention_byte_seconds * stretch
-            + (
-                attention_flops
-                + batch.prefill_tokens
-                * self.profile.compute.attention_tile_tokens
-                * (self.coefficients.flops_per_pair_full + self.coefficients.flops_per_pair_sliding)
-            )
+            + (attention_flops + batch.prefill_tokens * tile_tokens * pair_flops)
             * self._attention_flop_seconds
             * slow
             + batch.decode_requests * self._attention_request * slow
         )
-        overhead = (
-            self._gemm_overhead + self._layer_overhead + self._attention_overhead
-        ) * slow + tokens * self._elementwise_seconds * stretch
+        overhead = self._overhead * slow + tokens * self._elementwise_seconds * stretch
         reduce = 0.0
         if self._reduce_seconds:
             reduce = self._reduce_seconds + tokens * self._reduce_token_seconds
         power = self.profile.power
         byte_joules = (
-            weight_bytes + activation_bytes * self.profile.memory.activation_ratio
+            weight_bytes + activation_bytes * self._activation_ratio
         ) * power.joules_per_byte + kv_bytes * power.joules_per_kv_byte
         return (
             memory,
@@ -329,6 +334,20 @@ class StepModel:
             byte_joules,
             (gemm_flops + attention_flops) * power.joules_per_flop,
         )
+
+    def _token_gemm_seconds(self, tokens: int, stretch: float, slow: float) -> tuple[float, float]:
+        """Seconds of memory and of compute of the GEMMs that every token goes through."""
+        memory = compute = 0.0
+        for weights, per_row, flop_seconds in self._token_gemms:
+            a = (weights + tokens * per_row) * stretch
+            b = tokens * flop_seconds * slow
+            a4 = a * a * a * a
+            b4 = b * b * b * b
+            whole = sqrt(sqrt(a4 + b4))
+            share = a4 / (a4 + b4)
+            memory += whole * share
+            compute += whole - whole * share
+        return memory, compute
 
     def _host_seconds(self, batch: StepBatch) -> float:
         host = self.profile.host

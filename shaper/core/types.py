@@ -6,6 +6,7 @@ that values from different processes of one host can be compared.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -34,6 +35,9 @@ class GpuIdentity:
     name: str
     uuid: str
     enforced_limit_watts: float | None = None
+    max_sm_clock_hertz: float | None = None
+    slowdown_celsius: float | None = None
+    """Where the driver starts to lower the clocks for heat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class GpuSample:
 
     `instant_watts` and `average_watts` are what the driver's meter says; the
     window behind each depends on the GPU (25 ms and 1 s on Hopper).
-    `energy_joules` counts up from an arbitrary zero.
+    `energy_joules` and `*_throttle_seconds` count up from an arbitrary zero.
     """
 
     read_seconds: float
@@ -55,6 +59,8 @@ class GpuSample:
     memory_clock_hertz: float | None = None
     temperature_celsius: float | None = None
     clock_event_reasons: ClockEventReasons = ClockEventReasons.NONE
+    thermal_throttle_seconds: float | None = None
+    brake_throttle_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,8 @@ class PowerState:
     sm_clock_hertz: float | None = None
     temperature_celsius: float | None = None
     clock_event_reasons: ClockEventReasons = ClockEventReasons.NONE
+    gpus: tuple[GpuSample, ...] = ()
+    """What it is made of, so that one sick GPU among many shows."""
 
     def age_seconds(self, now_seconds: float) -> float:
         """Seconds since the sampler read this, never negative."""
@@ -116,6 +124,9 @@ class LatencyTargets:
     def empty(self) -> bool:
         """Whether nothing is promised."""
         return self.itl_seconds is None and self.ttft_seconds is None
+
+
+NO_TARGETS = LatencyTargets()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +201,22 @@ class EngineLoad:
     request_chunk_tokens: int = 0
     splittable: bool = True
     returned_requests: int = 0
+    running_requests: int = 0
+    """Requests that hold a place in the engine's batch, whether they run in this step or not."""
+    running_prefills: int = 0
+    """How many of `prefills`, from the first, are of running requests."""
+    waiting_requests: int = 0
+    """Requests that the engine has not started, or has preempted."""
+    oldest_arrival_seconds: float | None = None
+    """When the first of the waiting requests arrived; None where nothing waits or nobody knows."""
+
+    def capped(self, running_requests: int) -> EngineLoad:
+        """The same where no request enters while so many or more run."""
+        entering = max(0, running_requests - self.running_requests)
+        kept = self.running_prefills + entering
+        if kept >= len(self.prefills):
+            return self
+        return dataclasses.replace(self, prefills=self.prefills[:kept])
 
     def batch(self, prefill_tokens: int | None = None) -> StepBatch:
         """The step with all decodes and at most `prefill_tokens` (None: what fits) of prompts."""
@@ -274,6 +301,8 @@ class Reason(enum.StrEnum):
     """Decodes wait, so that prompts which have waited too long get their turn."""
     FORCED = "forced"
     """Work ran over the budget, because it had been held back for the longest time allowed."""
+    CAP = "cap"
+    """The cap of a baseline policy held, static or reactive; no prediction was asked."""
     SAFE_CAP = "safe_cap"
     """The controller failed; fixed caps hold."""
     OFF = "off"

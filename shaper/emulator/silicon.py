@@ -33,6 +33,8 @@ from shaper.emulator.heat import HeatModel
 from shaper.emulator.meter import Meter, PowerHistory
 from shaper.errors import ConfigError, GpuLostError
 
+_THERMAL = ClockEventReasons.SW_THERMAL_SLOWDOWN
+_BRAKE = ClockEventReasons.HW_POWER_BRAKE_SLOWDOWN
 _MARKS_KEPT = 2048
 _LEAKAGE_STEP_CELSIUS = 1.0  # a change below it moves the power by less than 0.1%
 
@@ -209,6 +211,8 @@ class EmulatedGpus:
                     memory_clock_hertz=self.profile.clocks.memory_hertz,
                     temperature_celsius=float(round(mark.celsius(now_seconds))),
                     clock_event_reasons=mark.reasons,
+                    thermal_throttle_seconds=self._reason_seconds.get(_THERMAL, 0.0),
+                    brake_throttle_seconds=self._reason_seconds.get(_BRAKE, 0.0),
                 )
                 for index, meter in enumerate(self._meters)
             )

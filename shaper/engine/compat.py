@@ -4,13 +4,13 @@
 |---|---|---|
 | admission cap | `max_num_active_reqs` (0.31) | `max_num_running_reqs`, at least `len(running)` |
 | waiting requests that hold KV blocks | `kv_holding_waiting` (0.31) | in `waiting` |
+| deferred requests of their own queue | in `waiting` (0.31) | `skipped_waiting` |
 | hold a request for a step | `next_decode_eligible_step`, `current_step` (0.23) | not supported |
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from itertools import chain
 from typing import Any
@@ -61,19 +61,21 @@ def check_scheduler(scheduler: Any) -> None:
             )
 
 
-@contextmanager
-def admissions_capped_at(scheduler: Any, running: int) -> Iterator[None]:
-    """No request enters while `running` or more run; restored at the end."""
+def admission_limit(scheduler: Any, running: int) -> tuple[str, int]:
+    """The scheduler's attribute that stops admission, and its value for this cap.
+
+    With it no request enters while `running` or more run; 0 is none at all. vLLM counts
+    sessions that wait for a stream's next part as running, because they hold a slot; they
+    would stop admission for as long as they wait, so they are added. Requests that wait
+    for remote KV hold blocks and no slot: vLLM doesn't count them, and takes them first.
+    """
+    if running:
+        running += getattr(scheduler, "num_waiting_for_streaming_input", 0)
     if hasattr(scheduler, "max_num_active_reqs"):
-        name, cap = "max_num_active_reqs", running
+        name = "max_num_active_reqs"
     else:
-        name, cap = "max_num_running_reqs", max(running, len(scheduler.running))
-    before = getattr(scheduler, name)
-    setattr(scheduler, name, min(before, cap))
-    try:
-        yield
-    finally:
-        setattr(scheduler, name, before)
+        name, running = "max_num_running_reqs", max(running, len(scheduler.running))
+    return name, min(getattr(scheduler, name), running)
 
 
 def admission_cap(scheduler: Any) -> int:
@@ -84,4 +86,30 @@ def admission_cap(scheduler: Any) -> int:
 
 def waiting_requests(scheduler: Any) -> Iterator[Any]:
     """Waiting requests in the order in which vLLM looks at them."""
-    return chain(getattr(scheduler, "kv_holding_waiting", ()), scheduler.waiting)
+    first = getattr(scheduler, "kv_holding_waiting", None)
+    return chain(first, scheduler.waiting) if first else iter(scheduler.waiting)
+
+
+def may_enter(scheduler: Any, request: Any) -> bool:
+    """Whether a waiting request would be started by vLLM, if there is room for it.
+
+    vLLM lets go of one that waited for remote KV or for a grammar while it looks for
+    requests to start, so one that has them is as good as any other.
+    """
+    status = request.status.name
+    if status in ("WAITING", "PREEMPTED"):
+        return True
+    if status == "WAITING_FOR_REMOTE_KVS":
+        return request.request_id in scheduler.finished_recving_kv_req_ids
+    if status in ("WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR", "WAITING_FOR_FSM"):
+        structured = request.structured_output_request
+        return structured is not None and bool(structured.is_grammar_ready)
+    return False  # a session waits for its next part
+
+
+def copies_returned_requests(scheduler: Any) -> bool:
+    """Whether a request that was left out of a step costs the runner when it is back.
+
+    Runner V1 drops it from its batch and copies all its token ids again; V2 keeps it.
+    """
+    return not getattr(scheduler, "use_v2_model_runner", False)

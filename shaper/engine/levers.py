@@ -1,63 +1,138 @@
-"""Applies a step's limits to vLLM's scheduler, and puts everything back afterwards."""
+"""Applies a step's limits to vLLM's scheduler, and puts everything back afterwards.
+
+Law of the rotation. Where only `cap` of `n` ready decodes may run, each runs for `block`
+steps and then goes to the back of the queue, so none waits for more than
+
+    (ceil(n / cap) - 1) * block <= max(LONGEST_BLOCK, ceil(n / cap) - 1)
+
+steps; one that becomes ready meanwhile queues behind those that wait. A block spares work:
+runner V1 copies all token ids of a request that comes back to the batch. Where more than
+`LONGEST_BLOCK` groups take turns the block is one step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
 from shaper.core.types import StepLimits
-from shaper.engine.compat import admissions_capped_at
-from shaper.engine.load import is_ready_decode
+from shaper.engine.compat import admission_limit
+from shaper.engine.tally import RunningTally, is_ready_decode
+
+# Steps of a decode's turn. At 10 ms a step a request then stands still for 80 ms at most
+# where two groups take turns, and the copies come a few times a second.
+LONGEST_BLOCK = 8
 
 _IS_PREFILL = attrgetter("is_prefill_chunk")
 
 
-class Levers:
-    """The levers of one scheduler. Remembers when each held decode last ran."""
+class Rotation:
+    """Whose turn it is among decodes. Stateful fields: when each last ran, and since when."""
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+    def __init__(self) -> None:
+        self._steps = 0
         self._last_run: dict[str, int] = {}
+        self._started: dict[str, int] = {}
 
-    def apply(self, limits: StepLimits, ready_decodes: int | None = None) -> ExitStack:
-        """Set up the scheduler for one `schedule()`; leaving the stack puts it back.
+    def choose(self, ready: Sequence[Any], cap: int) -> set[str]:
+        """Ids of the `cap` decodes that run in the next step; the others are to be held.
+
+        Args:
+            ready: decodes that would run, more than `cap` of them.
+            cap: at least 0.
+        """
+        self._steps = step = self._steps + 1
+        if cap <= 0:
+            return set()
+        others = -(-len(ready) // cap) - 1
+        block = max(1, LONGEST_BLOCK // others)
+        names = [request.request_id for request in ready]
+        last = {name: self._last_run.get(name, step) for name in names}
+        started = self._started
+        # First those whose turn isn't over, the one that began last first; then by waiting.
+        going = [name for name in names if step - started.get(name, -block) < block]
+        going.sort(key=lambda name: -started[name])
+        chosen = going[:cap]
+        if len(chosen) < cap:
+            on = set(chosen)
+            waiting = [name for name in names if name not in on]
+            waiting.sort(key=last.__getitem__)
+            chosen += waiting[: cap - len(chosen)]
+        self._started = {
+            name: start if step - (start := started.get(name, -block)) < block else step
+            for name in chosen
+        }
+        for name in chosen:
+            last[name] = step
+        self._last_run = last
+        return set(chosen)
+
+
+class Levers:
+    """The levers of one scheduler.
+
+    Args:
+        scheduler: vLLM's.
+        tally: of the same scheduler; it spares looking for its prompts.
+    """
+
+    def __init__(self, scheduler: Any, tally: RunningTally | None = None) -> None:
+        self._scheduler = scheduler
+        self._tally = tally
+        self._rotation = Rotation()
+        self._before: list[tuple[str, int]] = []
+
+    def apply(self, limits: StepLimits, ready_decodes: int | None = None) -> Levers:
+        """Set up the scheduler for one `schedule()`, to be called inside `with`.
 
         Args:
             limits: of this step.
             ready_decodes: how many decodes would run, if that is known; else counted.
         """
-        with ExitStack() as stack:
-            if not limits.run:
-                stack.enter_context(self._tokens_capped_at(0))
-            elif limits.binding:
-                self._bind(limits, ready_decodes, stack)
-            return stack.pop_all()
-
-    def _bind(self, limits: StepLimits, ready_decodes: int | None, stack: ExitStack) -> None:
-        if limits.decode_requests is None and ready_decodes is not None:
-            decodes = ready_decodes
-        else:
-            decodes = self._hold_decodes(limits.decode_requests)
-        if limits.prefill_tokens == 0:
-            self._hold_prefills()
-            stack.enter_context(admissions_capped_at(self._scheduler, 0))
-        elif limits.prefill_tokens is not None:
-            # vLLM serves `running` in order: a prompt before a decode would eat its token.
-            self._scheduler.running.sort(key=_IS_PREFILL)
-            each = 1 + self._scheduler.num_spec_tokens
-            stack.enter_context(self._tokens_capped_at(decodes * each + limits.prefill_tokens))
-
-    @contextmanager
-    def _tokens_capped_at(self, tokens: int) -> Iterator[None]:
-        scheduler = self._scheduler
-        before = scheduler.max_num_scheduled_tokens
-        scheduler.max_num_scheduled_tokens = min(before, tokens)
+        self._put_back()  # whatever a step that was never run has left
         try:
-            yield
-        finally:
-            scheduler.max_num_scheduled_tokens = before
+            if not limits.run:
+                self._cap_tokens(0)
+            elif limits.binding:
+                self._bind(limits, ready_decodes)
+        except BaseException:
+            self._put_back()
+            raise
+        return self
+
+    def __enter__(self) -> None:
+        """The limits hold."""
+
+    def __exit__(self, *failure: object) -> None:
+        """What was changed is as it was, but for the holds, which end with the step."""
+        self._put_back()
+
+    def _put_back(self) -> None:
+        while self._before:
+            name, value = self._before.pop()
+            setattr(self._scheduler, name, value)
+
+    def _set(self, name: str, value: int) -> None:
+        self._before.append((name, getattr(self._scheduler, name)))
+        setattr(self._scheduler, name, value)
+
+    def _cap_tokens(self, tokens: int) -> None:
+        self._set("max_num_scheduled_tokens", min(self._scheduler.max_num_scheduled_tokens, tokens))
+
+    def _bind(self, limits: StepLimits, ready_decodes: int | None) -> None:
+        if limits.running_requests is not None:
+            self._set(*admission_limit(self._scheduler, max(0, limits.running_requests)))
+        tokens = limits.prefill_tokens
+        if tokens == 0:
+            self._hold_prefills()
+            self._set(*admission_limit(self._scheduler, 0))
+        if limits.decode_requests is not None or ready_decodes is None:
+            ready_decodes = self._hold_decodes(limits.decode_requests)
+        if tokens:
+            self._decodes_first()
+            each = 1 + self._scheduler.num_spec_tokens
+            self._cap_tokens(ready_decodes * each + tokens)
 
     def _hold(self, request: Any) -> None:
         """Leave a request out of the next step. vLLM counts the step up before it looks."""
@@ -65,12 +140,20 @@ class Levers:
         request.next_decode_eligible_step = max(request.next_decode_eligible_step, step)
 
     def _hold_prefills(self) -> None:
-        for request in self._scheduler.running:
+        known = None if self._tally is None else self._tally.prefills
+        for request in self._scheduler.running if known is None else known:
             if request.is_prefill_chunk:
                 self._hold(request)
 
+    def _decodes_first(self) -> None:
+        """vLLM serves `running` in order: a prompt before a decode would eat its token."""
+        running = self._scheduler.running
+        known = None if self._tally is None else self._tally.prefills
+        if known is None or running[len(running) - len(known) :] != known:
+            running.sort(key=_IS_PREFILL)
+
     def _hold_decodes(self, cap: int | None) -> int:
-        """Hold all but `cap` decodes, those that ran last first. Returns how many run."""
+        """Hold all but `cap` decodes. Returns how many run."""
         next_step = self._scheduler.current_step + 1
         ready = [
             request
@@ -78,15 +161,9 @@ class Levers:
             if not request.is_prefill_chunk and is_ready_decode(request, next_step)
         ]
         if cap is None or cap >= len(ready):
-            self._last_run.clear()
             return len(ready)
-        ready.sort(key=lambda request: self._last_run.get(request.request_id, 0))
-        for request in ready[cap:]:
-            self._hold(request)
-        self._last_run = {
-            request.request_id: next_step
-            if position < cap
-            else self._last_run.get(request.request_id, 0)
-            for position, request in enumerate(ready)
-        }
-        return cap
+        chosen = self._rotation.choose(ready, cap)
+        for request in ready:
+            if request.request_id not in chosen:
+                self._hold(request)
+        return len(chosen)

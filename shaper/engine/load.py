@@ -3,66 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from itertools import islice
 from typing import Any
 
 from shaper.core.types import EngineLoad, PrefillDemand, StepBatch
-from shaper.engine.compat import admission_cap, waiting_requests
+from shaper.engine.compat import (
+    admission_cap,
+    copies_returned_requests,
+    may_enter,
+    waiting_requests,
+)
+from shaper.engine.tally import RunningTally, full_count
 
 # More prompts than this don't fit a step of 8,192 tokens at the lengths people send.
 _MAX_PREFILLS = 64
+# A long queue of requests that can't enter yet must not be looked through at every step.
+_MAX_LOOKED_AT = 256
+EMPTY_STEP = StepBatch()
 
 
-def is_ready_decode(request: Any, next_step: int) -> bool:
-    """Whether a running request that is past its prompt would get its next token now."""
-    if next_step < request.next_decode_eligible_step:
-        return False
-    placeholders = request.num_output_placeholders
-    # vLLM's own test: the steps in flight already reach max_tokens.
-    last = request.num_prompt_tokens + request.max_tokens
-    return not (placeholders > 0 and request.num_computed_tokens + 2 - placeholders >= last)
-
-
-def engine_load(scheduler: Any, previous: Set[str]) -> EngineLoad:
+def engine_load(
+    scheduler: Any, previous: Set[str], tally: RunningTally | None = None
+) -> EngineLoad:
     """The step that vLLM would run if nothing held it back.
 
     Args:
         scheduler: vLLM's; it is not changed.
         previous: ids of the requests in the last step, to tell which ones return.
+        tally: keeps the counts of running requests; else all of them are counted.
     """
-    next_step = scheduler.current_step + 1
-    decode_tokens_each = 1 + scheduler.num_spec_tokens
-    decodes = contexts = returned = 0
-    prefills: list[PrefillDemand] = []
-    # `is_ready_decode`, written out: this loop runs over all requests at every step.
-    for request in scheduler.running:
-        if next_step < request.next_decode_eligible_step:
-            continue
-        computed = request.num_computed_tokens
-        if request.is_prefill_chunk:
-            prefills.append(PrefillDemand(max(1, request.num_tokens - computed), computed))
-            continue
-        placeholders = request.num_output_placeholders
-        if placeholders and computed + 2 - placeholders >= (
-            request.num_prompt_tokens + request.max_tokens
-        ):
-            continue
-        decodes += 1
-        contexts += computed
-        if request.request_id not in previous:
-            returned += 1
-    tokens = decodes * decode_tokens_each
+    counts = full_count(scheduler, previous) if tally is None else tally.read(previous)
+    decodes = counts.decodes
+    tokens = decodes * (1 + scheduler.num_spec_tokens)
     budget = scheduler.max_num_scheduled_tokens
-    _add_waiting(scheduler, prefills, budget - tokens)
+    prefills = [_demand(request) for request in counts.prefills]
+    head = None
+    if scheduler.waiting or getattr(scheduler, "kv_holding_waiting", None):
+        _add_waiting(scheduler, prefills, budget - tokens)
+        head = next(waiting_requests(scheduler), None)
     config = scheduler.scheduler_config
     return EngineLoad(
         decode_requests=decodes,
         decode_tokens=tokens,
-        decode_context_tokens=contexts + tokens,
+        decode_context_tokens=counts.context_tokens + tokens,
         prefills=tuple(prefills),
         token_budget=budget,
         request_chunk_tokens=config.long_prefill_token_threshold,
         splittable=config.enable_chunked_prefill,
-        returned_requests=returned,
+        returned_requests=counts.returned if copies_returned_requests(scheduler) else 0,
+        running_requests=len(scheduler.running),
+        running_prefills=len(counts.prefills),
+        waiting_requests=len(scheduler.waiting),
+        # Stamped by the shaped scheduler: vLLM's own `arrival_time` is of the wall clock.
+        oldest_arrival_seconds=getattr(head, "shaper_arrival_seconds", None),
     )
 
 
@@ -74,11 +67,10 @@ def _demand(request: Any) -> PrefillDemand:
 def _add_waiting(scheduler: Any, prefills: list[PrefillDemand], tokens: int) -> None:
     tokens -= sum(demand.remaining_tokens for demand in prefills)
     slots = min(admission_cap(scheduler) - len(scheduler.running), _MAX_PREFILLS)
-    for request in waiting_requests(scheduler):
+    for request in islice(waiting_requests(scheduler), _MAX_LOOKED_AT):
         if tokens <= 0 or slots <= 0:
             return
-        # Waiting for remote KV, a grammar or a stream's next part: not for us.
-        if request.status.name not in ("WAITING", "PREEMPTED"):
+        if not may_enter(scheduler, request):
             continue
         demand = _demand(request)
         prefills.append(demand)
@@ -87,7 +79,11 @@ def _add_waiting(scheduler: Any, prefills: list[PrefillDemand], tokens: int) -> 
 
 
 def launched_batch(
-    scheduler: Any, output: Any, previous: Set[str], expected: StepBatch | None = None
+    scheduler: Any,
+    output: Any,
+    previous: Set[str],
+    expected: StepBatch | None = None,
+    tally: RunningTally | None = None,
 ) -> StepBatch:
     """What `schedule()` put into the step it just returned.
 
@@ -97,7 +93,19 @@ def launched_batch(
         previous: as in `engine_load`.
         expected: what the limits should have given; it is taken if counts and tokens
             agree, which spares the loop over all requests.
+        tally: is told.
     """
+    batch = _launched(scheduler, output, previous, expected)
+    if tally is not None:
+        tally.launched(batch)
+    return batch
+
+
+def _launched(
+    scheduler: Any, output: Any, previous: Set[str], expected: StepBatch | None
+) -> StepBatch:
+    if not output.total_num_scheduled_tokens:
+        return EMPTY_STEP
     if (
         expected is not None
         and output.total_num_scheduled_tokens == expected.tokens
@@ -105,6 +113,7 @@ def launched_batch(
     ):
         return expected
     requests = scheduler.requests
+    copies = copies_returned_requests(scheduler)
     decode_most = 1 + scheduler.num_spec_tokens
     decodes = decode_tokens = decode_contexts = returned = 0
     prefills = tokens = contexts = products = squares = 0
@@ -122,7 +131,7 @@ def launched_batch(
             decodes += 1
             decode_tokens += count
             decode_contexts += context
-            returned += request_id not in previous
+            returned += copies and request_id not in previous
     return StepBatch(
         decode_requests=decodes,
         decode_tokens=decode_tokens,

@@ -14,14 +14,18 @@ import os
 import sys
 from typing import Any
 
-from shaper.config import (
+from shaper.config import build_config, check_gpu_limits
+from shaper.engine.logs import share_log_handlers
+from shaper.engine.middleware import add_admission, add_control_routes
+from shaper.engine.preflight import engine_gpu_count
+from shaper.errors import ConfigError
+from shaper.settings import (
     ADDITIONAL_CONFIG_KEY,
     CONFIG_VARIABLE,
-    build_config,
     load_config,
     parse_config_text,
+    take_admin_key,
 )
-from shaper.errors import ConfigError
 from shaper.status import run_id
 
 logger = logging.getLogger(__name__)
@@ -38,22 +42,13 @@ def register() -> None:
 
         # Before any child is started, so that all processes of this run share it.
         run_id()
-        _share_log_handlers()
+        share_log_handlers()
         _wrap_add_cli_args(EngineArgs)
         _wrap_from_cli_args(EngineArgs)
         _wrap_multiprocess_collector()
     except Exception:
         # The boundary to a vLLM that has changed: serving goes on without the flag.
         logger.exception("%s is not available with this vLLM", FLAG)
-
-
-def _share_log_handlers() -> None:
-    """Log where vLLM logs, in its format and at its level, unless the user set it up."""
-    ours, theirs = logging.getLogger("shaper"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
-        ours.propagate = False
 
 
 def _wrap_add_cli_args(engine_args: Any) -> None:
@@ -117,11 +112,15 @@ def use_flag(args: argparse.Namespace) -> None:
                 "keep one of them"
             )
         settings = parse_config_text(text, FLAG)
+        take_admin_key(settings, text, os.environ)
         build_config(settings, FLAG)
         os.environ[CONFIG_VARIABLE] = json.dumps(settings)
         _use_scheduler(args)
     if text is not None or given is not None:
-        load_config(given, os.environ)
+        check_gpu_limits(load_config(given, os.environ), engine_gpu_count(args))
+    if getattr(args, "scheduler_cls", None) == SCHEDULER_NAME:
+        add_admission(args)
+        add_control_routes(args)
 
 
 def _use_scheduler(args: argparse.Namespace) -> None:

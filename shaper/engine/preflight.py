@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import re
 import socket
@@ -81,6 +82,11 @@ def check_port(host: str | None, port: int | None) -> None:
                 f"can't listen on {host or 'any address'}, port {port}: {error.strerror}; "
                 "give another --host or --port"
             ) from error
+
+
+def engine_gpu_count(arguments: argparse.Namespace) -> int:
+    """GPUs of each engine (of each data-parallel rank), by vLLM's parsed arguments."""
+    return int(arguments.tensor_parallel_size) * int(arguments.pipeline_parallel_size)
 
 
 def check_model(model: str, *, emulated: bool) -> None:

@@ -3,48 +3,79 @@
 Everything that may fail in the shaper is called inside `_guarded`: a failure is
 counted, logged once a minute at most, and vLLM schedules on under the safe cap,
 which shares nothing with the controller. After `RETRY_SECONDS` a new controller
-takes over.
+takes over; nobody knows what ran before it, so it takes every window as used up.
+
+Budget, mode and extra limits may be set from any thread: each is one assignment, taken
+over at the next `schedule()`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Set
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
+from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
+from shaper.core.standing import EngineDemand, Standing
 from shaper.core.types import (
     Decision,
     EngineLoad,
+    PowerBudget,
+    PowerLimit,
     PowerState,
     Reason,
     StepBatch,
     StepLimits,
     StepPrediction,
 )
+from shaper.engine.flex import Governor
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, launched_batch
 from shaper.engine.safe_cap import SafeCap
-from shaper.metrics import SchedulerCounters
+from shaper.engine.tally import RunningTally
+from shaper.metric_values import SchedulerCounters
 from shaper.recording import RecordedStep
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+Mode = Literal["on", "shadow", "off"]
+"""`shadow` decides and records but applies nothing; `off` is vLLM as it is."""
+
+
+class NewController(Protocol):
+    """Makes a controller."""
+
+    def __call__(self, budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
+        """One that starts now; with `full` it takes every window as used up."""
+        ...
+
+
+class NewCap(Protocol):
+    """Makes the safe cap."""
+
+    def __call__(self, budget: PowerBudget) -> SafeCap:
+        """The caps that keep a budget without a controller."""
+        ...
+
+
 # Long enough for what broke the controller to pass, short enough to shape again soon.
 RETRY_SECONDS = 5.0
+_DRAIN_SECONDS = 1.0
 _LOG_AGAIN_SECONDS = 60.0
 # The meter's energy moves every 100 ms: over half a second its grain is a fifth.
 _MEASURED_SPAN_SECONDS = 0.5
 
 
-class EngineShaper(Protocol):
-    """What the scheduler calls."""
+class EngineShaper(Governor, Protocol):
+    """What the scheduler calls, and what it asks before it defers a request."""
 
     def schedule(self, run: Callable[[], Any]) -> Any:
         """Decide, let vLLM schedule through `run`, record."""
@@ -61,6 +92,11 @@ class EngineShaper(Protocol):
 
 class PassThrough:
     """The shaper of an engine that can't be shaped and has no limit: vLLM as it is."""
+
+    shaping = False
+    standing: Standing | None = None
+    flex = FlexRules()
+    clock = staticmethod(time.monotonic)
 
     def schedule(self, run: Callable[[], Any]) -> Any:
         """vLLM's own."""
@@ -100,13 +136,29 @@ class _Flying:
     controller: Controller | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """What others have asked for."""
+
+    budget: PowerBudget
+    mode: Mode
+    extra_limits: tuple[PowerLimit, ...] = ()
+
+    @property
+    def whole(self) -> PowerBudget:
+        """The budget with the extra limits."""
+        return dataclasses.replace(self.budget, limits=self.budget.limits + self.extra_limits)
+
+
 class LiveShaper:
     """The shaper of one engine.
 
     Args:
         scheduler: vLLM's.
-        new_controller: makes a controller that starts at the given time.
-        cap: what holds while there is none.
+        new_controller: makes the controller of a budget.
+        new_cap: makes what holds while there is none.
+        budget: the first budget.
+        mode: the first mode.
         sampler: publishes power states; None without a sensor.
         log: gets every decision.
         record: gets every step that returned.
@@ -116,9 +168,11 @@ class LiveShaper:
     def __init__(
         self,
         scheduler: Any,
-        new_controller: Callable[[float], Controller],
-        cap: SafeCap,
+        new_controller: NewController,
+        new_cap: NewCap,
+        budget: PowerBudget,
         *,
+        mode: Mode = "on",
         sampler: Sensing | None = None,
         log: DecisionSink | None = None,
         record: Callable[[RecordedStep], None] | None = None,
@@ -127,16 +181,24 @@ class LiveShaper:
     ) -> None:
         self._scheduler = scheduler
         self._new_controller = new_controller
-        self._cap = cap
+        self._new_cap = new_cap
         self._sampler = sampler
         self._log = log
         self._record_step = record
-        self._clock = clock
+        self.clock = clock
         self._on_close = on_close
-        self._levers = Levers(scheduler)
+        self._tally = RunningTally(scheduler)
+        self._levers = Levers(scheduler, self._tally)
         self.counters = SchedulerCounters()
-        self._controller: Controller | None = new_controller(clock())
-        self._failed_seconds = 0.0
+        self._wanted = self._applied = _Wanted(budget, mode)
+        self.standing: Standing | None = None  # as the supervisor last saw it
+        self.flex = FlexRules()
+        self._cap = new_cap(PowerBudget() if mode != "on" else budget)
+        self._controller: Controller | None = None
+        if mode != "off":
+            self._controller = new_controller(budget, clock(), False)
+            self._controller.shadow = mode == "shadow"
+        self._failed_seconds = self._cap_since_seconds = float("-inf")
         self._logged_seconds: float | None = None
         self._launched_seconds = float("-inf")
         self._previous: Set[str] = frozenset()
@@ -151,13 +213,17 @@ class LiveShaper:
 
     def schedule(self, run: Callable[[], Any]) -> Any:
         """Decide, let vLLM schedule through `run`, record."""
-        limits = self._guarded(self._decide)
-        if limits is None:
-            limits = self._cap.limits(self._clock() - self._launched_seconds)
-        # The levers may fail too; then this one step is vLLM's own.
-        decodes = None if self._load is None else self._load.decode_requests
-        applied = self._guarded(lambda: self._levers.apply(limits, decodes))
-        with applied or ExitStack():
+        if self._applied.mode == "off" and self._wanted is self._applied:
+            return run()
+        applied: AbstractContextManager[Any] | None = self._guarded(self._shape)
+        if self._applied.mode == "off":
+            return run()
+        if applied is None:
+            now = self.clock()
+            applied = self._cap.apply(
+                self._scheduler, now - self._launched_seconds, now - self._cap_since_seconds
+            )
+        with applied:
             output = run()
         self._guarded(lambda: self._record(output))
         return output
@@ -172,23 +238,95 @@ class LiveShaper:
         if self._on_close is not None:
             self._guarded(self._on_close)
 
-    # --- what they do
+    # --- others' wishes, from any thread
+
+    @property
+    def budget(self) -> PowerBudget:
+        """The budget that was asked for last."""
+        return self._wanted.budget
+
+    @property
+    def mode(self) -> Mode:
+        """The mode that was asked for last."""
+        return self._wanted.mode
+
+    @property
+    def shaping(self) -> bool:
+        """Whether a controller decides and what it decides is applied."""
+        return self._controller is not None and self._applied.mode == "on"
+
+    @property
+    def demand(self) -> EngineDemand | None:
+        """What there is to do, and how it goes; None while no controller is there."""
+        controller = self._controller
+        return None if controller is None else controller.demand
+
+    def set_budget(self, budget: PowerBudget) -> None:
+        """Put another budget in force from the next step on."""
+        if budget != self._wanted.budget:
+            self._wanted = dataclasses.replace(self._wanted, budget=budget)
+
+    def set_extra_limits(self, limits: tuple[PowerLimit, ...]) -> None:
+        """Hold these limits beside the budget's."""
+        if limits != self._wanted.extra_limits:
+            self._wanted = dataclasses.replace(self._wanted, extra_limits=limits)
+
+    def take(self, standing: Standing) -> None:
+        """How the engine stands now; its limits hold beside the budget's."""
+        self.standing = standing
+        self.set_extra_limits(standing.limits)
+
+    def set_mode(self, mode: Mode) -> None:
+        """Switch the shaper on, to shadow, or off."""
+        if mode != self._wanted.mode:
+            self._wanted = dataclasses.replace(self._wanted, mode=mode)
+
+    # --- what the calls do
+
+    def _shape(self) -> Levers | None:
+        """The levers, set; None where the safe cap shall hold."""
+        limits = self._decide()
+        if limits is None:
+            return None
+        decodes = None if self._load is None else self._load.decode_requests
+        return self._levers.apply(limits, decodes)
+
+    def _take_over(self, wanted: _Wanted, now_seconds: float) -> None:
+        """Do as others have asked."""
+        budget, mode = wanted.whole, wanted.mode
+        self._applied = wanted
+        self._cap = self._new_cap(PowerBudget() if mode != "on" else budget)
+        controller = self._controller
+        if mode == "off":
+            self._controller = None
+        elif controller is not None:
+            controller.set_budget(budget, now_seconds)
+            controller.shadow = mode == "shadow"
+        # An engine that was off starts a controller as one whose controller had failed.
 
     def _decide(self) -> StepLimits | None:
-        controller = self._controller
         self._load = self._limits = None
-        now = self._clock()
+        now = self.clock()
+        wanted = self._wanted
+        if wanted is not self._applied:
+            self._take_over(wanted, now)
+        if wanted.mode == "off":
+            return None
+        controller = self._controller
         if controller is None:
-            if now - self._failed_seconds < RETRY_SECONDS:
+            # A step that the cap launched is not in a new controller's books.
+            wait = RETRY_SECONDS + (_DRAIN_SECONDS if self._flying else 0.0)
+            if now - self._failed_seconds < wait:
                 return None
-            controller = self._controller = self._new_controller(now)
+            controller = self._controller = self._new_controller(wanted.whole, now, True)
+            controller.shadow = wanted.mode == "shadow"
         state = self._sampler.latest if self._sampler else None
         if state is not None:
             controller.observe(state)
             self._measure(state)
             self.counters.seconds_gain = controller.estimator.seconds_gain_ratio
             self.counters.joules_gain = controller.estimator.joules_gain_ratio
-        self._load = engine_load(self._scheduler, self._previous)
+        self._load = engine_load(self._scheduler, self._previous, self._tally)
         self._limits = controller.plan(self._load, now)
         return self._limits
 
@@ -200,8 +338,10 @@ class LiveShaper:
         return load.batch(limits.prefill_tokens)
 
     def _record(self, output: Any) -> None:
-        now = self._clock()
-        batch = launched_batch(self._scheduler, output, self._previous, self._expected())
+        now = self.clock()
+        batch = launched_batch(
+            self._scheduler, output, self._previous, self._expected(), self._tally
+        )
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
             self._launched_seconds = now
@@ -227,12 +367,14 @@ class LiveShaper:
             self._log.add(decision, state.instant_watts if state else None)
 
     def _finish(self, output: Any) -> None:
-        now = self._clock()
+        now = self.clock()
         # Steps return in order; one that failed to be recorded is not among them.
-        if not any(each.output is output for each in self._flying):
-            return
-        while (step := self._flying.popleft()).output is not output:
-            pass
+        if not (self._flying and self._flying[0].output is output):
+            if not any(each.output is output for each in self._flying):
+                return
+            while self._flying[0].output is not output:
+                self._flying.popleft()
+        step = self._flying.popleft()
         start = max(step.launched_seconds, self._returned_seconds)
         self._returned_seconds = now
         self.counters.measured_seconds = now - start
@@ -265,8 +407,9 @@ class LiveShaper:
             return call()
         # The boundary: whatever is wrong in the shaper, vLLM goes on.
         except Exception:
-            now = self._clock()
-            self._controller = None
+            now = self.clock()
+            if self._controller is not None:
+                self._controller, self._cap_since_seconds = None, now
             self._failed_seconds = now
             self.counters.errors += 1
             if self._logged_seconds is None or now - self._logged_seconds > _LOG_AGAIN_SECONDS:

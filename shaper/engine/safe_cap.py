@@ -1,21 +1,25 @@
-"""Fixed caps for when the controller fails. Shares no code with it.
+"""Fixed caps for when the controller fails. Shares no code with it, nor with its levers.
 
-Law. Steps of at most `decode_requests` and `prefill_tokens`, started at least
+Law. Steps of at most `decode_requests + prefill_tokens` tokens, started at least
 `spacing_seconds` apart, keep every `(watts, window)` if
 
     idle * window + steps_in_window * (joules - idle * seconds) <= watts * window
 
-with `steps_in_window = floor(window / spacing) + 1`, and `joules` and `seconds`
-those of the worst step of that size. They are computed once, at start-up.
+with `steps_in_window = floor(window / spacing)`, and `joules` and `seconds`
+those of the worst step of that size: all decodes and the prompt tokens, or prompt tokens
+alone. They are computed when the budget is set. After a failure nothing runs for the
+longest window, or a second: what ran before is not known here.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from shaper.core.types import NOTHING, PowerLimit, StepBatch, StepLimits, StepPrediction
+from shaper.core.types import NOTHING, PowerBudget, PowerLimit, StepBatch, StepLimits, StepPrediction
 
 # About the mean error of the H100 and B200 profiles on published serving power.
 _ERROR_RATIO = 0.05
@@ -34,33 +38,66 @@ class SafeCap:
     decode_requests: int | None = None
     prefill_tokens: int | None = None
     spacing_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    """After a failure nothing runs for so long: what ran before has left most windows."""
 
     def limits(self, seconds_since_launch: float) -> StepLimits:
-        """The next step's limits."""
+        """The next step's limits, for the record."""
         if seconds_since_launch < self.spacing_seconds:
             return NOTHING
         return StepLimits(True, self.prefill_tokens, self.decode_requests)
+
+    @contextmanager
+    def apply(
+        self, scheduler: Any, seconds_since_launch: float, seconds_since_failure: float
+    ) -> Iterator[None]:
+        """Hold one `schedule()` to the caps, by the tokens of its step alone."""
+        if self.decode_requests is None or self.prefill_tokens is None:
+            yield
+            return
+        tokens = self.decode_requests + self.prefill_tokens
+        waits = seconds_since_failure < self.wait_seconds
+        if waits or seconds_since_launch < self.spacing_seconds:
+            tokens = 0
+        elif len(scheduler.running) > 1:
+            # vLLM serves `running` in order: what a step leaves out comes first in the next.
+            shift = min(tokens, len(scheduler.running) - 1)
+            scheduler.running[:] = scheduler.running[shift:] + scheduler.running[:shift]
+        before = scheduler.max_num_scheduled_tokens
+        scheduler.max_num_scheduled_tokens = min(before, tokens)
+        try:
+            yield
+        finally:
+            scheduler.max_num_scheduled_tokens = before
 
 
 def safe_cap(
     predict: Callable[[StepBatch], StepPrediction],
     idle_watts: float,
-    limits: Sequence[PowerLimit],
+    budget: PowerBudget,
 ) -> SafeCap:
     """The largest caps whose spacing stays under 100 ms, else the smallest caps.
 
     Args:
         predict: worst-case seconds and joules of a step.
         idle_watts: power between steps.
-        limits: the budget.
+        budget: what is to be kept. A ramp is kept as 100 ms at what may be added to idle
+            power within a second.
     """
+    limits = list(budget.limits)
+    if budget.ramp_watts_per_second is not None:
+        limits.append(PowerLimit(idle_watts + budget.ramp_watts_per_second, 0.1))
     if not limits:
         return SafeCap()
     cap = SafeCap()
+    wait = min(max(limit.window_seconds for limit in limits), MAX_SPACING_SECONDS)
     for decodes, prefill_tokens in _SIZES:
-        step = predict(_worst_batch(decodes, prefill_tokens))
-        spacing = max(_spacing(step, idle_watts, limit) for limit in limits)
-        cap = SafeCap(decodes, prefill_tokens, min(spacing, MAX_SPACING_SECONDS))
+        steps = [
+            predict(_worst_batch(decodes, prefill_tokens)),
+            predict(_worst_batch(0, decodes + prefill_tokens)),
+        ]
+        spacing = max(_spacing(step, idle_watts, limit) for step in steps for limit in limits)
+        cap = SafeCap(decodes, prefill_tokens, min(spacing, MAX_SPACING_SECONDS), wait)
         # 100 ms between tokens still reads as fluent text.
         if spacing <= 0.1:
             break

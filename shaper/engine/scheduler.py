@@ -1,4 +1,5 @@
-"""The scheduler that vLLM runs: its own, with each step's limits decided before.
+"""The scheduler that vLLM runs: its own, with each step's limits decided before, and with
+flex requests that may wait beside its queue.
 
 `power_scheduler` is what `shaper.PowerScheduler` resolves to. vLLM calls it with
 what it would give a scheduler class; it returns the subclass of `AsyncScheduler`
@@ -7,18 +8,21 @@ or of `Scheduler` that this engine's configuration asks for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from shaper.engine.deferral import Deferral
 from shaper.engine.runtime import EngineShaper
 from shaper.engine.startup import attach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
 
 
 class _Shaped:
@@ -29,9 +33,41 @@ class _Shaped:
     ) -> None:
         super().__init__(*args, **kwargs)
         self.shaper: EngineShaper = attach(self)
+        self.deferral = Deferral(self, self.shaper)
+
+    def add_request(self, request: Request) -> None:
+        """vLLM's, which may then wait outside its queue."""
+        # vLLM's own `arrival_time` is of the wall clock, and of another process.
+        request.shaper_arrival_seconds = self.shaper.clock()
+        super().add_request(request)  # type: ignore[misc]
+        self.deferral.arrived(request)
+
+    def finish_requests(
+        self, request_ids: str | Iterable[str] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """vLLM's; deferred requests are among its own."""
+        if request_ids is not None:
+            request_ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
+        found = super().finish_requests(request_ids, *args, **kwargs)  # type: ignore[misc]
+        self.deferral.finished(request_ids)
+        return found
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Running and waiting, deferred requests among the latter."""
+        running, waiting = super().get_request_counts()  # type: ignore[misc]
+        return running, waiting + len(self.deferral)
+
+    def has_unfinished_requests(self) -> bool:
+        """As long as this is true the engine core asks again: a deferred request keeps it so,
+        as one in vLLM's queue does, unless the engine is paused."""
+        if super().has_unfinished_requests():  # type: ignore[misc]
+            return True
+        paused = getattr(self, "pause_state", PauseState.UNPAUSED)
+        return len(self.deferral) > 0 and paused == PauseState.UNPAUSED
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule() under the limits that the shaper decides."""
+        self.deferral.before_schedule()
         run = super().schedule  # type: ignore[misc]
         output: SchedulerOutput = self.shaper.schedule(lambda: run(*args, **kwargs))
         return output
@@ -41,7 +77,11 @@ class _Shaped:
     ) -> Any:
         """Notes that a step is back, then goes on as vLLM does."""
         self.shaper.returned(scheduler_output)
-        return super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
+        outputs = super().update_from_output(  # type: ignore[misc]
+            scheduler_output, *args, **kwargs
+        )
+        self.deferral.refuse(outputs)
+        return outputs
 
     def shutdown(self) -> None:
         """Stops the sampler and removes the status block."""

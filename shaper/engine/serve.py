@@ -17,92 +17,26 @@ import os
 import re
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from shaper.config import (
-    CONFIG_VARIABLE,
-    ShaperConfig,
-    build_config,
-    check_floor,
-    parse_config_text,
-    parse_power_limit,
-    settings_from_environment,
-)
+from shaper.config import ShaperConfig, check_floor, check_gpu_limits
 from shaper.core.profile import GpuProfile
 from shaper.emulator.activate import EMULATE_VARIABLE
-from shaper.engine.preflight import check_model, check_port, check_vllm, early_address
+from shaper.engine.flags import new_parser, shaper_config
+from shaper.engine.middleware import add_admission, add_control_routes
+from shaper.engine.preflight import (
+    check_model,
+    check_port,
+    check_vllm,
+    early_address,
+    engine_gpu_count,
+)
 from shaper.errors import ConfigError, GpuError
 from shaper.gpu.profiles import load_profile
 from shaper.recording import finish_recordings
+from shaper.settings import CONFIG_VARIABLE
 from shaper.status import RUN_VARIABLE
-from shaper.units import parse_seconds
 
 SCHEDULER_CLASS_PATH = "shaper.PowerScheduler"
-
-DESCRIPTION = """\
-vllm serve with the shaper in it: same routes, same flags, same exit codes.
-Flags that are not listed here go to vLLM; `shaper serve --help=all` lists them too.
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see shaper serve --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="shaper serve",
-        usage="shaper serve MODEL [shaper's flags] [any flag of vllm serve]",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
-        allow_abbrev=False,
-    )
-    group = parser.add_argument_group("shaper")
-    group.add_argument(
-        "--power-limit",
-        action="append",
-        metavar="WATTS@WINDOW",
-        help="mean power that no window of this length may exceed, summed over the engine's "
-        "GPUs, like 560W@1s; may be given several times",
-    )
-    group.add_argument(
-        "--itl-target",
-        metavar="TIME",
-        help="longest step that decodes may wait behind, like 50ms",
-    )
-    group.add_argument(
-        "--objective",
-        choices=("latency", "efficiency"),
-        help="latency (default): tokens wait only as the budget asks; efficiency: decodes wait up "
-        "to the ITL target for larger steps, for fewer joules a token",
-    )
-    group.add_argument(
-        "--shadow",
-        action="store_true",
-        help="predict, decide, record and expose everything, apply nothing",
-    )
-    group.add_argument(
-        "--record",
-        metavar="FILE",
-        help="write what each step computed and took, and all readings, to FILE (.csv or .parquet)",
-    )
-    group.add_argument(
-        "--power-shaper-config",
-        metavar="JSON|PATH",
-        help="all settings at once: a JSON object, or a path to JSON or TOML",
-    )
-    group.add_argument(
-        "--shaper-off", action="store_true", help="vLLM's own scheduler, for comparison"
-    )
-    group.add_argument(
-        "--emulate",
-        metavar="GPU",
-        help="serve on an emulated GPU: the name of a profile, like h200-sxm, or a path to one; "
-        "MODEL may then be a built-in shape, like llama-3.1-8b",
-    )
-    return parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -119,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         EngineError: vLLM is not installed.
         GpuError: there is no GPU to read, and none is emulated.
     """
-    options, passed_on = _parser().parse_known_args(list(argv))
+    options, passed_on = new_parser().parse_known_args(list(argv))
     help_flag = next((f for f in passed_on if re.fullmatch(r"-h|--help(=.*)?", f)), None)
     if help_flag is not None:
         return _print_help(help_flag)
@@ -140,9 +74,12 @@ def main(argv: Sequence[str]) -> int:
 
         idle_watts = fill_in(arguments, profile)
         if config is not None:
-            check_floor(config, idle_watts)
+            check_floor(config, idle_watts, engine_gpu_count(arguments))
     if config is not None:
+        check_gpu_limits(config, engine_gpu_count(arguments))
         _use_scheduler(arguments)
+        add_admission(arguments)
+        add_control_routes(arguments)
     try:
         _run_vllm(arguments)
     finally:
@@ -179,49 +116,6 @@ def _use_scheduler(arguments: argparse.Namespace) -> None:
     arguments.scheduler_cls = SCHEDULER_CLASS_PATH
 
 
-def shaper_config(options: argparse.Namespace) -> ShaperConfig | None:
-    """The config that the flags and the environment give; None with `--shaper-off`.
-
-    Raises:
-        ConfigError: a value is wrong, or two flags say different things.
-    """
-    given: dict[str, Any] = {}
-    flags: dict[str, str] = {}
-    if options.power_limit:
-        given["limits"] = [parse_power_limit(text).model_dump() for text in options.power_limit]
-        flags["limits"] = "--power-limit"
-    if options.itl_target is not None:
-        try:
-            given["itl_target_seconds"] = parse_seconds(options.itl_target)
-        except ValueError as error:
-            raise ConfigError(f"--itl-target: {error}") from error
-        flags["itl_target_seconds"] = "--itl-target"
-    if options.objective is not None:
-        given["objective"] = options.objective
-        flags["objective"] = "--objective"
-    if options.shadow:
-        given["shadow"] = True
-        flags["shadow"] = "--shadow"
-    if options.record is not None:
-        given["record"] = options.record
-        flags["record"] = "--record"
-    if options.shaper_off:
-        extra = [*flags.values(), *(["--power-shaper-config"] * bool(options.power_shaper_config))]
-        if extra:
-            raise ConfigError(f"--shaper-off contradicts {extra[0]}: leave one of them out")
-        return None
-    settings = settings_from_environment(os.environ)
-    if options.power_shaper_config is not None:
-        from_config = parse_config_text(options.power_shaper_config)
-        for key, flag in flags.items():
-            if key in from_config:
-                raise ConfigError(
-                    f"{flag} and --power-shaper-config both give {key!r}: leave one of them out"
-                )
-        settings |= from_config
-    return build_config(settings | given, "shaper serve")
-
-
 def prepare_environment(
     environ: MutableMapping[str, str], config: ShaperConfig | None, options: argparse.Namespace
 ) -> None:
@@ -250,7 +144,7 @@ def prepare_environment(
 
 
 def _print_help(flag: str) -> int:
-    _parser().print_help()
+    new_parser().print_help()
     print()
     if "=" not in flag or importlib.util.find_spec("vllm") is None:
         print("vLLM's flags: shaper serve --help=all, or one group: --help=ModelConfig")

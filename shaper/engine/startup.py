@@ -5,41 +5,41 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shaper import __version__
-from shaper.config import ADDITIONAL_CONFIG_KEY, ShaperConfig, check_floor, load_config
+from shaper.config import ShaperConfig, check_floor, check_gpu_limits
+from shaper.control import ControlFile, Follower
+from shaper.core.admission import EngineAdmission, FlexRules, Look
+from shaper.core.budget import describe
 from shaper.core.controller import Controller
-from shaper.core.policy import Policy
-from shaper.core.policy.fixed import FixedPolicy
-from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
+from shaper.core.supervisor import Supervisor
+from shaper.core.types import LatencyTargets, PowerBudget
 from shaper.engine.compat import check_scheduler, supported, vllm_version
-from shaper.engine.readers import engine_gpus
-from shaper.engine.runtime import EngineShaper, LiveShaper, PassThrough
+from shaper.engine.control import BudgetControl
+from shaper.engine.flex import flex_queue, prompt_wait_seconds
+from shaper.engine.policies import POLICIES
+from shaper.engine.readers import EngineGpus, engine_gpus
+from shaper.engine.runtime import EngineShaper, LiveShaper, NewController, PassThrough
 from shaper.engine.safe_cap import safe_cap
-from shaper.engine.telemetry import DecisionLog, MeterWindows, Recorder, Telemetry
+from shaper.engine.telemetry import DecisionLog, Recorder, Telemetry
 from shaper.engine.work import engine_coefficients
 from shaper.errors import ShaperError
 from shaper.gpu.sampler import Sampler
 from shaper.recording import RecordingWriter
+from shaper.settings import ADDITIONAL_CONFIG_KEY, load_config
 from shaper.status import StatusWriter, run_id
 
 logger = logging.getLogger(__name__)
-
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "predictive": WindowedPlanner,
-    "fixed": FixedPolicy,
-}
 
 
 def attach(scheduler: Any) -> EngineShaper:
     """The shaper for a scheduler that vLLM just made.
 
     Raises:
-        ShaperError: a limit or an ITL target is set and can't be kept, e.g. no GPU can be
+        ShaperError: a limit or a latency target is set and can't be kept, e.g. no GPU can be
             read. Without either the engine runs unshaped, and the log says why.
     """
     vllm_config = scheduler.vllm_config
@@ -51,7 +51,7 @@ def attach(scheduler: Any) -> EngineShaper:
     except ShaperError as error:
         if config.asks_for_shaping:
             raise
-        logger.warning("no limit and no ITL target is set, and the shaper is off: %s", error)
+        logger.warning("no limit and no latency target is set, and the shaper is off: %s", error)
         return PassThrough()
 
 
@@ -63,44 +63,52 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     vllm_config = scheduler.vllm_config
     gpus = engine_gpus(vllm_config, config)
     model = StepModel(gpus.profile, engine_coefficients(vllm_config))
-    check_floor(config, model.idle_watts)
-    limits = config.power_limits
-    _warn_of_loose_limits(config, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
-
-    def new_controller(now_seconds: float) -> Controller:
-        return Controller(
-            model,
-            POLICIES[config.policy](),
-            limits,
-            now_seconds,
-            itl_target_seconds=config.itl_target_seconds,
-            spend_slack=config.objective == "efficiency",
-            max_pause_seconds=config.max_pause_seconds,
-            margin_ratio=config.margin_ratio,
-            shadow=config.shadow,
-        )
-
-    parallel = vllm_config.parallel_config
-    rank = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
-    info = {
-        "version": __version__,
-        "gpu": gpus.profile.name,
-        "model": str(vllm_config.model_config.served_model_name or vllm_config.model_config.model),
-        "policy": config.policy,
-        "shadow": config.shadow,
-        "limits": [(limit.watts, limit.window_seconds) for limit in limits],
-    }
-    status = StatusWriter(run_id(), rank, info)
+    check_floor(config, model.idle_watts, model.gpu_count)
+    check_gpu_limits(config, model.gpu_count)
+    control = BudgetControl(
+        config.budget_plan,
+        "shadow" if config.shadow else "on",
+        Follower(ControlFile(run_id())),
+        gpu_count=model.gpu_count,
+        idle_watts=model.idle_watts,
+        now_seconds=time.monotonic(),
+    )
+    first = control.state
+    _warn_of_loose_limits(first.budget, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
+    rank = _rank(vllm_config)
+    status = StatusWriter(run_id(), rank, _info(config, gpus, model, vllm_config))
     log = DecisionLog(_of_rank(config.decision_log, rank))
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config)
-    telemetry = Telemetry(status, MeterWindows(limits, model.idle_watts), log, recorder)
+    admission = EngineAdmission(
+        lambda now_seconds: Look(
+            budgeted=not shaper.budget.empty,
+            use_ratio=telemetry.use_ratio,
+            wait_seconds=prompt_wait_seconds(scheduler, now_seconds),
+        ),
+        config.ttft_target_seconds,
+        time.monotonic(),
+    )
+    supervisor = Supervisor(
+        gpus.profile, gpus.reader.gpus, admission=admission, shapes_heat=config.shapes_heat
+    )
+    telemetry = Telemetry(status, model.idle_watts, log, recorder, supervisor=supervisor)
+
+    def tick(now_seconds: float) -> None:
+        try:
+            if control.tick(now_seconds):
+                shaper.set_budget(control.state.budget)
+                shaper.set_mode(control.state.mode)
+            status.write("control", control.state.values())
+        finally:
+            telemetry.tick(
+                now_seconds, sampler.latest, sampler.read_errors, sampler.rejected_readings
+            )
+
     sampler = Sampler(
         recorder.tap(gpus.reader) if recorder else gpus.reader,
         time.monotonic,
         interval_seconds=config.sample_interval_seconds,
-        on_tick=lambda now_seconds: telemetry.tick(
-            now_seconds, sampler.latest, sampler.read_errors, sampler.rejected_readings
-        ),
+        on_tick=tick,
     )
 
     def close() -> None:
@@ -112,17 +120,64 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
 
     shaper = LiveShaper(
         scheduler,
-        new_controller,
-        safe_cap(model.predict, model.gap_watts, () if config.shadow else limits),
+        _new_controller(config, gpus, model),
+        lambda budget: safe_cap(model.predict, model.gap_watts, budget),
+        first.budget,
+        mode=first.mode,
         sampler=sampler,
         log=log,
         record=recorder.add_step if recorder else None,
         on_close=close,
     )
-    telemetry.counters = shaper.counters
+    shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
+    telemetry.attach(shaper, lambda: flex_queue(scheduler))
     sampler.start()
-    _announce(config, gpus.profile.name)
+    note = " (shadow: decides, applies nothing)" if first.mode == "shadow" else ""
+    logger.info("shaper on %s: %s%s", gpus.profile.name, describe(first.budget), note)
     return shaper
+
+
+def _new_controller(config: ShaperConfig, gpus: EngineGpus, model: StepModel) -> NewController:
+    targets = LatencyTargets(
+        config.itl_target_seconds, config.ttft_target_seconds, config.objective == "efficiency"
+    )
+
+    def make(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
+        return Controller(
+            model,
+            POLICIES[config.policy](config),
+            budget,
+            now_seconds,
+            targets=targets,
+            max_pause_seconds=config.max_pause_seconds,
+            margin_ratio=config.margin_ratio,
+            rest_watts=model.idle_watts,
+            rest_after_seconds=gpus.profile.power.gap_hold_seconds,
+            full=full,
+        )
+
+    return make
+
+
+def _rank(vllm_config: Any) -> int:
+    parallel = vllm_config.parallel_config
+    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+
+
+def _info(
+    config: ShaperConfig, gpus: EngineGpus, model: StepModel, vllm_config: Any
+) -> dict[str, object]:
+    """What the status block says once and for all."""
+    names = vllm_config.model_config
+    return {
+        "version": __version__,
+        "gpu": gpus.profile.name,
+        "gpu_count": model.gpu_count,
+        "idle_watts": model.idle_watts,
+        "model": str(names.served_model_name or names.model),
+        "policy": config.policy,
+        "shadow": config.shadow,
+    }
 
 
 def _of_rank(path: str | None, rank: int) -> str | None:
@@ -146,20 +201,14 @@ def _recorder(config: ShaperConfig, rank: int, gpu: str, vllm_config: Any) -> Re
     return Recorder(RecordingWriter(path, meta))
 
 
-def _warn_of_loose_limits(config: ShaperConfig, enforced: list[float | None]) -> None:
+def _warn_of_loose_limits(budget: PowerBudget, enforced: list[float | None]) -> None:
     """Limits above what the driver lets the GPUs draw: allowed, since that can change."""
     known = [watts for watts in enforced if watts is not None]
     total = sum(known)
-    if config.limits and known and all(limit.watts >= total for limit in config.limits):
+    if budget.limits and known and all(limit.watts >= total for limit in budget.limits):
         logger.warning(
             "every power limit (lowest: %g W) is at or above the GPUs' enforced limit (%g W): "
             "the driver acts before the shaper does",
-            min(limit.watts for limit in config.limits),
+            min(limit.watts for limit in budget.limits),
             total,
         )
-
-
-def _announce(config: ShaperConfig, gpu: str) -> None:
-    limits = ", ".join(f"{x.watts:g} W over {x.window_seconds:g} s" for x in config.limits)
-    mode = " (shadow: decides, applies nothing)" if config.shadow else ""
-    logger.info("shaper on %s: %s%s", gpu, limits or "no limit", mode)

@@ -10,64 +10,34 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Protocol, TextIO
 
-from shaper.core.types import Decision, GpuIdentity, GpuSample, PowerLimit, PowerState, Reason
+from shaper.core.standing import EngineDemand, Standing
+from shaper.core.supervisor import Supervisor
+from shaper.core.types import (
+    Decision,
+    GpuIdentity,
+    GpuSample,
+    PowerBudget,
+    PowerLimit,
+    PowerState,
+    Reason,
+)
+from shaper.engine.flex import FlexQueue
+from shaper.engine.meter_windows import MeterWindows
 from shaper.gpu.reader import GpuReader
-from shaper.metrics import NAN, SchedulerCounters
+from shaper.metric_values import NAN, SchedulerCounters, flex_values, or_nan, standing_values
 from shaper.recording import RecordedStep, RecordingWriter
 from shaper.status import StatusWriter
 
 logger = logging.getLogger(__name__)
 
-# The counter moves about every 100 ms and is read every 20: over a shorter span the
-# reading's time is too coarse, and the meter's own short window says more.
-_COUNTER_SECONDS = 0.5
 # Polls of a held engine repeat these a thousand times a second; the first says it all.
 _REPEATED = frozenset({Reason.PAUSE, Reason.TURN, Reason.IDLE})
 # A log that nobody drains must not eat the memory: a minute of steps.
 _MAX_PENDING = 10_000
-
-
-class MeterWindows:
-    """Mean metered power over each limit's window, from the energy counter."""
-
-    def __init__(self, limits: Sequence[PowerLimit], idle_watts: float) -> None:
-        self._limits = tuple(limits)
-        self._idle_watts = idle_watts
-        self._longest = max((limit.window_seconds for limit in limits), default=0.0)
-        self._readings: deque[tuple[float, float]] = deque()
-
-    def observe(self, state: PowerState) -> tuple[float, float]:
-        """`(headroom in watts, pressure ratio)` after this reading; NaN without limits."""
-        energy = state.energy_joules
-        if not self._limits or energy is None:
-            return NAN, NAN
-        if self._readings and energy < self._readings[-1][1]:
-            self._readings.clear()  # the counter was reset
-        # Only where it moved: between two moves the time is known, not the energy.
-        if not self._readings or energy > self._readings[-1][1]:
-            self._readings.append((state.sampled_seconds, energy))
-        oldest = state.sampled_seconds - self._longest - 1.0
-        while len(self._readings) > 2 and self._readings[1][0] < oldest:
-            self._readings.popleft()
-        headroom, pressure = math.inf, 0.0
-        for limit in self._limits:
-            watts = self._mean_watts(limit.window_seconds, state)
-            headroom = min(headroom, limit.watts - watts)
-            share = (watts - self._idle_watts) / (limit.watts - self._idle_watts)
-            pressure = max(pressure, min(1.0, max(0.0, share)))
-        return headroom, pressure
-
-    def _mean_watts(self, window_seconds: float, state: PowerState) -> float:
-        now, energy = self._readings[-1]
-        if window_seconds >= _COUNTER_SECONDS:
-            for then, before in reversed(self._readings):
-                if now - then >= window_seconds:
-                    return (energy - before) / (now - then)
-        return state.instant_watts or state.average_watts or 0.0
 
 
 class DecisionLog:
@@ -185,57 +155,134 @@ class _Tap:
         self._reader.close()
 
 
-class Telemetry:
-    """The sampler's `on_tick`: writes the status block, the log and the recording.
+class Supervised(Protocol):
+    """The part of the shaper that is looked at and told of extra limits."""
 
-    `counters` is the scheduler thread's; it is read here while that thread counts, so
-    two numbers of one scrape may be a step apart.
+    counters: SchedulerCounters
+    standing: Standing | None
+
+    @property
+    def demand(self) -> EngineDemand | None:
+        """What there is to do; None while there is no controller."""
+        ...
+
+    @property
+    def budget(self) -> PowerBudget:
+        """The budget in force."""
+        ...
+
+    def set_extra_limits(self, limits: tuple[PowerLimit, ...]) -> None:
+        """Hold these beside the budget's."""
+        ...
+
+
+class Telemetry:
+    """The sampler's `on_tick`: judges, then writes the status block, the log and the recording.
+
+    Args:
+        status: the block.
+        idle_watts: what the engine's GPUs draw with nothing to do.
+        log: of decisions; drained here.
+        recorder: of steps and samples; drained here.
+        supervisor: judges the engine; None: nobody does.
+
+    The shaper's counters are read here while its thread counts, so two numbers of one
+    scrape may be a step apart. `standing` is what the supervisor said at this tick; None
+    while it fails, so that nobody is turned away for what is no longer known.
     """
 
     def __init__(
         self,
         status: StatusWriter,
-        windows: MeterWindows,
+        idle_watts: float,
         log: DecisionLog,
         recorder: Recorder | None = None,
+        *,
+        supervisor: Supervisor | None = None,
     ) -> None:
-        self._status, self._windows, self._log = status, windows, log
-        self._recorder = recorder
-        self.counters = SchedulerCounters()
+        self._status, self._log, self._recorder = status, log, recorder
+        self._windows = MeterWindows(idle_watts)
+        self._supervisor = supervisor
+        self._shaper: Supervised | None = None
+        self._flex: Callable[[], FlexQueue | None] | None = None
+        self.standing: Standing | None = None
         self._first_joules: float | None = None
         self._last: PowerState | None = None
         self._derived = (NAN, NAN)
+        self._supervisor_errors = 0
+
+    @property
+    def use_ratio(self) -> float:
+        """Greatest share of a limit's room above idle in use, as metered; NaN: not known."""
+        return self._derived[1]
+
+    def attach(
+        self, shaper: Supervised, flex: Callable[[], FlexQueue | None] | None = None
+    ) -> None:
+        """Look at this shaper from now on, and at the flex requests that it defers."""
+        self._shaper, self._flex = shaper, flex
 
     def tick(
         self, now_seconds: float, state: PowerState | None, errors: int, rejected: int
     ) -> None:
-        """Write everything once."""
+        """Judge and write everything once."""
+        self._supervise(now_seconds, state)
         if state is not None and state is not self._last:
-            self._derived = self._windows.observe(state)
+            self._derived = self._windows.observe(state, self._limits())
             self._last = state
         self._status.write("sampler", self._values(now_seconds, state, errors, rejected))
-        self._status.write("scheduler", self.counters.values())
+        if self._shaper is not None:
+            self._status.write("scheduler", self._shaper.counters.values())
+        self._status.write(
+            "standing", [] if self.standing is None else standing_values(self.standing)
+        )
+        queue = None if self._flex is None else self._flex()
+        if queue is not None:
+            self._status.write("flex", flex_values(queue, now_seconds))
         self._log.drain()
         if self._recorder is not None:
             self._recorder.drain()
 
+    def _supervise(self, now_seconds: float, state: PowerState | None) -> None:
+        """A supervisor that fails must not take the metrics with it; its last limit stays."""
+        if self._supervisor is None:
+            return
+        shaper = self._shaper
+        try:
+            demand = None if shaper is None else shaper.demand
+            self.standing = self._supervisor.tick(now_seconds, state, demand)
+        except Exception:
+            if not self._supervisor_errors:
+                logger.exception("the supervisor failed (said once; later failures are counted)")
+            self._supervisor_errors += 1
+            self.standing = None
+            if shaper is not None:
+                shaper.standing = None
+            return
+        for line in self.standing.announcements:
+            logger.warning("%s", line)
+        if shaper is not None:
+            shaper.standing = self.standing
+            shaper.set_extra_limits(self.standing.limits)
+
+    def _limits(self) -> tuple[PowerLimit, ...]:
+        extra = () if self.standing is None else self.standing.limits
+        return (() if self._shaper is None else self._shaper.budget.limits) + extra
+
     def _values(
         self, now_seconds: float, state: PowerState | None, errors: int, rejected: int
     ) -> list[float]:
+        counts = [errors, rejected, self._supervisor_errors]
         if state is None:
-            return [NAN] * 9 + [errors, rejected, NAN, now_seconds]
+            return [NAN] * 9 + [*counts, NAN, now_seconds]
         energy = state.energy_joules
         if energy is not None and self._first_joules is None:
             self._first_joules = energy
         since = NAN if energy is None else energy - (self._first_joules or 0.0)
         return [
-            *(_or_nan(state.instant_watts), _or_nan(state.average_watts), since),
-            *(_or_nan(state.enforced_limit_watts), _or_nan(state.sm_clock_hertz)),
-            *(_or_nan(state.temperature_celsius), float(state.clock_event_reasons)),
+            *(or_nan(state.instant_watts), or_nan(state.average_watts), since),
+            *(or_nan(state.enforced_limit_watts), or_nan(state.sm_clock_hertz)),
+            *(or_nan(state.temperature_celsius), float(state.clock_event_reasons)),
             *self._derived,
-            *(errors, rejected, state.sampled_seconds, now_seconds),
+            *(*counts, state.sampled_seconds, now_seconds),
         ]
-
-
-def _or_nan(value: float | None) -> float:
-    return NAN if value is None else value

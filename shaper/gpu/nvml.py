@@ -23,6 +23,7 @@ from shaper.errors import GpuError, GpuLostError, GpuPermissionError, GpuUnavail
 _WATTS_PER_MILLIWATT = 1e-3
 _JOULES_PER_MILLIJOULE = 1e-3
 _HERTZ_PER_MEGAHERTZ = 1e6
+_SECONDS_PER_NANOSECOND = 1e-9
 
 # What changes rarely, or says little at the sampler's pace, is asked once a second.
 _SLOW_PERIOD_SECONDS = 1.0
@@ -179,6 +180,8 @@ class _Device:
             name=name,
             uuid=str(pynvml.nvmlDeviceGetUUID(handle)),
             enforced_limit_watts=self._field("enforced_limit_watts"),
+            max_sm_clock_hertz=self._field("max_sm_clock_hertz"),
+            slowdown_celsius=self._field("slowdown_celsius"),
         )
 
     def sample(self, now_seconds: float) -> GpuSample:
@@ -215,7 +218,11 @@ class _Device:
         return None
 
 
-_SLOW_FIELDS = ("enforced_limit_watts", "memory_clock_hertz", "temperature_celsius")
+_THERMAL_REASONS = ("SW_THERM_SLOWDOWN", "HW_THERM_SLOWDOWN")
+_SLOW_FIELDS = (
+    *("enforced_limit_watts", "memory_clock_hertz", "temperature_celsius"),
+    *("thermal_throttle_seconds", "brake_throttle_seconds"),
+)
 
 
 def _ways(usage_is_instant: bool) -> dict[str, list[Way]]:
@@ -225,7 +232,7 @@ def _ways(usage_is_instant: bool) -> dict[str, list[Way]]:
         _call("nvmlDeviceGetPowerUsage", scale=_WATTS_PER_MILLIWATT)
     )
     sm, memory = pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM
-    sensor = pynvml.NVML_TEMPERATURE_GPU
+    sensor, gpu_max = pynvml.NVML_TEMPERATURE_GPU, pynvml.NVML_TEMPERATURE_THRESHOLD_GPU_MAX
     return {
         "instant_watts": instant,
         "average_watts": average,
@@ -237,6 +244,13 @@ def _ways(usage_is_instant: bool) -> dict[str, list[Way]]:
         ],
         "sm_clock_hertz": [_call("nvmlDeviceGetClockInfo", sm, scale=_HERTZ_PER_MEGAHERTZ)],
         "memory_clock_hertz": [_call("nvmlDeviceGetClockInfo", memory, scale=_HERTZ_PER_MEGAHERTZ)],
+        "max_sm_clock_hertz": [
+            _optional(_call("nvmlDeviceGetMaxClockInfo", sm, scale=_HERTZ_PER_MEGAHERTZ))
+        ],
+        # Where software lowers the clocks; the hardware's own slowdown comes some degrees later.
+        "slowdown_celsius": [_optional(_call("nvmlDeviceGetTemperatureThreshold", gpu_max))],
+        "thermal_throttle_seconds": [_optional(_reason_seconds(*_THERMAL_REASONS))],
+        "brake_throttle_seconds": [_optional(_reason_seconds("HW_POWER_BRAKE_SLOWDOWN"))],
         # The second of each is the name that drivers knew first.
         "temperature_celsius": [
             _call("nvmlDeviceGetTemperatureV", sensor),
@@ -271,6 +285,34 @@ def _power_field(field: int) -> Way:
         return float(value.value.uiVal) * _WATTS_PER_MILLIWATT
 
     return way
+
+
+def _reason_seconds(*reasons: str) -> Way:
+    """How long some clock event reasons have held, by the driver's own counters."""
+
+    def way(handle: Any) -> float:
+        names = [f"NVML_FI_DEV_CLOCKS_EVENT_REASON_{reason}" for reason in reasons]
+        fields = [(getattr(pynvml, name), 0) for name in names if hasattr(pynvml, name)]
+        values = pynvml.nvmlDeviceGetFieldValues(handle, fields)
+        if not values or any(value.nvmlReturn != pynvml.NVML_SUCCESS for value in values):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+        return sum(float(value.value.ullVal) for value in values) * _SECONDS_PER_NANOSECOND
+
+    return way
+
+
+def _optional(way: Way) -> Way:
+    """A way whose errors, but for a lost GPU, mean that it is not supported."""
+
+    def lenient(handle: Any) -> float:
+        try:
+            return way(handle)
+        except pynvml.NVMLError as error:
+            if issubclass(_ERRORS.get(error.value, GpuError), GpuLostError):
+                raise
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED) from error
+
+    return lenient
 
 
 def _mig_mode(handle: Any) -> float:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from shaper.core.types import ClockEventReasons, GpuSample, PowerState
-from shaper.errors import GpuError
+from shaper.errors import GpuError, GpuLostError
 from shaper.gpu.reader import GpuReader
 from shaper.gpu.screen import Screen
 
@@ -50,6 +50,7 @@ def summarise(samples: Sequence[GpuSample]) -> PowerState:
             _known(sample.temperature_celsius for sample in samples), default=None
         ),
         clock_event_reasons=reasons,
+        gpus=tuple(samples),
     )
 
 
@@ -97,13 +98,15 @@ class Sampler:
         self._interval_seconds = interval_seconds
         self._on_state = on_state
         self._on_tick = on_tick
+        # A sum over the GPUs that still answer would be too low.
+        self._gpu_count = len(reader.gpus)
         self._screen = Screen()
         self._logged: set[str] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.latest: PowerState | None = None
         self.read_errors = 0
-        """Reads that raised a `GpuError`."""
+        """Reads that raised a `GpuError`, or came without one of the GPUs."""
         self.callback_errors = 0
         """Calls of `on_state` and `on_tick`, or reads, that raised anything else."""
 
@@ -147,6 +150,12 @@ class Sampler:
         except GpuError as error:
             self.read_errors += 1
             self._log_once(error)
+            return
+        if len(samples) != self._gpu_count:
+            self.read_errors += 1
+            self._log_once(
+                GpuLostError(f"{len(samples)} of {self._gpu_count} GPUs answered the last read")
+            )
             return
         state = summarise(self._screen.pass_on(samples))
         if state.instant_watts is None and state.average_watts is None:

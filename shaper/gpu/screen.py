@@ -1,13 +1,15 @@
 """Which readings are believed. What is not plausible is taken as missing.
 
-    watts        finite, at least 1, at most 4 times the enforced limit
+    watts        finite, at least 1, at most 4 times the enforced limit; not frozen
     energy       advances by what those watts allow, and does advance
     clock, heat  finite and inside what silicon does
 
 An energy counter that jumps is not believed at once. If the next reading goes on
 from where it jumped to, the counter was reset, and counting goes on from there; if
-not, it was a bad reading. A counter that has moved and then stands still is stuck, and
-the watts, which come from the same meter, are then not believed either.
+not, it was a bad reading. A counter that has moved and then stands still for a second is
+stuck, and the watts, which come from the same meter, are then not believed either. Watts
+that have not changed at all for a second are frozen if the counter says otherwise; where
+there is no counter, if they don't change for longer while the GPU works.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from shaper.core.types import GpuSample
+from shaper.core.types import ClockEventReasons, GpuSample
 
 # The draw of a step may pass the limit for some milliseconds; four times is no GPU.
 _LIMIT_MULTIPLE = 4.0
@@ -29,8 +31,14 @@ _MAX_CLOCK_HERTZ = 10e9
 _MIN_CELSIUS, _MAX_CELSIUS = -40.0, 150.0
 # Counters refresh every 20 to 100 ms; a jump may hold this much more than the time between reads.
 _COUNTER_SLACK_SECONDS = 0.5
-# No driver refreshes its counter this seldom.
-_STUCK_SECONDS = 2.0
+# Ten refreshes of the slowest meter. A GPU that rests draws power too, so its counter moves.
+_STUCK_SECONDS = 1.0
+# Power that is steady to the milliwatt is not known of a GPU at work; one that rests may be.
+_FROZEN_SECONDS, _FROZEN_READINGS = 2.0, 10
+# What refreshes of the counter and of the watts may be apart over most of a second, and how
+# long the counter may lag behind a change of the watts.
+_FROZEN_RATIO, _FROZEN_WATTS = 0.2, 10.0
+_SETTLE_SECONDS = 0.25
 
 
 def _within(value: float | None, lowest: float, highest: float) -> bool:
@@ -50,11 +58,24 @@ class _Counter:
     """Seconds and raw joules of a reading that was not believed."""
 
 
+@dataclass(slots=True)
+class _Steady:
+    """Watts that have stayed exactly the same, since when, and how often they were read."""
+
+    watts: tuple[float | None, float | None]
+    since_seconds: float
+    base: tuple[float, float | None]
+    """Seconds and joules from where the counter is compared: its lag behind them is over."""
+    readings: int = 1
+
+
 class Screen:
-    """Screens the samples of one engine's GPUs. Stateful fields: counters and the count."""
+    """Screens the samples of one engine's GPUs. Stateful fields: one counter and one steady
+    reading of each, and the count."""
 
     def __init__(self) -> None:
         self._counters: dict[int, _Counter] = {}
+        self._steady: dict[int, _Steady] = {}
         self.rejected_readings = 0
         """Single values that were taken as missing, since the start."""
 
@@ -85,6 +106,9 @@ class Screen:
         if self._stuck(sample):
             self.rejected_readings += 1
             energy = missing["instant_watts"] = missing["average_watts"] = None
+        elif self._frozen(sample, energy):
+            self.rejected_readings += 1
+            missing["instant_watts"] = missing["average_watts"] = None
         return replace(sample, enforced_limit_watts=limit, energy_joules=energy, **missing)
 
     def _stuck(self, sample: GpuSample) -> bool:
@@ -95,6 +119,28 @@ class Screen:
         if counter.read_seconds != sample.read_seconds:
             return False
         return sample.read_seconds - counter.moved_seconds > _STUCK_SECONDS
+
+    def _frozen(self, sample: GpuSample, energy_joules: float | None) -> bool:
+        now, watts = sample.read_seconds, (sample.instant_watts, sample.average_watts)
+        steady = self._steady.get(sample.gpu_index)
+        if steady is None or steady.watts != watts:
+            self._steady[sample.gpu_index] = _Steady(watts, now, (now, energy_joules))
+            return False
+        steady.readings += 1
+        seconds = now - steady.since_seconds
+        if seconds < _SETTLE_SECONDS:
+            steady.base = (now, energy_joules)
+        level = watts[0] if watts[1] is None else watts[1]
+        if level is None or seconds < _STUCK_SECONDS or steady.readings < _FROZEN_READINGS:
+            return False
+        since_seconds, since_joules = steady.base
+        counter = self._counters.get(sample.gpu_index)
+        counts = counter is not None and counter.moved_seconds is not None
+        if not counts or energy_joules is None or since_joules is None:
+            idle = ClockEventReasons.GPU_IDLE in sample.clock_event_reasons
+            return not idle and seconds >= _FROZEN_SECONDS
+        counted = (energy_joules - since_joules) / (now - since_seconds)
+        return abs(counted - level) > _FROZEN_WATTS + _FROZEN_RATIO * level
 
     def _energy(self, sample: GpuSample, highest_watts: float) -> float | None:
         raw, now = sample.energy_joules, sample.read_seconds
@@ -107,7 +153,8 @@ class Screen:
         if counter is None:
             self._counters[sample.gpu_index] = _Counter(raw, now)
             return 0.0
-        last = (counter.read_seconds, counter.raw_joules)
+        # A counter that stood still holds what was spent since it last moved.
+        last = (counter.moved_seconds or counter.read_seconds, counter.raw_joules)
         if not _follows(last, (now, raw), highest_watts):
             if counter.suspect is None or not _follows(counter.suspect, (now, raw), highest_watts):
                 counter.suspect = (now, raw)

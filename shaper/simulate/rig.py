@@ -9,33 +9,46 @@ from shaper.core.controller import Controller
 from shaper.core.policy import Policy
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
-from shaper.core.types import PowerLimit, PowerState
+from shaper.core.supervisor import Admission, Supervisor
+from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
+from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.silicon import EmulatedGpus
 from shaper.engine.runtime import DecisionSink, LiveShaper
 from shaper.engine.safe_cap import safe_cap
 from shaper.engine.work import engine_coefficients
 from shaper.gpu.profiles import load_profile
-from shaper.gpu.sampler import summarise
+from shaper.gpu.reader import GpuReader
+from shaper.gpu.sampler import Sampler
 from shaper.simulate.engine import VirtualEngine, new_scheduler
+from shaper.simulate.plant import Plant
 
 # The sampler's own pace in a live engine.
 _SAMPLE_SECONDS = 0.02
 
 
 class VirtualSampler:
-    """What the sampler's thread would have published by now."""
+    """The live engine's sampler without its thread: it ticks when somebody looks.
 
-    def __init__(self, gpus: EmulatedGpus, clock: Callable[[], float]) -> None:
-        self._gpus, self._clock = gpus, clock
-        self._state: PowerState | None = None
+    Args:
+        reader: of the emulated GPUs, or one with faults in it.
+        clock: virtual seconds.
+    """
+
+    def __init__(self, reader: GpuReader, clock: Callable[[], float]) -> None:
+        self.sampler = Sampler(reader, clock, _SAMPLE_SECONDS)
+        self.on_tick: Callable[[float], None] = lambda now_seconds: None
+        self._clock = clock
+        self._due_seconds = 0.0
 
     @property
     def latest(self) -> PowerState | None:
-        """The meters' readings of the last 20 ms of virtual time."""
-        now, state = self._clock(), self._state
-        if state is None or now - state.sampled_seconds >= _SAMPLE_SECONDS:
-            self._state = state = summarise(self._gpus.sample(now))
-        return state
+        """What the sampler's thread would have published by now."""
+        now = self._clock()
+        if now >= self._due_seconds:
+            self._due_seconds = now + _SAMPLE_SECONDS
+            self.sampler.tick()
+            self.on_tick(now)
+        return self.sampler.latest
 
 
 def new_engine(
@@ -43,9 +56,11 @@ def new_engine(
     gpu: str,
     limits: Sequence[PowerLimit] | None,
     *,
+    ramp_watts_per_second: float | None = None,
     policy: Callable[[], Policy] = WindowedPlanner,
     kv_blocks: int = 50_000,
     itl_target_seconds: float | None = None,
+    ttft_target_seconds: float | None = None,
     spend_slack: bool = False,
     max_pause_seconds: float = 1.0,
     margin_ratio: float = 0.0,
@@ -53,6 +68,13 @@ def new_engine(
     log: DecisionSink | None = None,
     on_output: Callable[[Any], None] | None = None,
     host_late_seconds: Callable[[], float] = lambda: 0.0,
+    plant: Plant | None = None,
+    exact_meter: bool = True,
+    meter_seed: int = 0,
+    faults: Callable[[GpuReader], GpuReader] = lambda reader: reader,
+    supervise: bool = False,
+    admission: Admission | None = None,
+    ambient_celsius: float | None = None,
 ) -> VirtualEngine:
     """An engine of `config` (see `engine_config`) on an emulated `gpu`.
 
@@ -60,9 +82,17 @@ def new_engine(
         limits: None is vLLM's own scheduler with no shaper at all.
         kv_blocks: blocks of the KV cache.
         log: gets every decision.
-        policy, itl_target_seconds, spend_slack, max_pause_seconds, margin_ratio, shadow:
-            the controller's.
+        policy, max_pause_seconds, margin_ratio: the controller's.
+        ramp_watts_per_second: of its budget.
+        itl_target_seconds, ttft_target_seconds, spend_slack: its latency targets.
+        shadow: start in this mode.
         on_output, host_late_seconds: the engine's.
+        plant: what the emulated GPUs do, if that is not what the controller's model says.
+        exact_meter, meter_seed: whether the meters have no gain error, and which one.
+        faults: puts itself between the meters and the sampler.
+        supervise: judge health, heat and, with `admission`, what may enter, as the live
+            engine does.
+        ambient_celsius: of the emulated GPUs.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -71,32 +101,55 @@ def new_engine(
 
     profile = load_profile(gpu)
     model = StepModel(profile, engine_coefficients(config))
-    gpus = EmulatedGpus(profile, model, start_seconds=0.0, exact_meter=True)
+    gpus = EmulatedGpus(
+        plant.profile if plant else profile,
+        plant or model,
+        start_seconds=0.0,
+        seed=meter_seed,
+        exact_meter=exact_meter,
+        ambient_celsius=ambient_celsius,
+    )
     asynchronous = bool(config.scheduler_config.async_scheduling)
+    targets = LatencyTargets(itl_target_seconds, ttft_target_seconds, spend_slack)
     holder: list[VirtualEngine] = []
 
     def clock() -> float:
         return holder[0].now_seconds if holder else 0.0
 
+    def new_controller(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
+        return Controller(
+            model,
+            policy(),
+            budget,
+            now_seconds,
+            targets=targets,
+            max_pause_seconds=max_pause_seconds,
+            margin_ratio=margin_ratio,
+            rest_watts=model.idle_watts,
+            rest_after_seconds=profile.power.gap_hold_seconds,
+            full=full,
+        )
+
     def attach(scheduler: Any) -> LiveShaper:
-        return LiveShaper(
+        sampler = VirtualSampler(faults(EmulatedReader(gpus, clock)), clock)
+        shaper = LiveShaper(
             scheduler,
-            lambda now_seconds: Controller(
-                model,
-                policy(),
-                limits or (),
-                now_seconds,
-                itl_target_seconds=itl_target_seconds,
-                spend_slack=spend_slack,
-                max_pause_seconds=max_pause_seconds,
-                margin_ratio=margin_ratio,
-                shadow=shadow,
-            ),
-            safe_cap(model.predict, model.gap_watts, limits or ()),
-            sampler=VirtualSampler(gpus, clock),
+            new_controller,
+            lambda budget: safe_cap(model.predict, model.gap_watts, budget),
+            PowerBudget(tuple(limits or ()), ramp_watts_per_second),
+            mode="shadow" if shadow else "on",
+            sampler=sampler,
             log=log,
             clock=clock,
         )
+        if supervise:
+            supervisor = Supervisor(profile, gpus.identities, admission=admission)
+
+            def tick(now_seconds: float) -> None:
+                shaper.take(supervisor.tick(now_seconds, sampler.sampler.latest, shaper.demand))
+
+            sampler.on_tick = tick
+        return shaper
 
     def shaped(*args: Any, **kwargs: Any) -> Any:
         return power_scheduler(*args, attach=attach, **kwargs)

@@ -6,12 +6,18 @@ import dataclasses
 
 import pytest
 
-from shaper.core.controller import BLIND_MARGIN_RATIO, HOST_LATE_SECONDS, Controller
-from shaper.core.estimator import Estimator
+from shaper.core.controller import (
+    BLIND_MARGIN_RATIO,
+    HOST_LATE_SECONDS,
+    OWN_LATE_RATIO,
+    Controller,
+)
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import (
     ClockEventReasons,
     EngineLoad,
+    LatencyTargets,
+    PowerBudget,
     PowerLimit,
     PowerState,
     PrefillDemand,
@@ -39,7 +45,10 @@ class Model:
 
 
 def controller(*limits: PowerLimit, **settings) -> Controller:
-    return Controller(Model(), WindowedPlanner(), limits, 0.0, **settings)
+    targets = LatencyTargets(settings.pop("itl", None), None, settings.pop("slack", False))
+    return Controller(
+        Model(), WindowedPlanner(), PowerBudget(limits), 0.0, targets=targets, **settings
+    )
 
 
 def state(now: float, **fields) -> PowerState:
@@ -87,7 +96,9 @@ def test_a_slow_step_adds_idle_power_only():
     control.finished(1.038)
     end = 1.038 - HOST_LATE_SECONDS
     assert control.ledger.end_seconds == pytest.approx(end)
-    assert control.ledger.joules_between(1.0, end) == pytest.approx(3.6 + (end - 1.008) * 140.0)
+    own = OWN_LATE_RATIO * 0.008
+    expected = 3.6 + own * 450.0 + (end - 1.008 - own) * 140.0
+    assert control.ledger.joules_between(1.0, end) == pytest.approx(expected)
 
 
 def test_steps_that_became_slower_are_followed():
@@ -126,7 +137,7 @@ def test_no_recent_reading_keeps_more_free():
 def test_predictions_follow_the_measured_clock_but_not_an_idle_one():
     """A sagging clock reaches the model; what an idle GPU shows does not."""
     model = Model()
-    control = Controller(model, WindowedPlanner(), [PowerLimit(900.0, 0.1)], 0.0)
+    control = Controller(model, WindowedPlanner(), PowerBudget((PowerLimit(900.0, 0.1),)), 0.0)
     control.observe(state(1.0, sm_clock_hertz=1.2e9))
     control.plan(DECODES, 1.0)
     assert model.clocks[-1] == 1.2e9
@@ -170,10 +181,10 @@ def test_a_coarse_counter_does_not_move_a_right_model():
     control = controller(PowerLimit(900.0, 0.1))
     load = dataclasses.replace(DECODES, prefills=(PrefillDemand(512, 0),))
     joules = shown = now = 0.0
-    gains = []
+    gains, margins = [], []
     for tick in range(6000):
         batch = load.batch() if tick % 37 < 9 else BATCH
-        step = control.predict(batch)
+        step = Model().predict(batch)
         control.plan(load, now)
         control.launched(batch, now)
         now += step.seconds
@@ -183,8 +194,13 @@ def test_a_coarse_counter_does_not_move_a_right_model():
             shown = joules
         if tick % 2 == 0:
             control.observe(state(now, energy_joules=shown))
-        gains.append(control.estimator.joules_gain_ratio)
-    assert set(gains) == {1.0}
+        if now > 2.0:
+            gains.append(control.estimator.joules_gain_ratio)
+            margins.append(control.estimator.margin_ratio)
+        assert not control.estimator.disagrees
+    assert gains == pytest.approx([1.0] * len(gains), abs=0.0075)
+    assert gains.count(1.0) > 0.9 * len(gains)
+    assert max(margins) < 0.01
 
 
 def test_rest_teaches_nothing_about_steps():
@@ -201,37 +217,6 @@ def test_rest_teaches_nothing_about_steps():
             control.finished(now)
         control.observe(state(now, energy_joules=joules))
     assert control.estimator.joules_gain_ratio == 1.0
-
-
-def test_step_times_correct_seconds():
-    """Steps that take a tenth longer are predicted so after a few hundred."""
-    estimator = Estimator()
-    for _ in range(600):
-        estimator.observe_step(0.008, 0.0088)
-    corrected = estimator.correct(StepPrediction(0.008, 3.6))
-    assert corrected.seconds == pytest.approx(0.0088, rel=0.01)
-    assert corrected.joules == pytest.approx(3.6)
-
-
-def test_absurd_measurements_are_clamped():
-    """A stall of a minute or a counter gone wild moves a gain to its bound at most."""
-    estimator = Estimator()
-    for _ in range(10_000):
-        estimator.observe_step(0.008, 60.0)
-    assert estimator.seconds_gain_ratio <= 1.4
-    estimator = Estimator()
-    for span in range(400):
-        for now in (2.1 * span, 2.1 * span + 0.02):
-            estimator.observe_power(state(now, energy_joules=1e9 * now), lambda a, b: 900.0, now)
-    assert 1.0 < estimator.joules_gain_ratio <= 1.4
-
-
-def test_a_counter_that_resets_starts_a_new_span():
-    """Going back to zero is not negative energy."""
-    estimator = Estimator()
-    for now, joules in ((0.0, 1e6), (0.02, 1e6 + 9), (2.1, 5.0), (2.12, 6.0), (2.14, 7.0)):
-        estimator.observe_power(state(now, energy_joules=joules), lambda a, b: 900.0, now)
-    assert estimator.joules_gain_ratio == 1.0
 
 
 def test_a_decision_says_what_was_wanted_and_what_ran():

@@ -53,8 +53,8 @@ def test_a_turn_comes_after_the_bound():
     """`turn` says when decodes shall make way."""
     guard = Guard(1.0)
     guard.check(PAUSE, BOTH, 0.0)
-    assert not guard.turn(0.9)
-    assert guard.turn(1.0)
+    assert not guard.turn(BOTH, 0.9)
+    assert guard.turn(BOTH, 1.0)
 
 
 def test_a_forced_chunk_grows_until_it_moves_the_prompt():

@@ -10,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.ledger import Ledger
-from shaper.core.types import PowerLimit
+from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from shaper.errors import LedgerError
 from tests import strategies
 
 IDLE = 100.0
+
+
+def budget(*limits: PowerLimit, ramp: float | None = None) -> PowerBudget:
+    return PowerBudget(limits, ramp)
 
 
 class Curve:
@@ -34,7 +38,7 @@ class Curve:
 
 
 def build(runs, limits) -> tuple[Ledger, Curve]:
-    ledger, curve = Ledger(limits, IDLE, 0.0), Curve()
+    ledger, curve = Ledger(PowerBudget(tuple(limits)), IDLE, 0.0), Curve()
     for gap, seconds, watts in runs:
         curve.add(gap, seconds, watts)
         start, end, _ = curve.segments[-1]
@@ -96,8 +100,8 @@ def test_joules_between_equals_the_sum(runs):
 
 def test_in_flight_steps_count_like_spent_ones():
     """A launched step weighs on the next as if it had already run."""
-    limits = [PowerLimit(400.0, 0.1)]
-    spent, flying = Ledger(limits, IDLE, 0.0), Ledger(limits, IDLE, 0.0)
+    limits = (PowerLimit(400.0, 0.1),)
+    spent, flying = Ledger(PowerBudget(limits), IDLE, 0.0), Ledger(PowerBudget(limits), IDLE, 0.0)
     spent.spend(0.01, 0.05, 28.0)
     after = spent.ask(0.05, IDLE).max_watts(0.02)
     assert flying.ask(0.05, IDLE, [(0.01, 0.05, 28.0)]).max_watts(0.02) == pytest.approx(after)
@@ -105,7 +109,7 @@ def test_in_flight_steps_count_like_spent_ones():
 
 def test_hand_calculation():
     """40 J of a 100 ms window are allowed; 0.04 s at 700 W and 0.03 s idle leave 9 J for 30 ms."""
-    ledger = Ledger([PowerLimit(400.0, 0.1)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(400.0, 0.1)), IDLE, 0.0)
     ledger.spend(1.0, 1.04, 28.0)
     # The window that ends with the step, [1.0, 1.1]: 28 + 3 + x <= 40.
     assert ledger.ask(1.07, IDLE).max_watts(0.03) == pytest.approx(9.0 / 0.03)
@@ -113,7 +117,7 @@ def test_hand_calculation():
 
 def test_a_window_is_not_spent_before_the_floor_is_served():
     """A higher floor after the step leaves the step less."""
-    ledger = Ledger([PowerLimit(400.0, 0.1)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(400.0, 0.1)), IDLE, 0.0)
     low = ledger.ask(0.0, IDLE).max_watts(0.05)
     high = ledger.ask(0.0, 350.0).max_watts(0.05)
     assert high < low
@@ -121,36 +125,36 @@ def test_a_window_is_not_spent_before_the_floor_is_served():
 
 def test_a_window_shorter_than_the_step_allows_its_mean():
     """Over 10 ms, a step of 50 ms may draw the limit and no more."""
-    ledger = Ledger([PowerLimit(400.0, 0.01)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(400.0, 0.01)), IDLE, 0.0)
     assert ledger.ask(0.0, IDLE).max_watts(0.05) == pytest.approx(400.0)
 
 
 def test_a_margin_lowers_the_limit():
     """A margin of 10% is a limit lower by 10%."""
-    kept = Ledger([PowerLimit(400.0, 0.1)], IDLE, 0.0).ask(0.0, IDLE, margin_ratio=0.1)
-    lower = Ledger([PowerLimit(360.0, 0.1)], IDLE, 0.0).ask(0.0, IDLE)
+    kept = Ledger(budget(PowerLimit(400.0, 0.1)), IDLE, 0.0).ask(0.0, IDLE, margin_ratio=0.1)
+    lower = Ledger(budget(PowerLimit(360.0, 0.1)), IDLE, 0.0).ask(0.0, IDLE)
     assert kept.max_watts(0.03) == pytest.approx(lower.max_watts(0.03))
 
 
 def test_without_limits_everything_fits():
     """No limit, no bound."""
-    assert Ledger([], IDLE, 0.0).ask(0.0, 1e9).max_watts(1.0) == math.inf
+    assert Ledger(budget(), IDLE, 0.0).ask(0.0, 1e9).max_watts(1.0) == math.inf
 
 
 def test_memory_stays_bounded_and_answers_stay_exact():
     """A hundred thousand steps keep some thousand corners, and the last second's joules."""
-    ledger = Ledger([PowerLimit(500.0, 1.0)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(500.0, 1.0)), IDLE, 0.0)
     now = 0.0
     for _ in range(100_000):
         ledger.spend(now, now + 0.008, 3.0)
         now += 0.008
-    assert len(ledger._times) <= 8192
+    assert len(ledger._history.times) <= 32_768
     assert ledger.joules_between(now - 0.8, now) == pytest.approx(300.0)
 
 
 def test_a_run_that_overlaps_the_past_is_moved_behind_it():
     """The device runs one step at a time, whatever the clocks say."""
-    ledger = Ledger([PowerLimit(500.0, 1.0)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(500.0, 1.0)), IDLE, 0.0)
     ledger.spend(0.0, 0.1, 50.0)
     ledger.spend(0.05, 0.2, 40.0)
     assert ledger.joules_between(0.0, 0.2) == pytest.approx(90.0)
@@ -161,7 +165,7 @@ def test_a_run_that_overlaps_the_past_is_moved_behind_it():
 @pytest.mark.parametrize("joules", [math.nan, math.inf])
 def test_bad_joules_are_refused_and_nothing_is_entered(joules):
     """NaN must not spread through the sums."""
-    ledger = Ledger([PowerLimit(500.0, 1.0)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(500.0, 1.0)), IDLE, 0.0)
     with pytest.raises(LedgerError):
         ledger.spend(0.0, 0.1, joules)
     assert ledger.end_seconds == 0.0
@@ -169,7 +173,7 @@ def test_bad_joules_are_refused_and_nothing_is_entered(joules):
 
 def test_a_question_older_than_the_ledger_is_an_error():
     """What was dropped can't be summed."""
-    ledger = Ledger([PowerLimit(500.0, 1.0)], IDLE, 0.0)
+    ledger = Ledger(budget(PowerLimit(500.0, 1.0)), IDLE, 0.0)
     with pytest.raises(LedgerError, match="begins at"):
         ledger.joules_between(-100.0, 0.0)
 
@@ -178,7 +182,7 @@ def test_random_alignment_agrees_with_fine_integration():
     """Corners don't need to lie on any grid: a 0.05 ms scan finds no window over the limit."""
     rng = np.random.default_rng(7)
     limit = PowerLimit(450.0, 0.0731)
-    ledger, curve = Ledger([limit], IDLE, 0.0), Curve()
+    ledger, curve = Ledger(budget(limit), IDLE, 0.0), Curve()
     now = 0.0
     for _ in range(60):
         seconds = float(rng.uniform(0.003, 0.04))
@@ -193,3 +197,147 @@ def test_random_alignment_agrees_with_fine_integration():
         for t in np.arange(0.0, now, 5e-5).tolist()
     )
     assert worst <= limit.watts + 1e-6
+
+
+def mean_watts(curve: Curve, end: float, window: float) -> float:
+    return curve.joules(end - window, end) / window
+
+
+@given(
+    strategies.runs,
+    st.floats(250.0, 700.0),
+    st.sampled_from([0.05, 0.1]),
+    st.floats(0.1, 2.0),
+)
+def test_a_changed_limit_counts_the_past_at_no_more_than_itself(runs, watts, window, pause):
+    """The answer after a change is that of a ledger whose past was lower by one factor."""
+    changed, curve = build(runs, [PowerLimit(900.0, window)])
+    end = changed.end_seconds
+    ratio = min(1.0, watts * window / curve.joules(end - window, end))
+    changed.set_budget(budget(PowerLimit(watts, window)))
+    plain = Ledger(budget(PowerLimit(watts, window)), IDLE * ratio, 0.0)
+    for start, stop, drawn in curve.segments[1:]:
+        plain.spend(start, stop, drawn * ratio * (stop - start))
+    for ledger in (changed, plain):
+        ledger.spend(end, end + 0.01, watts * 0.01)
+    start = end + 0.01
+    for seconds in (0.008, 0.04):
+        asked = changed.ask(start, IDLE).max_watts(seconds)
+        assert asked == pytest.approx(plain.ask(start, IDLE).max_watts(seconds), abs=1e-3)
+
+
+def test_changes_that_change_little_forgive_nothing():
+    """A limit set again and again to almost the same is kept as if it had been set once."""
+    rng = np.random.default_rng(5)
+    ledger, curve = Ledger(budget(PowerLimit(500.0, 0.1)), IDLE, 0.0), Curve()
+    for step in range(400):
+        ledger.set_budget(budget(PowerLimit(500.0 + step % 2, 0.1), ramp=9e9 + step))
+        start, seconds = ledger.end_seconds, float(rng.uniform(0.005, 0.04))
+        watts = max(IDLE, min(700.0, ledger.ask(start, 200.0).max_watts(seconds)))
+        curve.add(0.0, seconds, watts)
+        ledger.spend(start, start + seconds, watts * seconds)
+    ends = np.arange(0.2, ledger.end_seconds, 1e-3)
+    assert max(mean_watts(curve, float(end), 0.1) for end in ends[::5]) <= 501.0 * 1.003
+
+
+def test_lowering_a_long_window_never_stops_service():
+    """After 60 s at 650 W a limit of 500 W over 60 s still lets 500 W run, and no more."""
+    ledger = Ledger(budget(PowerLimit(650.0, 60.0)), IDLE, 0.0)
+    for step in range(3000):
+        ledger.spend(step * 0.02, (step + 1) * 0.02, 650.0 * 0.02)
+    ledger.set_budget(budget(PowerLimit(500.0, 60.0)))
+    # A merged corner costs a little of the limit.
+    assert ledger.ask(60.0, IDLE).max_watts(0.02) == pytest.approx(500.0)
+
+
+def test_raising_a_lowered_limit_brings_the_true_past_back():
+    """Down and up again within a window: the energy of before counts as it was."""
+    ledger = Ledger(budget(PowerLimit(650.0, 1.0)), IDLE, 0.0)
+    ledger.spend(0.0, 1.0, 650.0)
+    ledger.set_budget(budget(PowerLimit(300.0, 1.0)))
+    ledger.set_budget(budget(PowerLimit(650.0, 1.0)))
+    assert ledger.ask(1.0, IDLE).max_watts(0.1) == pytest.approx(650.0)
+
+
+def test_steps_in_flight_at_a_change_are_not_held_against_the_limit():
+    """A launched step of 700 W can't be undone: under 400 W it counts as 400 W."""
+    ledger = Ledger(budget(PowerLimit(800.0, 0.1)), IDLE, 0.0)
+    flight = (1.0, 1.1, 70.0)
+    ledger.set_budget(budget(PowerLimit(400.0, 0.1)), [flight])
+    assert ledger.ask(1.1, IDLE, [flight]).max_watts(0.02) == pytest.approx(400.0)
+    ledger.spend(*flight)
+    assert ledger.ask(1.1, IDLE).max_watts(0.02) == pytest.approx(400.0)
+
+
+def test_a_full_ledger_leaves_the_limit_and_no_burst():
+    """Where nobody knows what ran, the past is taken as the limit itself."""
+    limits = budget(PowerLimit(500.0, 0.1), PowerLimit(400.0, 2.0))
+    full, idle = Ledger(limits, IDLE, 0.0, full=True), Ledger(limits, IDLE, 0.0)
+    assert full.ask(0.0, IDLE).max_watts(0.02) == pytest.approx(400.0, abs=1.0)
+    assert idle.ask(0.0, IDLE).max_watts(0.02) > 700.0
+
+
+@given(strategies.runs, strategies.step_seconds, st.floats(50.0, 400.0))
+def test_the_ramp_limit_bounds_the_rise_within_a_second(runs, seconds, rise):
+    """At the allowed watts the mean of 100 ms is nowhere more than `rise` over a second before."""
+    ledger = Ledger(budget(ramp=rise), IDLE, 0.0)
+    curve = Curve()
+    for gap, length, watts in runs:
+        curve.add(gap, length, watts)
+        start, end, _ = curve.segments[-1]
+        ledger.spend(start, end, watts * length)
+    start = ledger.end_seconds
+    before = max(
+        mean_watts(curve, start - x, 0.1) - mean_watts(curve, start - x - 1.0, 0.1)
+        for x in (0.0, 0.05)
+    )
+    allowed = ledger.ask(start, IDLE).max_watts(seconds)
+    if allowed <= 0.0 or before > rise:
+        return  # the past has broken it already
+    curve.add(0.0, seconds, allowed)
+    curve.add(0.0, 1.0, IDLE)
+    for x in np.linspace(1e-4, seconds, 30):
+        now = start + float(x)
+        assert mean_watts(curve, now, 0.1) <= mean_watts(curve, now - 1.0, 0.1) + rise + 1e-6
+
+
+def test_after_a_rest_the_ramp_starts_from_the_power_at_rest():
+    """100 ms of idle power are followed by the rest's: the rise counts from there."""
+    ledger = Ledger(budget(ramp=200.0), IDLE, 0.0, rest_watts=60.0, rest_after_seconds=0.1)
+    ledger.spend(0.0, 0.1, 50.0)
+    assert ledger.joules_between(0.1, 10.0) == pytest.approx(0.1 * IDLE + 9.8 * 60.0)
+    # 100 ms at the allowed power, mean 260 W.
+    assert ledger.ask(10.0, 60.0).max_watts(0.1) == pytest.approx(260.0)
+
+
+@given(strategies.runs, st.floats(300.0, 800.0), strategies.step_seconds, st.floats(IDLE, 800.0))
+def test_the_quick_answer_agrees_with_the_exact_one(runs, watts, seconds, step_watts):
+    """Where nothing of late was above a limit, what is under it fits without a look at the past."""
+    ledger, _ = build(runs, [PowerLimit(watts, 0.1), PowerLimit(watts * 0.9, 1.0)])
+    start = ledger.end_seconds
+    prediction = StepPrediction(seconds, step_watts * seconds)
+    exact = ledger.ask(start, 200.0).max_watts(seconds)
+    assert not ledger.ask(start, 200.0).fits(prediction) or step_watts <= exact + 1e-6
+    assert ledger.ask(start, 200.0).fits(prediction) == (step_watts <= exact) or (
+        abs(step_watts - exact) < 1e-6
+    )
+
+
+def test_a_long_window_is_kept_in_few_corners_and_errs_to_the_safe_side():
+    """60 s of steps cost some hundred corners; what they allow is never more than exact."""
+    limit = PowerLimit(520.0, 60.0)
+    ledger, now = Ledger(budget(limit), IDLE, 0.0), 0.0
+    rng, joules = np.random.default_rng(3), []
+    while now < 70.0:
+        watts = float(rng.choice([300.0, 700.0]))
+        ledger.spend(now, now + 0.01, watts * 0.01)
+        joules.append((now, watts))
+        now = ledger.end_seconds
+    room = ledger.ask(now, IDLE)
+    curve = ledger._windows[0].curve
+    assert curve.count < 1500
+    past = sum(w * 0.01 for t, w in joules if t >= now + 0.02 - 60.0)
+    exact = (520.0 * 60.0 - past) / 0.02
+    allowed = room.max_watts(0.02)
+    assert allowed <= exact + 1e-6
+    assert (exact - allowed) * 0.02 <= 0.0005 * 520.0 * 60.0

@@ -13,6 +13,8 @@ from shaper.core.policy import PlanInput
 from shaper.core.policy.windowed import GENTLE_STEPS, SLACK_SHARE, WindowedPlanner
 from shaper.core.types import (
     EngineLoad,
+    LatencyTargets,
+    PowerBudget,
     PowerLimit,
     PrefillDemand,
     Reason,
@@ -31,17 +33,20 @@ def predict(batch: StepBatch) -> StepPrediction:
 
 
 def view(
-    load, limits=(), itl=None, turn=False, ledger=None, floor=IDLE, since=0.0, slack=False
+    load, limits=(), itl=None, turn=False, ledger=None, floor=IDLE, since=0.0, slack=False, **more
 ) -> PlanInput:
-    ledger = ledger or Ledger(limits, IDLE, 0.0)
+    ledger = ledger or Ledger(PowerBudget(tuple(limits)), IDLE, 0.0)
     return PlanInput(
         load=load,
         room=ledger.ask(ledger.end_seconds, floor),
         predict=predict,
-        itl_target_seconds=itl,
+        targets=LatencyTargets(itl, None, slack),
+        decodes=predict(load.batch(0)) if load.decode_requests else None,
+        decode_deadline_seconds=itl or 1.0,
         since_decode_seconds=since,
-        spend_slack=slack,
         turn=turn,
+        idle_watts=IDLE,
+        **more,
     )
 
 
@@ -69,7 +74,7 @@ def test_a_prompt_is_cut_to_what_the_window_holds():
     assert plan.reason is Reason.CHUNK_POWER
     chunk = plan.limits.prefill_tokens
     assert chunk is not None
-    room = Ledger(limits, IDLE, 0.0).ask(0.0, IDLE)
+    room = Ledger(PowerBudget(tuple(limits)), IDLE, 0.0).ask(0.0, IDLE)
     fits = predict(BOTH.batch(chunk))
     larger = predict(BOTH.batch(chunk + 512))
     assert fits.watts <= room.max_watts(fits.seconds)
@@ -78,7 +83,7 @@ def test_a_prompt_is_cut_to_what_the_window_holds():
 
 def test_decodes_run_alone_when_no_efficient_chunk_fits():
     """A window that the past has nearly filled leaves the decodes."""
-    ledger = Ledger([PowerLimit(500.0, 0.1)], IDLE, 0.0)
+    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
     plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
     assert plan.reason is Reason.DECODE_ONLY
@@ -87,7 +92,7 @@ def test_decodes_run_alone_when_no_efficient_chunk_fits():
 
 def test_it_pauses_when_nothing_fits():
     """A full window stops even the decodes."""
-    ledger = Ledger([PowerLimit(300.0, 0.1)], IDLE, 0.0)
+    ledger = Ledger(PowerBudget((PowerLimit(300.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.1, 30.0)
     plan = WindowedPlanner().plan(view(DECODES, ledger=ledger))
     assert plan.reason is Reason.PAUSE
@@ -96,7 +101,7 @@ def test_it_pauses_when_nothing_fits():
 
 def test_a_turn_makes_decodes_wait_for_the_prompt():
     """In its turn a prompt that does not fit yet holds the decodes, too."""
-    ledger = Ledger([PowerLimit(500.0, 0.1)], IDLE, 0.0)
+    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
     plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, turn=True))
     assert plan.reason is Reason.TURN
@@ -132,8 +137,8 @@ def test_the_itl_target_is_for_decodes_only():
 def test_chunks_without_decodes_are_efficient_ones():
     """Without decodes the weights are read for the chunk alone, so crumbs are not worth it."""
     planner = WindowedPlanner()
-    alone = planner._least_efficient(view(PROMPTS))
-    shared = planner._least_efficient(view(BOTH))
+    alone = planner._least_efficient(view(PROMPTS), 0)
+    shared = planner._least_efficient(view(BOTH), 8)
     assert alone >= 256
     assert shared <= 64
 
@@ -196,7 +201,7 @@ def test_a_target_that_no_chunk_keeps_does_not_stop_prompts(slack):
 )
 def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
     """Whatever the load, the past and the limits: a step that is allowed to run fits them all."""
-    ledger = Ledger(limits, IDLE, 0.0)
+    ledger = Ledger(PowerBudget(tuple(limits)), IDLE, 0.0)
     for gap, seconds, watts in runs:
         start = ledger.end_seconds + gap
         ledger.spend(start, start + seconds, watts * seconds)

@@ -43,12 +43,19 @@ def make_model(directory: str) -> None:
     LlamaForCausalLM(config).save_pretrained(directory)
 
 
+LEVERS = ("pause", "chunk", "no_prefill", "hold", "running", "together")
+
+
 class RandomLevers:
-    """A policy that pauses, chunks and holds at random, and counts what really bit."""
+    """A policy that pulls each lever at random, and counts what really bit.
+
+    `hold` leaves some decodes out, which take turns; `running` stops entries; `together`
+    is a chunk beside held decodes and stopped entries.
+    """
 
     def __init__(self) -> None:
         self.random = random.Random(1)
-        self.fired = dict.fromkeys(("pause", "chunk", "no_prefill", "hold"), 0)
+        self.fired = dict.fromkeys(LEVERS, 0)
 
     def plan(self, view):
         from shaper.core.policy import Plan
@@ -56,16 +63,27 @@ class RandomLevers:
 
         load, choice = view.load, self.random.random()
         limits, lever = UNLIMITED, None
-        wanted = load.batch().prefill_tokens
-        if choice < 0.15 and (load.decode_requests or wanted):
+        wanted, decodes = load.batch().prefill_tokens, load.decode_requests
+        everyone = load.running_requests + load.waiting_requests
+        if choice < 0.15 and (decodes or wanted):
             limits, lever = StepLimits(run=False), "pause"
-        elif choice < 0.5 and wanted > 1:
+        elif choice < 0.4 and wanted > 1:
             tokens = self.random.randint(1, min(24, wanted - 1))
             limits, lever = StepLimits(prefill_tokens=tokens), "chunk"
-        elif choice < 0.75 and wanted and load.decode_requests:
+        elif choice < 0.55 and wanted and decodes:
             limits, lever = StepLimits(prefill_tokens=0), "no_prefill"
-        elif choice < 0.95 and load.decode_requests > 1:
-            cap = self.random.randint(1, load.decode_requests - 1)
+        elif choice < 0.7 and load.waiting_requests and everyone > 1:
+            cap = self.random.randint(1, everyone - 1)
+            limits, lever = StepLimits(running_requests=cap), "running"
+        elif choice < 0.8 and wanted > 1 and decodes > 1:
+            limits = StepLimits(
+                prefill_tokens=self.random.randint(1, min(24, wanted - 1)),
+                decode_requests=self.random.randint(1, decodes - 1),
+                running_requests=self.random.randint(1, everyone),
+            )
+            lever = "together"
+        elif choice < 0.95 and decodes > 1:
+            cap = self.random.randint(1, decodes - 1)
             limits, lever = StepLimits(decode_requests=cap), "hold"
         if lever:
             self.fired[lever] += 1
@@ -88,7 +106,7 @@ def main() -> None:
             policies.append(RandomLevers())
             return policies[-1]
 
-        startup.POLICIES["predictive"] = policy
+        startup.POLICIES["predictive"] = lambda config: policy()
         settings = {
             "limits": [{"watts": 500, "window_seconds": 1.0}],
             "sensor": "none",

@@ -10,7 +10,7 @@ import pytest
 from shaper.core.policy import Plan
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
-from shaper.core.types import PowerLimit, Reason, StepLimits
+from shaper.core.types import PowerBudget, PowerLimit, Reason, StepLimits
 from shaper.core.work import ModelShape, WorkCoefficients
 from shaper.engine.safe_cap import MAX_SPACING_SECONDS, safe_cap
 from shaper.gpu.profiles import load_profile
@@ -143,12 +143,14 @@ def test_the_safe_cap_keeps_its_law(watts, window):
     """The worst steps at the least spacing stay within the limit, summed by hand."""
     step_model = model()
     idle = step_model.gap_watts
-    cap = safe_cap(step_model.predict, idle, [PowerLimit(watts, window)])
+    cap = safe_cap(step_model.predict, idle, PowerBudget((PowerLimit(watts, window),)))
     assert cap.decode_requests is not None
     assert cap.prefill_tokens is not None
     from shaper.engine.safe_cap import _worst_batch
 
-    step = step_model.predict(_worst_batch(cap.decode_requests, cap.prefill_tokens))
+    tokens = cap.decode_requests + cap.prefill_tokens
+    worst = (_worst_batch(cap.decode_requests, cap.prefill_tokens), _worst_batch(0, tokens))
+    step = max(map(step_model.predict, worst), key=lambda s: s.joules - idle * s.seconds)
     if cap.spacing_seconds >= MAX_SPACING_SECONDS:
         assert step.joules - idle * step.seconds > (watts - idle) * window * 0.9
         return
@@ -162,4 +164,4 @@ def test_the_safe_cap_keeps_its_law(watts, window):
 def test_without_limits_the_safe_cap_is_none():
     """Nothing to keep, nothing to hold."""
     step_model = model()
-    assert not safe_cap(step_model.predict, step_model.gap_watts, []).limits(0.0).binding
+    assert not safe_cap(step_model.predict, step_model.gap_watts, PowerBudget()).limits(0.0).binding

@@ -34,7 +34,7 @@ def run(mode: str, model: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(600)
 def test_greedy_tokens_are_equal_under_random_levers(tmp_path):
-    """Pauses, chunks and holds at random leave every greedy token as it was."""
+    """Pauses, chunks, held decodes and stopped entries leave every greedy token as it was."""
     plain, shaped = run("plain", tmp_path), run("shaped", tmp_path)
     assert shaped["errors"] == 0
     assert shaped["controllers"] == 1

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 
-from shaper.config import build_config
+from shaper.config import ShaperConfig, build_config
+from shaper.core.budget import resolve
 from shaper.engine import startup
-from shaper.engine.compat import admissions_capped_at, supported
+from shaper.engine.compat import supported
+from shaper.engine.policies import POLICIES
 from shaper.engine.runtime import PassThrough
 from shaper.errors import ConfigError, GpuUnavailableError
 
@@ -39,7 +42,17 @@ def test_without_a_limit_an_unreadable_gpu_only_warns(no_gpu, caplog):
     assert "no driver" in caplog.text
 
 
-@pytest.mark.parametrize("settings", [{"limits": "500W@1s"}, {"itl_target_seconds": "50ms"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"limits": "500W@1s"},
+        {"gpu_limits": "500W@1s"},
+        {"ramp_watts_per_second": "200W/s"},
+        {"schedule": [{"daily": "22:00-06:00", "limits": "500W@1s"}]},
+        {"itl_target_seconds": "50ms"},
+        {"ttft_target_seconds": "1s"},
+    ],
+)
 def test_with_a_promise_an_unreadable_gpu_stops_the_start(no_gpu, settings):
     """A budget or a target that can't be kept must not look as if it were."""
     with pytest.raises(GpuUnavailableError):
@@ -56,7 +69,7 @@ def test_a_wrong_setting_stops_the_start(no_gpu):
 def test_limits_above_the_enforced_one_warn(caplog, limits, warns):
     """The enforced limit can change while running, so it is no error."""
     with caplog.at_level(logging.WARNING, logger="shaper"):
-        startup._warn_of_loose_limits(build_config({"limits": limits}), [700.0])
+        startup._warn_of_loose_limits(resolve(build_config({"limits": limits}).terms, 1), [700.0])
     assert ("the driver acts before" in caplog.text) is warns
 
 
@@ -67,14 +80,6 @@ def test_each_rank_has_files_of_its_own():
     assert startup._of_rank(None, 1) is None
 
 
-def test_admissions_of_an_older_vllm_are_capped_too():
-    """Before 0.31 there is no cap on active requests; the running ones must fit the cap."""
-    older = SimpleNamespace(max_num_running_reqs=64, running=[1, 2, 3])
-    with admissions_capped_at(older, 0):
-        assert older.max_num_running_reqs == 3
-    assert older.max_num_running_reqs == 64
-
-
 @pytest.mark.parametrize(
     ("version", "is_supported"),
     [("0.22.9", False), ("0.23.0", True), ("0.33.1rc1", True), ("0.34.0", False), ("dev", False)],
@@ -82,3 +87,13 @@ def test_admissions_of_an_older_vllm_are_capped_too():
 def test_supported_versions(version, is_supported):
     """0.23 to 0.33."""
     assert supported(version) is is_supported
+
+
+@pytest.mark.parametrize("policy", get_args(ShaperConfig.model_fields["policy"].annotation))
+def test_every_policy_that_can_be_named_is_there(policy):
+    """A new one each time: policies remember."""
+    caps = {"static_caps": {"prefill_tokens": 512}, "itl_target_seconds": "50ms"}
+    config = build_config({"policy": policy, "limits": "500W@1s", **caps})
+    first, second = (POLICIES[config.policy](config) for _ in range(2))
+    assert first is not second
+    assert callable(first.plan)

@@ -29,6 +29,11 @@ class FakeGpu:
     celsius: int | None = 61
     reasons: int | None = 0x4
     mig_mode: int | None = 0
+    max_sm_megahertz: int | None = None
+    threshold_celsius: int | None = None
+    sw_thermal_nanoseconds: int | None = None
+    hw_thermal_nanoseconds: int | None = None
+    brake_nanoseconds: int | None = None
     lost: bool = False
 
 
@@ -38,6 +43,8 @@ class FakeNvml:
 
     devices: list[FakeGpu]
     init_error: int | None = None
+    field_error: int | None = None
+    """What it answers to a field that it doesn't know; None: not supported."""
     hidden: frozenset[str] = frozenset()
     """Functions that this driver does not have."""
     open_count: int = 0
@@ -79,12 +86,18 @@ class FakeNvml:
 
     def _field_value(self, handle: FakeGpu, number: int, scope: int) -> SimpleNamespace:
         assert scope == pynvml.NVML_POWER_SCOPE_GPU
+        names = pynvml
         value = {
-            pynvml.NVML_FI_DEV_POWER_INSTANT: handle.instant_milliwatts,
-            pynvml.NVML_FI_DEV_POWER_AVERAGE: handle.average_milliwatts,
+            names.NVML_FI_DEV_POWER_INSTANT: handle.instant_milliwatts,
+            names.NVML_FI_DEV_POWER_AVERAGE: handle.average_milliwatts,
+            names.NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN: handle.sw_thermal_nanoseconds,
+            names.NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN: handle.hw_thermal_nanoseconds,
+            names.NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN: handle.brake_nanoseconds,
         }[number]
-        status = pynvml.NVML_ERROR_NOT_SUPPORTED if value is None else pynvml.NVML_SUCCESS
-        return SimpleNamespace(nvmlReturn=status, value=SimpleNamespace(uiVal=value or 0))
+        missing = pynvml.NVML_ERROR_NOT_SUPPORTED if self.field_error is None else self.field_error
+        status = missing if value is None else pynvml.NVML_SUCCESS
+        held = SimpleNamespace(uiVal=value or 0, ullVal=value or 0)
+        return SimpleNamespace(nvmlReturn=status, value=held)
 
     def _alive(self, name: str, handle: FakeGpu) -> None:
         self.calls.append(name)
@@ -111,9 +124,11 @@ _GETTERS = {
     "nvmlDeviceGetCurrentClocksEventReasons": "reasons",
     "nvmlDeviceGetCurrentClocksThrottleReasons": "reasons",
     "nvmlDeviceGetEnforcedPowerLimit": "limit_milliwatts",
+    "nvmlDeviceGetMaxClockInfo": "max_sm_megahertz",
     "nvmlDeviceGetMigMode": "mig_mode",
     "nvmlDeviceGetPowerUsage": "usage_milliwatts",
     "nvmlDeviceGetTemperature": "celsius",
+    "nvmlDeviceGetTemperatureThreshold": "threshold_celsius",
     "nvmlDeviceGetTemperatureV": "celsius",
     "nvmlDeviceGetTotalEnergyConsumption": "energy_millijoules",
 }

@@ -55,8 +55,36 @@ def test_every_field_in_si_units(install: Install) -> None:
             "memory_clock_hertz": 3.201e9,
             "temperature_celsius": 61.0,
             "clock_event_reasons": 0,
+            "thermal_throttle_seconds": None,
+            "brake_throttle_seconds": None,
         }
     )
+
+
+def test_slowdown_counters_and_a_boards_own_limits(install: Install) -> None:
+    """Nanoseconds become seconds, software's and hardware's heat together; both are None where
+    the driver has neither."""
+    gpu = FakeGpu("GPU-a", sw_thermal_nanoseconds=1_500_000_000, hw_thermal_nanoseconds=250_000_000)
+    gpu.brake_nanoseconds, gpu.max_sm_megahertz, gpu.threshold_celsius = 2_000_000, 1_755, 87
+    install(FakeNvml([gpu]))
+    sample = read_one(HandClock())
+    assert sample.thermal_throttle_seconds == pytest.approx(1.75)
+    assert sample.brake_throttle_seconds == pytest.approx(0.002)
+    identity = NvmlReader([0], HandClock()).gpus[0]
+    assert (identity.max_sm_clock_hertz, identity.slowdown_celsius) == (1.755e9, 87.0)
+
+
+@pytest.mark.parametrize(
+    "code", [pynvml.NVML_ERROR_INVALID_ARGUMENT, pynvml.NVML_ERROR_UNKNOWN], ids=str
+)
+def test_a_counter_that_a_driver_answers_with_an_error_costs_only_itself(
+    install: Install, code: int
+) -> None:
+    """What is nice to have must not lose the sensor."""
+    install(FakeNvml([FakeGpu("GPU-a")], field_error=code))
+    sample = read_one(HandClock())
+    assert sample.thermal_throttle_seconds is None
+    assert sample.instant_watts == pytest.approx(512.345)
 
 
 def test_identity_and_order_follow_the_selectors(install: Install) -> None:

@@ -46,12 +46,11 @@ def sample(at_seconds: float, watts: float | None = 400.0) -> GpuSample:
 
 def test_a_state_is_sums_lowest_clock_highest_heat_and_all_reasons() -> None:
     """Golden: two GPUs taken together."""
-    state = summarise(
-        [
-            GpuSample(5.0, 0, 500.0, 480.0, 1e4, 700.0, 1.98e9, 3e9, 60.0, ClockEventReasons(4)),
-            GpuSample(5.1, 1, 300.0, 280.0, 2e4, 600.0, 1.5e9, 3e9, 75.0, ClockEventReasons(0x20)),
-        ]
+    samples = (
+        GpuSample(5.0, 0, 500.0, 480.0, 1e4, 700.0, 1.98e9, 3e9, 60.0, ClockEventReasons(4)),
+        GpuSample(5.1, 1, 300.0, 280.0, 2e4, 600.0, 1.5e9, 3e9, 75.0, ClockEventReasons(0x20)),
     )
+    state = summarise(samples)
     assert state == PowerState(
         sampled_seconds=5.0,
         gpu_count=2,
@@ -62,6 +61,7 @@ def test_a_state_is_sums_lowest_clock_highest_heat_and_all_reasons() -> None:
         sm_clock_hertz=1.5e9,
         temperature_celsius=75.0,
         clock_event_reasons=ClockEventReasons.SW_POWER_CAP | ClockEventReasons.SW_THERMAL_SLOWDOWN,
+        gpus=samples,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.types import GpuSample
+from shaper.core.types import ClockEventReasons, GpuSample
 from shaper.gpu.screen import Screen
 
 
@@ -96,8 +96,8 @@ def test_a_reset_counter_counts_on_from_the_second_reading() -> None:
 
 
 def test_a_counter_that_stands_still_is_stuck_until_it_moves() -> None:
-    """Refreshes of 100 ms are no fault, seconds without one are."""
-    seen = energies((0.0, 40.0), (0.1, 50.0), (0.2, 50.0), (2.0, 50.0), (2.2, 50.0), (2.3, 60.0))
+    """Refreshes of 100 ms are no fault, a second without one is."""
+    seen = energies((0.0, 40.0), (0.1, 50.0), (0.2, 50.0), (1.0, 50.0), (1.2, 50.0), (1.3, 60.0))
     assert seen == [0.0, 10.0, 10.0, 10.0, None, 20.0]
 
 
@@ -118,6 +118,67 @@ def test_a_counter_that_never_moved_does_not_cost_the_watts() -> None:
         (passed,) = screen.pass_on([sample(at_seconds, energy_joules=0.0)])
     assert passed.instant_watts == 400.0
     assert screen.rejected_readings == 0
+
+
+def frozen(
+    seconds: float, joules_per_second: float | None, **values: object
+) -> tuple[GpuSample, Screen]:
+    """The last of the samples of a while in which the watts don't change at all."""
+    screen, passed = Screen(), sample()
+    for tick in range(round(seconds / 0.02) + 1):
+        now = 0.02 * tick
+        # The counter moves every 100 ms.
+        joules = None if joules_per_second is None else (tick // 5) * 0.1 * joules_per_second
+        (passed,) = screen.pass_on([sample(now, energy_joules=joules, **values)])  # type: ignore[arg-type]
+    return passed, screen
+
+
+@pytest.mark.parametrize(("rate", "believed"), [(400.0, True), (430.0, True), (500.0, False)])
+def test_frozen_watts_are_believed_only_if_the_counter_agrees(rate: float, believed: bool) -> None:
+    """400 W without a change for 1.2 s, and a counter that rises by so many joules a second."""
+    passed, screen = frozen(1.2, rate)
+    assert (passed.instant_watts == 400.0) is believed
+    assert passed.energy_joules is not None
+    assert (screen.rejected_readings == 0) is believed
+
+
+def test_frozen_watts_are_believed_again_when_they_move() -> None:
+    """At the first reading that differs."""
+    _, screen = frozen(1.2, 600.0)
+    (passed,) = screen.pass_on([sample(1.22, energy_joules=720.0, instant_watts=401.0)])
+    assert passed.instant_watts == 401.0
+
+
+@pytest.mark.parametrize("counter", [None, 0.0])
+def test_without_a_counter_watts_that_never_change_are_frozen_while_the_gpu_works(
+    counter: float | None,
+) -> None:
+    """Two seconds; a GPU that rests may well draw the same to the milliwatt."""
+    assert frozen(1.9, counter)[0].instant_watts == 400.0
+    assert frozen(2.2, counter)[0].instant_watts is None
+    idle = frozen(9.0, counter, clock_event_reasons=ClockEventReasons.GPU_IDLE)
+    assert idle[0].instant_watts == 400.0
+
+
+def test_a_fall_to_idle_is_not_taken_for_frozen_watts() -> None:
+    """600 W, then exactly 115: the counter, 100 ms behind, still holds some of the 600."""
+    screen, passed = Screen(), sample()
+    for tick in range(200):
+        now = 0.02 * tick
+        moved = (tick // 5) * 0.1
+        joules = 600.0 * moved if moved < 1.0 else 600.0 + 115.0 * (moved - 1.0)
+        watts = 600.0 + tick if now < 0.9 else 115.0
+        (passed,) = screen.pass_on([sample(now, energy_joules=joules, instant_watts=watts)])
+        assert passed.instant_watts == watts
+    assert screen.rejected_readings == 0
+
+
+def test_two_equal_readings_around_a_stall_are_not_frozen() -> None:
+    """The sampler was away for 30 s; one reading says nothing of the time between."""
+    screen = Screen()
+    for at_seconds, joules in ((0.0, 0.0), (0.1, 40.0), (30.1, 18_040.0)):
+        (passed,) = screen.pass_on([sample(at_seconds, energy_joules=joules)])
+    assert passed.instant_watts == 400.0
 
 
 def test_each_gpu_has_its_own_counter() -> None:

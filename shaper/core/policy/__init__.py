@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from shaper.core.ledger import Room
-from shaper.core.types import EngineLoad, Reason, StepBatch, StepLimits, StepPrediction
+from shaper.core.types import (
+    NO_TARGETS,
+    EngineLoad,
+    LatencyTargets,
+    PowerState,
+    Reason,
+    StepBatch,
+    StepLimits,
+    StepPrediction,
+)
 
 Predictor = Callable[[StepBatch], StepPrediction]
 
@@ -19,13 +28,36 @@ class PlanInput:
     load: EngineLoad
     room: Room
     predict: Predictor
-    itl_target_seconds: float | None
-    since_decode_seconds: float
+    now_seconds: float = 0.0
+    state: PowerState | None = None
+    """What the sensors last said; None without any."""
+    targets: LatencyTargets = NO_TARGETS
+    decodes: StepPrediction | None = None
+    """The step of all ready decodes alone; None where none is ready."""
+    decode_deadline_seconds: float = 1.0
+    """Longest time between two decode steps: the ITL target, if there is one."""
+    since_decode_seconds: float = 0.0
     """From the end of the last step with decodes to the start of this one."""
-    spend_slack: bool
-    """Use the ITL target up for fewer, larger decode steps, also where the budget is loose."""
-    turn: bool
+    turn: bool = False
     """Prompts have waited so long that decodes shall wait for them."""
+    held_seconds: float = 0.0
+    """How long prompts have not got all that they want."""
+    idle_watts: float = 0.0
+    """Power between steps."""
+    prefill_watts: float = 0.0
+    """Mean power above idle that prompts took in the last seconds."""
+    burst_joules: float = 0.0
+    """What prompts that come together mostly take, above idle power."""
+
+    @property
+    def itl_target_seconds(self) -> float | None:
+        """The ITL target, or None."""
+        return self.targets.itl_seconds
+
+    @property
+    def spend_slack(self) -> bool:
+        """Use the ITL target up for fewer, larger decode steps, also where the budget is loose."""
+        return self.targets.spend_slack
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +66,8 @@ class Plan:
 
     limits: StepLimits
     reason: Reason
+    cadence_seconds: float | None = None
+    """Time between decode steps that the policy aims at, where it spaces them."""
 
 
 class Policy(Protocol):

@@ -1,23 +1,30 @@
 """The windowed-energy planner.
 
-Objective: the most tokens in this step, subject to every window of the budget
-and to the inter-token latency (ITL) target.
+Objective: the most tokens in this step, subject to every window of the budget and to the
+inter-token latency (ITL) target; inside them prompts wait as short as can be.
 
 Law: a step fits when its predicted mean watts are at most what the ledger
 leaves for a step of its length, with decodes going on after it. In order:
 
-0. where slack shall be spent and only decodes are ready: nothing, for `SLACK_SHARE` of
-   their ITL target. A decode step mostly reads weights, so its joules hardly depend on
-   how many share it;
-1. what the engine wants, if it fits: then nothing is limited;
-2. all decodes and the largest efficient prefill chunk that fits; without an ITL target
+0. no request enters while more run than the sustained limit can serve at the ITL target
+   (`policy/sustained.py`);
+1. where only decodes are ready and their target leaves time: nothing, for `SLACK_SHARE` of
+   the target if slack shall be spent, else for the cadence that the budget asks for. A
+   decode step mostly reads weights, so its joules hardly depend on how many share it;
+2. what the engine wants, if it fits: then nothing is limited;
+3. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
    don't come back as one long step; where no chunk keeps the ITL target, 64 tokens;
-3. the decodes alone: prompts wait for the window to move on;
-4. nothing: a pause of one poll (about 1 ms), then the question is asked again.
+4. while prompts wait for the budget: nothing, for the decodes' share of slack, so that the
+   room which they leave goes to the prompts; without an ITL target for a share of the time
+   for which prompts have been held;
+5. the decodes alone: prompts wait for the window to move on;
+6. as many of the decodes as an empty window would hold, if it would never hold all:
+   those that have waited longest;
+7. nothing: a pause of one poll (about 1 ms), then the question is asked again.
 
-When prompts have waited for their bound (`turn`), step 3 is left out until a
-chunk has run: the decodes pause until the chunk fits.
+When prompts have waited for their bound (`turn`), the decodes wait until a chunk has run or
+their own deadline comes.
 
 A chunk is efficient when its joules per prompt token are near those of a long
 chunk: a small one reads all the weights for a few tokens, unless decodes read
@@ -26,8 +33,19 @@ them anyway. Source: joules = base * seconds + per_byte * bytes + per_flop * FLO
 
 from __future__ import annotations
 
+import dataclasses
+
 from shaper.core.policy import Plan, PlanInput
-from shaper.core.types import NOTHING, UNLIMITED, Reason, StepBatch, StepLimits, StepPrediction
+from shaper.core.policy.sustained import SLACK_SHARE, RunningCap, cadence_seconds
+from shaper.core.types import (
+    NOTHING,
+    UNLIMITED,
+    EngineLoad,
+    Reason,
+    StepBatch,
+    StepLimits,
+    StepPrediction,
+)
 
 # Chunk sizes tried, in tokens. Steps of about a third: finer ones change the step's
 # energy by less than the prediction's error. Multiples of 64, the tile of a GEMM.
@@ -45,51 +63,80 @@ _EFFICIENT_RATIO = 1.25
 # queued before it; a step may take a little longer than predicted.
 _POLL_SECONDS = 0.003
 _LATE_RATIO = 1.02
-# How much of the ITL target decodes wait. The rest is room for a chunk under the same
-# deadline: waiting for all of it saves little more energy and costs TTFT.
-SLACK_SHARE = 0.35
 # In decode steps. Without this bound the p99 of ITL rises over the unshaped one at 85% of
 # the peak power (`python -m bench.demo` compares them); a smaller one costs more TTFT.
 GENTLE_STEPS = 4.0
+# Without an ITL target decodes make way for prompts that have been held for longer than a
+# burst fills a window and leaves it again: by this share of the time, up to a pace that
+# still reads as fluent. Where demand exceeds the budget, larger batches get more out of it.
+PATIENCE_SECONDS = 0.25
+PATIENCE_SHARE = 0.1
+MOST_PATIENT_SECONDS = 0.1
 
 
 class WindowedPlanner:
-    """The policy above. Remembers only the efficient chunk, by size of the decode batch."""
+    """The policy above. Remembers the cap, and the efficient chunk by size of the decode batch."""
 
     def __init__(self) -> None:
         self._efficient_tokens: dict[int, int] = {}
+        self._cap = RunningCap()
 
     def plan(self, view: PlanInput) -> Plan:
         """The limits of the next step, and why."""
-        load = view.load
+        cap = self._cap.find(view)
+        if cap is None:
+            return self._plan(view)
+        plan = self._plan(dataclasses.replace(view, load=view.load.capped(cap)))
+        return dataclasses.replace(
+            plan, limits=dataclasses.replace(plan.limits, running_requests=cap)
+        )
+
+    def _plan(self, view: PlanInput) -> Plan:
+        load, decodes = view.load, view.decodes
         wanted = load.batch()
         if not wanted.requests:
             return Plan(UNLIMITED, Reason.IDLE)
-        decodes = view.predict(load.batch(0)) if load.decode_requests else None
-        reserve_seconds = decodes.seconds if decodes else 0.0
-        if decodes and not wanted.prefill_tokens and _has_slack(view, decodes.seconds):
-            return Plan(NOTHING, Reason.SLACK)
+        cadence = cadence_seconds(view)
+        if decodes and not wanted.prefill_tokens:
+            if view.spend_slack and _may_wait(view, _slack_seconds(view)):
+                return Plan(NOTHING, Reason.SLACK)
+            if cadence is not None and _may_wait(view, cadence):
+                return Plan(NOTHING, Reason.CADENCE, cadence)
         prediction = view.predict(wanted)
-        fits_itl = _fits_itl(view, prediction, reserve_seconds)
-        if fits_itl and _fits(view, prediction):
-            return Plan(UNLIMITED, Reason.UNCONSTRAINED)
+        fits_itl = _fits_itl(view, prediction)
+        if fits_itl and view.room.fits(prediction):
+            return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
-            chunk = self._largest_chunk(view, wanted, reserve_seconds)
+            waits = _may_wait(view, _slack_seconds(view))
+            chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
-                return Plan(StepLimits(prefill_tokens=chunk), reason)
-            if view.turn:
+                return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
+            if decodes and view.turn and _may_wait(view, view.decode_deadline_seconds):
                 return Plan(NOTHING, Reason.TURN)
-        if decodes and _fits(view, decodes):
-            return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY)
+            if waits:
+                return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view))
+        if decodes:
+            if view.room.fits(decodes):
+                return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
+            some = _fitting_decodes(view, decodes)
+            if some:
+                return Plan(StepLimits(prefill_tokens=0, decode_requests=some), Reason.ROTATE)
         return Plan(NOTHING, Reason.PAUSE)
 
-    def _largest_chunk(self, view: PlanInput, wanted: StepBatch, reserve_seconds: float) -> int:
-        """Tokens of the largest efficient chunk that fits, 0 if none does."""
+    def _largest_chunk(self, view: PlanInput, wanted: StepBatch, sharing_decodes: int) -> int:
+        """Tokens of the largest efficient chunk that fits, 0 if none does.
+
+        Args:
+            view: of this step.
+            wanted: what the engine would run.
+            sharing_decodes: decodes that read the weights anyway. While they may still wait
+                they don't, and a crumb of a prompt would spend the room that they leave.
+        """
         load = view.load
         if not load.splittable:
-            return _largest_whole(view, reserve_seconds)
-        least = min(self._least_efficient(view), wanted.prefill_tokens)
+            return _largest_whole(view)
+        least = min(self._least_efficient(view, sharing_decodes), wanted.prefill_tokens)
         sizes = [least]
         sizes += [c for c in CHUNK_TOKENS if least < c < wanted.prefill_tokens]
         sizes.append(wanted.prefill_tokens)
@@ -98,33 +145,32 @@ class WindowedPlanner:
             prediction = view.predict(load.batch(tokens))
             # A prompt whose turn it is may break the ITL target, by its smallest chunk.
             least_turn = view.turn and tokens == least
-            gentle = tokens == least or _is_gentle(view, prediction, reserve_seconds)
-            itl = least_turn or _fits_itl(view, prediction, reserve_seconds)
-            return gentle and itl and _fits(view, prediction)
+            gentle = tokens == least or _is_gentle(view, prediction)
+            itl = least_turn or _fits_itl(view, prediction)
+            return gentle and itl and view.room.fits(prediction)
 
         if not fits(least):
-            return self._crumb(view, least, reserve_seconds)
+            return self._crumb(view, least)
         low, high = 0, len(sizes)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
         return sizes[low]
 
-    def _crumb(self, view: PlanInput, least: int, reserve_seconds: float) -> int:
+    def _crumb(self, view: PlanInput, least: int) -> int:
         """A chunk of 64 tokens where only the ITL target refuses an efficient one, else 0.
 
         A target that no chunk keeps must not stop prompts: it is broken by the little
         that this adds to a decode step. Decodes that have waited for slack go first.
         """
-        if _fits_itl(view, view.predict(view.load.batch(least)), reserve_seconds):
+        if _fits_itl(view, view.predict(view.load.batch(least))):
             return 0
-        if view.spend_slack and view.since_decode_seconds > reserve_seconds:
+        if view.spend_slack and view.decodes and view.since_decode_seconds > view.decodes.seconds:
             return 0
         crumb = min(CHUNK_TOKENS[0], least)
-        return crumb if _fits(view, view.predict(view.load.batch(crumb))) else 0
+        return crumb if view.room.fits(view.predict(view.load.batch(crumb))) else 0
 
-    def _least_efficient(self, view: PlanInput) -> int:
-        decodes = view.load.decode_requests
+    def _least_efficient(self, view: PlanInput, decodes: int) -> int:
         # By powers of two: what a chunk costs changes slowly with the decode batch.
         key = decodes.bit_length()
         if key not in self._efficient_tokens:
@@ -156,7 +202,7 @@ def _least_efficient_tokens(view: PlanInput, decodes: int) -> int:
     return _LONG_CHUNK_TOKENS
 
 
-def _largest_whole(view: PlanInput, reserve_seconds: float) -> int:
+def _largest_whole(view: PlanInput) -> int:
     """Tokens of as many whole prompts as fit, for an engine that can't split a prompt."""
     best = tokens = 0
     for demand in view.load.prefills:
@@ -165,38 +211,64 @@ def _largest_whole(view: PlanInput, reserve_seconds: float) -> int:
         if batch.prefill_tokens < tokens:
             break
         prediction = view.predict(batch)
-        itl = (view.turn and not best) or _fits_itl(view, prediction, reserve_seconds)
-        if not (itl and _fits(view, prediction)):
+        itl = (view.turn and not best) or _fits_itl(view, prediction)
+        if not (itl and view.room.fits(prediction)):
             break
         best = tokens
     return best
 
 
-def _fits(view: PlanInput, prediction: StepPrediction) -> bool:
-    return prediction.watts <= view.room.max_watts(prediction.seconds)
+def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
+    """How many decodes to run where even an empty window would not hold all, else 0."""
+    if decodes.watts <= view.room.empty_watts(decodes.seconds):
+        return 0  # they fit soon: one step for all costs less than two for some
+    load = view.load
+    count = load.decode_requests // 2
+    while count:
+        some = view.predict(_decode_batch(load, count))
+        if view.room.fits(some):
+            return count
+        count //= 2
+    return 0
 
 
-def _is_gentle(view: PlanInput, prediction: StepPrediction, reserve_seconds: float) -> bool:
+def _decode_batch(load: EngineLoad, count: int) -> StepBatch:
+    """A step of `count` of the ready decodes."""
+    share = count / load.decode_requests
+    tokens = round(load.decode_tokens * share)
+    return StepBatch(count, tokens, round(load.decode_context_tokens * share))
+
+
+def _is_gentle(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether a chunk that has to be cut anyway keeps decodes waiting for a short time only."""
-    if view.itl_target_seconds is not None or not reserve_seconds:
+    if view.itl_target_seconds is not None or view.decodes is None:
         return True
-    return prediction.seconds <= GENTLE_STEPS * reserve_seconds
+    gentle = max(GENTLE_STEPS * view.decodes.seconds, _slack_seconds(view))
+    return prediction.seconds <= gentle
 
 
-def _fits_itl(view: PlanInput, prediction: StepPrediction, reserve_seconds: float) -> bool:
+def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
     target = view.itl_target_seconds
-    if target is None or not reserve_seconds or prediction.seconds <= reserve_seconds:
+    if target is None or view.decodes is None or prediction.seconds <= view.decodes.seconds:
         return True
     # The decodes are in the chunk's own step: their next token comes when it ends.
-    waited = view.since_decode_seconds if view.spend_slack else 0.0
+    waited = max(0.0, view.since_decode_seconds)
     return waited + prediction.seconds * _LATE_RATIO <= target
 
 
-def _has_slack(view: PlanInput, decode_seconds: float) -> bool:
-    """Whether decodes may wait another poll."""
-    target = view.itl_target_seconds
-    if not view.spend_slack or target is None:
+def _slack_seconds(view: PlanInput) -> float:
+    """How long decodes may go without a step where slack is spent."""
+    if view.itl_target_seconds is not None:
+        return view.itl_target_seconds * SLACK_SHARE
+    if view.held_seconds < PATIENCE_SECONDS:
+        return 0.0
+    return min(PATIENCE_SHARE * view.held_seconds, MOST_PATIENT_SECONDS)
+
+
+def _may_wait(view: PlanInput, seconds: float) -> bool:
+    """Whether decodes may wait another poll and still come `seconds` after the last ones."""
+    if view.decodes is None:
         return False
-    waited = view.since_decode_seconds + decode_seconds * _LATE_RATIO + _POLL_SECONDS
-    return waited < target * SLACK_SHARE
+    step = view.decodes.seconds * _LATE_RATIO
+    return view.since_decode_seconds + step + _POLL_SECONDS < seconds

@@ -1,0 +1,182 @@
+"""A step of the budget in mid-load, 650 W to 500 W and back, and limit cycles in steady traffic."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bench.figures import GRID_SECONDS, PowerGrid
+from bench.proofs.signals import (
+    EXACT_RATIO,
+    cycle_watts,
+    limits_text,
+    over_budget,
+    peak_to_peak_watts,
+    window_ends,
+)
+from bench.proofs.table import Column, Job, Section, cases
+from bench.proofs.traffic import conversation, even_lengths, lengths
+from bench.virtual import Setup, VirtualRun
+from shaper.core.types import PowerLimit
+
+HIGH_WATTS, LOW_WATTS = 650.0, 500.0
+DOWN_SECONDS, UP_SECONDS, END_SECONDS = 6.0, 14.0, 30.0
+# What the proof allows: this long, or the longest window if that is longer.
+SETTLING_SECONDS = 0.3
+SETTLED_RATIO = 1.02
+WINDOW_SETS: dict[str, tuple[float, ...]] = {
+    "50 ms": (0.05,),
+    "100 ms": (0.1,),
+    "1 s": (1.0,),
+    "100 ms and 1 s": (0.1, 1.0),
+}
+CLIENTS = 96
+DEMAND_DRIVEN = ("low_use_ratio", "high_use_ratio", "rise_seconds", "cycle_ratio")
+LOADS = ("saturated", "conversation 8/s")
+
+
+def jobs(quick: bool) -> list[Job]:
+    """One for each load, set of windows and seed."""
+    names = ("100 ms", "1 s") if quick else tuple(WINDOW_SETS)
+    seeds = (1,) if quick else (1, 2)
+    return [Job(step, (load, name, seed)) for load in LOADS for name in names for seed in seeds]
+
+
+def _limits(watts: float, windows: tuple[float, ...]) -> tuple[PowerLimit, ...]:
+    # The longer window of a pair is the tighter one, or it would never bind.
+    return tuple(PowerLimit(watts * (0.96 if w > windows[0] else 1.0), w) for w in windows)
+
+
+def step(load: str, name: str, seed: int) -> dict[str, Any]:
+    """One run with both steps."""
+    windows = WINDOW_SETS[name]
+    high, low = _limits(HIGH_WATTS, windows), _limits(LOW_WATTS, windows)
+    run = VirtualRun(Setup(high), seed)
+    saturated = load == "saturated"
+    source, traffic = lengths(seed), conversation(END_SECONDS, 8.0, seed)
+    for limits, until in ((high, DOWN_SECONDS), (low, UP_SECONDS), (high, END_SECONDS)):
+        run.set_limits(limits)
+        if saturated:
+            run.crowd(source, CLIENTS, until)
+        else:
+            run.replay(traffic, until)
+    grid = run.grid()
+    longest = max(windows)
+    settled = DOWN_SECONDS + max(SETTLING_SECONDS, longest)
+    settling = max(_settling(grid, limit) for limit in low)
+    lasting = (DOWN_SECONDS + 2.0, UP_SECONDS)
+    after = (UP_SECONDS + 2.0, END_SECONDS)
+    figures = {
+        "settling_seconds": settling,
+        "settling_ratio": settling / max(SETTLING_SECONDS, longest),
+        "overshoot_ratio": over_budget(grid, low, (settled, UP_SECONDS))[0] - 1.0,
+        "low_use_ratio": _mean(grid, lasting) / min(x.watts for x in low),
+        "high_use_ratio": _mean(grid, after) / min(x.watts for x in high),
+        "rise_seconds": _rise(grid, min(x.watts for x in high), longest),
+        "ripple_ratio": peak_to_peak_watts(grid, 0.1, after) / HIGH_WATTS,
+        "cycle_ratio": cycle_watts(grid, longest, after) / HIGH_WATTS,
+    }
+    if not saturated:
+        # Demand, not the budget, sets the power then.
+        figures |= dict.fromkeys(DEMAND_DRIVEN, math.nan)
+    return {"name": f"{load}, {name}, seed {seed}", **figures}
+
+
+def _settling(grid: PowerGrid, limit: PowerLimit) -> float:
+    """Seconds after the step down until no window is above 1.02 times the new limit."""
+    ends, means = window_ends(grid, limit)
+    judged = (ends >= DOWN_SECONDS) & (ends < UP_SECONDS)
+    late = ends[judged & (means > SETTLED_RATIO * limit.watts)]
+    return float(late[-1] - DOWN_SECONDS) if len(late) else 0.0
+
+
+def _rise(grid: PowerGrid, watts: float, window_seconds: float) -> float:
+    """Seconds after the step up until a window's mean first reaches 98% of the limit."""
+    ends, means = window_ends(grid, PowerLimit(watts, window_seconds))
+    there = ends[(ends >= UP_SECONDS) & (means >= watts * (2.0 - SETTLED_RATIO))]
+    return float(there[0] - UP_SECONDS) if len(there) else math.inf
+
+
+def _mean(grid: PowerGrid, span: tuple[float, float]) -> float:
+    first, last = (round(seconds / GRID_SECONDS) for seconds in span)
+    return float(grid.watts[first:last].mean())
+
+
+# --- steady traffic
+
+
+STEADY_SECONDS = 24.0
+STEADY_LIMITS = (
+    (PowerLimit(450.0, 0.1),),
+    (PowerLimit(550.0, 0.1),),
+    (PowerLimit(550.0, 1.0),),
+    (PowerLimit(560.0, 0.1), PowerLimit(520.0, 1.0)),
+)
+
+
+def steady_jobs(quick: bool) -> list[Job]:
+    """One for each number of clients and budget."""
+    limits = STEADY_LIMITS[1:3] if quick else STEADY_LIMITS
+    return [Job(steady, (clients, each)) for clients in (16, 96) for each in limits]
+
+
+def steady(clients: int, limits: tuple[PowerLimit, ...]) -> dict[str, Any]:
+    """A number of clients that never change, and requests of one size."""
+    run = VirtualRun(Setup(limits))
+    run.crowd(even_lengths(1000, 250, clients), clients, STEADY_SECONDS)
+    grid, span = run.grid(), (4.0, STEADY_SECONDS)
+    longest = max(limit.window_seconds for limit in limits)
+    lowest = min(limit.watts for limit in limits)
+    worst, share = over_budget(grid, limits)
+    return {
+        "name": f"{clients} clients, {limits_text(limits)}",
+        "use_ratio": _mean(grid, span) / lowest,
+        "worst_ratio": worst,
+        "over_share": share,
+        "ripple_ratio": peak_to_peak_watts(grid, 0.1, span) / lowest,
+        "slow_ripple_ratio": peak_to_peak_watts(grid, 1.0, span) / lowest,
+        "cycle_ratio": cycle_watts(grid, longest, span) / lowest,
+    }
+
+
+def sections(steps: list[dict[str, Any]], calm: list[dict[str, Any]]) -> list[Section]:
+    """The two tables."""
+    stepped = Section(
+        "Step of the budget, 650 W to 500 W and back",
+        (
+            Column("settling_ratio", "settling / allowed", 2, aim=1.0),
+            Column("settling_seconds", "settling ms", 0, 1e3),
+            Column("overshoot_ratio", "overshoot %", 2, 1e2, aim=SETTLED_RATIO - 1.0),
+            Column("rise_seconds", "rise ms", 0, 1e3),
+            Column("low_use_ratio", "of 500 W used %", 1, 1e2),
+            Column("high_use_ratio", "of 650 W used %", 1, 1e2),
+            Column("ripple_ratio", "p-p of 100 ms %", 1, 1e2),
+            Column("cycle_ratio", "limit cycle %", 2, 1e2, aim=0.03),
+        ),
+        cases(steps),
+        "Settling: from the step down until no window of any limit is above 1.02 times the new "
+        "one; 300 ms are allowed, or the longest window. Overshoot: the highest window after "
+        "that. Rise: from the step up until a window reaches 98% of the limit. Used: mean power "
+        "over the lowest limit, 2 s after each step, where demand is above it. p-p: highest "
+        "less lowest 100 ms mean from 2 s after the step up; under conversation traffic that is "
+        "the traffic. Limit cycle: peak to peak of the strongest sine in it, over the longest "
+        "window.",
+    )
+    return [
+        stepped,
+        Section(
+            "Steady traffic",
+            (
+                Column("cycle_ratio", "limit cycle %", 2, 1e2, aim=0.03),
+                Column("worst_ratio", "worst window", 4, aim=1.0 + EXACT_RATIO),
+                Column("over_share", "over budget %", 3, 1e2, aim=0.0),
+                Column("use_ratio", "budget used %", 1, 1e2),
+                Column("ripple_ratio", "p-p of 100 ms %", 1, 1e2),
+                Column("slow_ripple_ratio", "p-p of 1 s %", 1, 1e2),
+            ),
+            cases(calm),
+            "Clients that each send the next request when one is answered: prompts of 1,000 "
+            "tokens, outputs of 200 to 300. Where 16 clients don't fill the budget, what is used "
+            "is their demand.",
+        ),
+    ]

@@ -1,0 +1,236 @@
+"""A budget as an operator writes it, in a setting, an entry of the schedule or a request.
+
+All three say the same terms (`limits`, `gpu_limits`, `ramp_watts_per_second`) in the
+same way and are checked alike. `shaper/core/budget.py` says how they combine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from itertools import combinations
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from shaper.core.budget import BudgetTerms, never_binds, redundant_pair
+from shaper.core.types import PowerLimit
+from shaper.errors import ConfigError
+from shaper.units import parse_duration, parse_seconds, parse_watts, parse_watts_per_second
+
+MIN_WINDOW_SECONDS = 0.010
+MAX_WINDOW_SECONDS = 60.0
+# The largest rack-scale server draws about 15 kW; more than this is a unit mistake.
+MAX_WATTS = 200_000.0
+# The status block shows them all; nobody has told more than a handful apart.
+MAX_LIMITS = 32
+
+Seconds = Annotated[float, BeforeValidator(parse_seconds)]
+Duration = Annotated[float, BeforeValidator(parse_duration)]
+Watts = Annotated[float, BeforeValidator(parse_watts)]
+
+
+class Frozen(BaseModel):
+    """Immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LimitConfig(Frozen):
+    """`watts`, averaged over any `window_seconds`."""
+
+    watts: Watts
+    window_seconds: Seconds
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        if self.watts <= 0:
+            raise ValueError(f"watts={self.watts:g} must be above 0")
+        if self.watts > MAX_WATTS:
+            raise ValueError(
+                f"watts={self.watts:g} is over {MAX_WATTS:g}: if these are milliwatts, "
+                f"write {self.watts / 1000:g}"
+            )
+        if self.window_seconds > MAX_WINDOW_SECONDS:
+            raise ValueError(
+                f"window_seconds={self.window_seconds:g} is over {MAX_WINDOW_SECONDS:g}: "
+                f"if these are milliseconds, write {self.window_seconds / 1000:g}"
+            )
+        if self.window_seconds < MIN_WINDOW_SECONDS:
+            raise ValueError(
+                f"window_seconds={self.window_seconds:g} is below {MIN_WINDOW_SECONDS:g}: "
+                "a step of the engine is the smallest thing that can be shaped; "
+                "give a window of 10 ms or more"
+            )
+        return self
+
+    def as_limit(self) -> PowerLimit:
+        """The same as the core's value."""
+        return PowerLimit(self.watts, self.window_seconds)
+
+
+def parse_power_limit(text: str) -> LimitConfig:
+    """A limit from `560W@1s`.
+
+    Raises:
+        ConfigError: the text is no limit; the message says how to write one.
+    """
+    watts, at, window = text.partition("@")
+    if not at:
+        raise ConfigError(
+            f"power limit {text!r} has no window: a limit holds over a window, write 560W@1s"
+        )
+    try:
+        return LimitConfig.model_validate({"watts": watts, "window_seconds": window})
+    except ValidationError as error:
+        raise ConfigError(f"power limit {text!r}: {first_line(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"power limit {text!r}: {error}") from error
+
+
+def first_line(error: ValidationError) -> str:
+    """What the first of its mistakes is."""
+    detail = error.errors()[0]
+    return str(detail["msg"]).removeprefix("Value error, ")
+
+
+def _limits(value: object) -> object:
+    if isinstance(value, str):
+        value = [part for part in value.split(",") if part.strip()]
+    if isinstance(value, Iterable) and not isinstance(value, Mapping):
+        try:
+            return tuple(parse_power_limit(v) if isinstance(v, str) else v for v in value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+def _ramp(value: object) -> object:
+    value = parse_watts_per_second(value)
+    # Below a watt a second an engine would take minutes from idle to its first full step.
+    if isinstance(value, int | float) and not 1.0 <= value <= 1e6:
+        raise ValueError(f"{value:g} is outside 1 to 1,000,000 watts per second")
+    return value
+
+
+def _moment(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = datetime.fromisoformat(value.strip())
+        except ValueError as error:
+            raise ValueError(f"{value!r} is no moment; write 2026-11-25T18:00:00Z") from error
+    if not isinstance(value, datetime):
+        raise ValueError(f"{value!r} is no moment; write 2026-11-25T18:00:00Z")
+    if value.tzinfo is None:
+        raise ValueError(f"{value.isoformat()} has no zone: add Z, or an offset like +01:00")
+    return value
+
+
+Moment = Annotated[datetime, BeforeValidator(_moment)]
+Limits = Annotated[tuple[LimitConfig, ...], BeforeValidator(_limits), Field(max_length=MAX_LIMITS)]
+Ramp = Annotated[float | Literal["none"], BeforeValidator(_ramp)]
+
+
+class TermsConfig(Frozen):
+    """What a layer of the budget says; a term that is left out is not said."""
+
+    limits: Limits | None = None
+    gpu_limits: Limits | None = None
+    ramp_watts_per_second: Ramp | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for name, limits in (("limits", self.limits), ("gpu_limits", self.gpu_limits)):
+            check_limits(name, limits or ())
+        return self
+
+    def terms(self) -> BudgetTerms:
+        """The same as the core's value; all None where nothing is said."""
+        return terms_of(self.limits, self.gpu_limits, self.ramp_watts_per_second)
+
+
+def terms_of(
+    limits: Sequence[LimitConfig] | None,
+    gpu_limits: Sequence[LimitConfig] | None,
+    ramp: float | Literal["none"] | None,
+) -> BudgetTerms:
+    """The core's value; None is not said, a ramp of `none` is as fast as it likes."""
+    return BudgetTerms(
+        None if limits is None else tuple(limit.as_limit() for limit in limits),
+        None if gpu_limits is None else tuple(limit.as_limit() for limit in gpu_limits),
+        float("inf") if ramp == "none" else ramp,
+    )
+
+
+def check_limits(name: str, limits: Sequence[LimitConfig]) -> None:
+    """All of them can bind.
+
+    Raises:
+        ValueError: naming the two that contradict each other.
+    """
+    for one, two in combinations(limits, 2):
+        if one.window_seconds == two.window_seconds:
+            raise ValueError(
+                f"{name} name the window {one.window_seconds:g} s twice "
+                f"({one.watts:g} W and {two.watts:g} W): keep one of them"
+            )
+    pair = redundant_pair([limit.as_limit() for limit in limits])
+    if pair is not None:
+        loose, tight = pair
+        raise ValueError(
+            f"{name} contradict each other: {_named(loose)} can never bind, because "
+            f"{_named(tight)} is already tighter; lower the first or remove it"
+        )
+
+
+def _named(limit: PowerLimit) -> str:
+    return f"{limit.watts:g} W over {limit.window_seconds:g} s"
+
+
+def check_pairs(terms: BudgetTerms, gpu_count: int, where: str) -> None:
+    """The engine's limits and those of each GPU can all bind, however its GPUs share the work.
+
+    Raises:
+        ConfigError: naming the two that contradict each other.
+    """
+    for limit in terms.limits or ():
+        for gpu_limit in terms.gpu_limits or ():
+            together = PowerLimit(gpu_limit.watts * gpu_count, gpu_limit.window_seconds)
+            loose = None
+            if never_binds(limit, together):
+                loose = "the engine's"
+            elif never_binds(gpu_limit, limit):
+                loose = "each GPU's"
+            if loose is not None:
+                raise ConfigError(
+                    f"{where}: the limit of {_named(limit)} for the engine and that of "
+                    f"{_named(gpu_limit)} for each of its {gpu_count} GPU(s) contradict each "
+                    f"other: {loose} can never bind; lower it or remove it"
+                )
+
+
+def check_idle(terms: BudgetTerms, gpu_count: int, idle_watts: float, where: str) -> None:
+    """Every limit is above what the engine draws idle.
+
+    Args:
+        terms: one layer's.
+        gpu_count: of the engine.
+        idle_watts: what its GPUs draw together between steps.
+        where: whose terms these are, for the message.
+
+    Raises:
+        ConfigError: naming the limit and the idle power.
+    """
+    for limits, count, whose in (
+        (terms.limits or (), 1, "the GPUs of this engine draw"),
+        (terms.gpu_limits or (), gpu_count, "each GPU draws"),
+    ):
+        floor_watts = idle_watts / count
+        for limit in limits:
+            if limit.watts <= floor_watts:
+                raise ConfigError(
+                    f"{where}: power limit {_named(limit)} is not above what {whose} idle "
+                    f"({floor_watts:.0f} W): no schedule can keep it; give more than "
+                    f"{math.ceil(floor_watts)} W"
+                )

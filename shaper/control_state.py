@@ -1,0 +1,105 @@
+"""What `GET /v1/shaper/state` says: what was asked for, what holds, how each engine fares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from shaper.calendar_spans import iso
+from shaper.config import ShaperConfig
+from shaper.control import ControlRecord, EngineControl
+from shaper.control_desk import Clocks, ControlDesk
+from shaper.core.types import PowerBudget
+from shaper.errors import ControlError
+from shaper.metrics import StatusCollector
+from shaper.status import Status
+
+
+def describe_state(desk: ControlDesk, config: ShaperConfig | None) -> dict[str, Any]:
+    """The whole state as JSON values.
+
+    Args:
+        desk: of this API server.
+        config: what is configured; None where this API server can't know it.
+    """
+    try:
+        asked: dict[str, Any] = _asked(desk.file.read(), desk.clocks)
+    except ControlError as error:
+        asked = {"error": str(error)}
+    statuses = desk.engines()
+    return {
+        "asked": asked,
+        "configured": None if config is None else _configured(config),
+        "engines": [_engine(status, statuses, desk.clocks) for status in statuses],
+    }
+
+
+def _asked(record: ControlRecord, clocks: Clocks) -> dict[str, Any]:
+    """The control file, with its ends as people read them."""
+    found = record.model_dump(mode="json", exclude_none=True, exclude={"run"})
+    change = record.budget
+    if change is not None:
+        budget = found["budget"]
+        wall, now = clocks.wall(), clocks.monotonic()
+        left = math.inf
+        if change.until_wall_seconds is not None:
+            left = change.until_wall_seconds - wall
+        if change.until_monotonic_seconds is not None:
+            left = change.until_monotonic_seconds - now
+        for key in ("until_wall_seconds", "until_monotonic_seconds"):
+            budget.pop(key, None)
+        if math.isfinite(left):
+            budget |= {"ends_at": iso(wall + left), "seconds_left": round(max(0.0, left), 3)}
+    return found
+
+
+def _configured(config: ShaperConfig) -> dict[str, Any]:
+    said = {"limits", "gpu_limits", "ramp_watts_per_second", "shadow", "policy", "schedule"}
+    return config.model_dump(mode="json", include=said, exclude_none=True)
+
+
+def budget_object(budget: PowerBudget) -> dict[str, Any]:
+    """A budget in force, as JSON values."""
+    return {
+        "limits": [
+            {"watts": limit.watts, "window_seconds": limit.window_seconds}
+            for limit in budget.limits
+        ],
+        "ramp_watts_per_second": budget.ramp_watts_per_second,
+    }
+
+
+def _engine(status: Status, statuses: Sequence[Status], clocks: Clocks) -> dict[str, Any]:
+    found: dict[str, Any] = {key: status.info.get(key) for key in ("engine", "gpu", "gpu_count")}
+    found |= {key: status.info.get(key) for key in ("model", "policy", "idle_watts")}
+    control = EngineControl.from_values(status.values["control"])
+    if control is not None:
+        left = control.next_change_seconds - clocks.monotonic()
+        found |= {
+            "mode": control.mode,
+            "budget": budget_object(control.budget),
+            "source": control.source.value,
+            "acknowledged_sequence": control.seen_sequence,
+            "followed_sequence": control.taken_sequence,
+            "next_change_in_seconds": round(max(0.0, left), 3) if math.isfinite(left) else None,
+        }
+    return found | {"metrics": _metrics(status)}
+
+
+def _metrics(status: Status) -> dict[str, Any]:
+    """What `/metrics` shows of this engine, without the prefix and without buckets."""
+    found: dict[str, Any] = {}
+    for family in StatusCollector(lambda: [status]).collect():
+        for sample in family.samples:
+            labels = [value for name, value in sample.labels.items() if name != "engine"]
+            if sample.name.endswith("_bucket") or len(labels) > 1:
+                continue
+            if not math.isfinite(sample.value):
+                continue  # JSON has no word for it
+            name = sample.name.removeprefix("shaper_")
+            if labels:
+                found.setdefault(name, {})[labels[0]] = sample.value
+            else:
+                found[name] = sample.value
+    return found

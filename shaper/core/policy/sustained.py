@@ -1,0 +1,105 @@
+"""Decode cadence and concurrency at the sustained limit, by inverting the model.
+
+Laws. With `extra(n)` the joules of a decode step of `n` requests above idle power, `s(n)`
+its seconds, and `L` the sustained limit:
+
+    cadence  = extra(n) / (P - idle)
+    P        = the least of  L - prefill watts of the last seconds
+               and, for every window, its limit - joules of a burst of prompts / window
+    cap      = the greatest n with  s(n) <= ITL target  and
+               idle + extra(n) / (slack of the target) <= most of L
+
+The cadence spends the ITL target's slack first: fewer, larger steps read the weights less
+often for the same tokens, and leave each window the room for prompts as they come: those
+that find it run at once. The cap comes behind it: where even the slowest cadence that
+the target allows draws more than the budget, fewer requests may run, and the others wait.
+Without an ITL target decodes have no pace to keep, and there is neither.
+"""
+
+from __future__ import annotations
+
+import math
+
+from shaper.core.policy import PlanInput
+from shaper.core.types import StepBatch
+
+# How much of the ITL target decodes wait. The rest is room for a chunk under the same
+# deadline: waiting for all of it saves little more energy and costs TTFT.
+SLACK_SHARE = 0.30
+# A cadence that is this near to the step itself is none.
+_LEAST_STRETCH = 1.05
+# What a decode step may take of its target; the rest is what it may come late.
+_ITL_SHARE = 0.9
+# What decodes may take of the sustained limit where requests wait to enter: the rest is
+# for the prompts.
+_DECODE_SHARE = 0.9
+# The mean context and the learned gains move slowly.
+_CAP_EVERY_SECONDS = 0.1
+
+
+def cadence_seconds(view: PlanInput) -> float | None:
+    """Time between decode steps that the budget asks for; None: as fast as they go."""
+    target, decodes = view.targets.itl_seconds, view.decodes
+    if target is None or decodes is None or not view.room.bounded:
+        return None
+    extra = decodes.joules - view.idle_watts * decodes.seconds
+    available = min(
+        view.room.sustained_watts - view.prefill_watts,
+        view.room.paced_watts(view.burst_joules),
+    )
+    available -= view.idle_watts
+    slowest = target * SLACK_SHARE
+    cadence = min(extra / available, slowest) if available > 0 else slowest
+    return cadence if cadence > decodes.seconds * _LEAST_STRETCH else None
+
+
+class RunningCap:
+    """The cap above. Stateful fields: the cap and when it was found."""
+
+    def __init__(self) -> None:
+        self._found_seconds = -math.inf
+        self._cap: int | None = None
+
+    def find(self, view: PlanInput) -> int | None:
+        """Requests that may run at once; None where no one waits or all may."""
+        load = view.load
+        if view.targets.itl_seconds is None or not load.waiting_requests:
+            return None
+        if not 0.0 <= view.now_seconds - self._found_seconds < _CAP_EVERY_SECONDS:
+            self._found_seconds = view.now_seconds
+            self._cap = _largest(view, load.running_requests + load.waiting_requests)
+        cap = self._cap
+        if cap is None or cap >= load.running_requests + load.waiting_requests:
+            return None
+        return cap
+
+
+def _largest(view: PlanInput, most: int) -> int | None:
+    load = view.load
+    decodes = load.decode_requests
+    # Before there are decodes nothing is known of their contexts.
+    if not decodes:
+        return None
+    context = load.decode_context_tokens // decodes
+    target = view.targets.itl_seconds or math.inf
+    # A target that not even one request keeps is no reason to run only one.
+    longest = target * _ITL_SHARE
+    kept = view.predict(StepBatch(1, 1, context)).seconds <= longest
+
+    def fits(count: int) -> bool:
+        step = view.predict(StepBatch(count, count, count * context))
+        if kept and step.seconds > longest:
+            return False
+        if not view.room.bounded:
+            return True
+        extra = step.joules - view.idle_watts * step.seconds
+        pace = max(step.seconds, target * SLACK_SHARE)
+        return view.idle_watts + extra / pace <= _DECODE_SHARE * view.room.sustained_watts
+
+    if fits(most):
+        return None
+    low, high = 1, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

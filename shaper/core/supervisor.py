@@ -1,0 +1,156 @@
+"""Combines what is known of an engine into one `Standing`, beside the path of its steps.
+
+Steps, at each tick:
+
+    health      what the GPUs give less than they should       (`health.py`)
+    thermal     where the heat is going, and the limit for it  (`thermal.py`)
+    admission   what may enter, judged on both and on demand   (handed in)
+    lines       what changed since the last tick, for the log
+
+It runs on the sampler's thread, or from virtual time. It looks at the controller through
+one frozen value and asks of it nothing but the extra limits in `Standing.limits`. An
+engine that has nothing to do plans nothing, so a demand that is old is one without work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+from shaper.core.health import Health
+from shaper.core.profile import GpuProfile
+from shaper.core.standing import Admissibility, EngineDemand, Signals, Standing
+from shaper.core.thermal import Thermal
+from shaper.core.types import GpuIdentity, PowerState
+
+# The controller's own bound on a state that it still trusts: ten refreshes of a meter.
+SENSOR_LOST_SECONDS = 1.0
+# Longer than a step; a busy engine plans before and after each.
+_IDLE_SECONDS = 2.0
+# The first start of a driver takes this long at most; before it a sensor is not lost.
+_START_SECONDS = 5.0
+# What comes back within this is the same episode, and is not said again.
+_QUIET_SECONDS = 10.0
+
+
+class Admission(Protocol):
+    """Decides which class of work may enter."""
+
+    def tick(self, now_seconds: float, signals: Signals) -> Admissibility:
+        """Judge once; called at each tick, in the order of time."""
+        ...
+
+
+class Supervisor:
+    """Judges one engine.
+
+    Args:
+        profile: of its GPUs.
+        gpus: what the reader says of them.
+        admission: None: all work may enter.
+        shapes_heat: False: the heat is predicted, but no limit is set for it.
+
+    Stateful fields: the parts' own, the start, and when each condition was last said.
+    """
+
+    def __init__(
+        self,
+        profile: GpuProfile,
+        gpus: Sequence[GpuIdentity] = (),
+        *,
+        admission: Admission | None = None,
+        shapes_heat: bool = True,
+    ) -> None:
+        self._health = Health(profile, gpus)
+        self._thermal = Thermal(profile, gpus, shapes=shapes_heat)
+        self._admission = admission
+        self._start_seconds: float | None = None
+        self._conditions = {
+            "lost": _Condition("the GPUs' readings are lost or stuck", "the GPUs are read again"),
+            "disagrees": _Condition(
+                "metered power and the model disagree by more than the error it states",
+                "metered power and the model agree again",
+            ),
+            "infeasible": _Condition(
+                "the budget is below what serving needs at the least; it is served at that floor",
+                "the budget carries the least that serving needs again",
+            ),
+            "heat": _Condition(
+                "heat: a power limit holds the GPUs below their slowdown temperature",
+                "heat: the power limit for it is let go",
+            ),
+        }
+
+    def tick(
+        self, now_seconds: float, state: PowerState | None, demand: EngineDemand | None
+    ) -> Standing:
+        """Judge once.
+
+        Args:
+            now_seconds: of this tick.
+            state: the sampler's newest, however old.
+            demand: the controller's newest; None while there is none.
+        """
+        if self._start_seconds is None:
+            self._start_seconds = now_seconds
+        known = demand or EngineDemand(at_seconds=now_seconds)
+        if now_seconds - known.at_seconds > _IDLE_SECONDS and known.busy:
+            known = dataclasses.replace(known, busy=False, held_ratio=0.0)
+        samples = () if state is None else state.gpus
+        lines = list(
+            self._health.observe(now_seconds, samples, known.busy, known.seconds_gain_ratio)
+        )
+        thermal = self._thermal.observe(now_seconds, samples)
+        lost = self._sensor_lost(now_seconds, state)
+        degradations = self._health.degradations
+        admissibility = Admissibility()
+        if self._admission is not None:
+            signals = Signals(known, lost, degradations, thermal)
+            admissibility = self._admission.tick(now_seconds, signals)
+        for name, holds in (
+            ("lost", lost),
+            ("disagrees", known.disagrees),
+            ("infeasible", known.infeasible),
+            ("heat", thermal.limit is not None),
+        ):
+            lines += self._conditions[name].note(now_seconds, holds)
+        return Standing(
+            at_seconds=now_seconds,
+            admissibility=admissibility,
+            degradations=degradations,
+            thermal=thermal,
+            sensor_lost=lost,
+            demand=demand if demand is None else known,
+            announcements=tuple(lines),
+        )
+
+    def _sensor_lost(self, now: float, state: PowerState | None) -> bool:
+        if state is None:
+            return self._start_seconds is not None and now - self._start_seconds > _START_SECONDS
+        return state.age_seconds(now) > SENSOR_LOST_SECONDS
+
+
+class _Condition:
+    """Says when something begins and ends, but not each time that it flickers."""
+
+    def __init__(self, begins: str, ends: str) -> None:
+        self._begins, self._ends = begins, ends
+        self._said = False
+        self._held_seconds: float | None = None
+
+    def note(self, now: float, holds: bool) -> list[str]:
+        """The line that is due, if any."""
+        if holds:
+            self._held_seconds = now
+            if not self._said:
+                self._said = True
+                return [self._begins]
+        elif (
+            self._said
+            and self._held_seconds is not None
+            and now - self._held_seconds > _QUIET_SECONDS
+        ):
+            self._said = False
+            return [self._ends]
+        return []

@@ -1,0 +1,122 @@
+"""Keeps one engine on the budget and the mode that hold now.
+
+Runs on the engine's sampler thread. Each tick it looks whether the control file is
+another one, and whether time has changed what holds; `shaper/core/budget.py` has the
+rules. What it finds is handed on by `startup.py`; the engine itself never waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from shaper.budget_config import check_idle
+from shaper.control import EngineControl, Follower, Mode
+from shaper.core.budget import BudgetPlan, InForce, describe, resolve
+from shaper.errors import ConfigError
+from shaper.wall_clock import wall_seconds
+
+logger = logging.getLogger(__name__)
+
+# A wall clock that is set is noticed within this time. A start or an end that is known is
+# met to the tick.
+_LOOK_AGAIN_SECONDS = 1.0
+
+
+class BudgetControl:
+    """The budget and the mode of one engine.
+
+    Args:
+        plan: what is configured and scheduled.
+        mode: the configured one.
+        follower: of the run's control file.
+        gpu_count: of the engine.
+        idle_watts: what its GPUs draw together between steps.
+        now_seconds: of the monotonic clock.
+        wall: the wall clock.
+    """
+
+    def __init__(
+        self,
+        plan: BudgetPlan,
+        mode: Mode,
+        follower: Follower,
+        *,
+        gpu_count: int,
+        idle_watts: float,
+        now_seconds: float,
+        wall: Callable[[], float] = wall_seconds,
+    ) -> None:
+        self._plan, self._configured_mode, self._follower = plan, mode, follower
+        self._gpu_count, self._idle_watts = gpu_count, idle_watts
+        self._wall = wall
+        self._record = follower.record
+        # An engine that starts late, or again, finds what was asked for before.
+        self._follow()
+        self._state = self._evaluate(now_seconds)
+
+    @property
+    def state(self) -> EngineControl:
+        """What holds now, and what was acknowledged."""
+        return self._state
+
+    def tick(self, now_seconds: float) -> bool:
+        """Look again; whether `state` has another budget or mode now."""
+        before = self._state
+        if not self._follow() and now_seconds < self._look_seconds:
+            return False
+        self._state = after = self._evaluate(now_seconds)
+        if (after.budget, after.mode) == (before.budget, before.mode):
+            return False
+        self._log(before, after)
+        return True
+
+    def _follow(self) -> bool:
+        """Take over a new control file, unless this engine can't do what it says."""
+        if not self._follower.poll():
+            return False
+        record = self._follower.record
+        if record.budget is not None:
+            change = record.budget.change()
+            try:
+                for terms in (change.terms, change.fallback):
+                    if terms is not None:
+                        check_idle(terms, self._gpu_count, self._idle_watts, "change")
+            except ConfigError as error:
+                self._follower.refuse(str(error))
+                return True
+        self._record = record
+        return True
+
+    def _evaluate(self, now_seconds: float) -> EngineControl:
+        change = None if self._record.budget is None else self._record.budget.change()
+        found: InForce = self._plan.at(self._wall(), now_seconds, change)
+        self._entries = found.entries
+        self._look_seconds = now_seconds + min(_LOOK_AGAIN_SECONDS, found.seconds_left)
+        mode = self._configured_mode if self._record.mode is None else self._record.mode.mode
+        return EngineControl(
+            resolve(found.terms, self._gpu_count),
+            mode,
+            found.source,
+            self._follower.record.sequence,
+            self._record.sequence,
+            self._follower.refused,
+            now_seconds + found.seconds_left,
+        )
+
+    def _log(self, before: EngineControl, after: EngineControl) -> None:
+        record = self._record
+        if after.mode != before.mode:
+            why = f" ({record.mode.origin})" if record.mode else ""
+            logger.info("shaper mode: %s -> %s%s", before.mode, after.mode, why)
+        if after.budget != before.budget:
+            origin = record.budget.origin if record.budget else None
+            if after.taken_sequence != before.taken_sequence:
+                origin = origin or record.cleared
+            because = [after.source.value, *self._entries, *([str(origin)] if origin else [])]
+            logger.info(
+                "shaper budget: %s -> %s (%s)",
+                describe(before.budget),
+                describe(after.budget),
+                ", ".join(because),
+            )

@@ -1,0 +1,538 @@
+"""Flex requests wait in the engine, beside vLLM's real scheduler, in virtual time."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from shaper.core.admission import Admission, FlexRules, Strain
+from shaper.core.standing import Admissibility, AdmissionState, Standing
+from shaper.core.types import PowerLimit
+from shaper.engine import deferral as deferral_module
+from shaper.engine.deferral import MAX_LET_IN
+from shaper.engine.flex import REFUSED, RELEASED
+from shaper.simulate.engine import new_request
+
+LIMIT = PowerLimit(500.0, 0.1)
+OPEN, SHAPED = AdmissionState.OPEN, AdmissionState.SHAPED
+DEFER, SHED = AdmissionState.DEFER, AdmissionState.SHED
+
+
+class Desk:
+    """A rig, with requests of both classes and a standing that the test says."""
+
+    def __init__(self, rig: Any, **rules: Any) -> None:
+        self.engine, self.shaper = rig.engine, rig.shaper
+        self.scheduler = rig.engine.scheduler
+        self.deferral = self.scheduler.deferral
+        self.shaper.flex = FlexRules(**rules)
+        self.config = self.scheduler.vllm_config
+        self._ids = itertools.count()
+        self.started: list[str] = []
+        self.say(OPEN)
+
+    def say(self, state: AdmissionState, pressure: float = 0.9) -> None:
+        """How the engine stands from now on."""
+        self._standing = (state, pressure)
+        self._tick()
+
+    def _tick(self) -> None:
+        state, pressure = self._standing
+        self.shaper.standing = Standing(
+            self.engine.now_seconds, Admissibility(state, pressure, "wait", 1.0)
+        )
+
+    def add(self, flex: bool = False, tokens: int = 3, prompt: int = 40, **extra: Any) -> str:
+        """A request of a class, as vLLM gives it to the scheduler."""
+        number = next(self._ids)
+        name = f"{'flex' if flex else 'chat'}-{number}"
+        # Of its own: no prefix is shared.
+        words = [number % 256, number // 256, *itertools.repeat(7, prompt)][:prompt]
+        request = new_request(name, words, tokens, self.config)
+        if flex:
+            request.sampling_params.extra_args = {"shaper_class": "flex"}
+        for key, value in extra.items():
+            setattr(request, key, value)
+        self.engine.add(request)
+        return name
+
+    def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
+        """Go on, with the supervisor's ticks."""
+        end = self.engine.now_seconds + seconds
+        while self.engine.busy and self.engine.now_seconds < end and not until():
+            self._tick()
+            self.engine.step()
+            self.started += [
+                request.request_id
+                for request in self.scheduler.running
+                if request.request_id not in self.started
+            ]
+
+    def ends(self, name: str) -> float | None:
+        """When a request was finished."""
+        seconds: float | None = self.engine.requests[name].finished_seconds
+        return seconds
+
+    def wait_queue(self) -> list[str]:
+        """vLLM's own."""
+        return [request.request_id for request in self.scheduler.waiting]
+
+    def released(self) -> dict[str, int]:
+        """How many were let in, by why."""
+        return dict(zip(RELEASED, self.deferral.queue.released, strict=True))
+
+
+@pytest.fixture
+def desk(make_rig: Any) -> Desk:
+    return Desk(make_rig((LIMIT,)))
+
+
+@pytest.mark.parametrize("state", [DEFER, SHED])
+def test_flex_waits_outside_vllms_queue(desk: Desk, state: AdmissionState) -> None:
+    """It is vLLM's by every count, its loop goes on for it, and it costs no step."""
+    desk.say(state)
+    name = desk.add(flex=True)
+    assert desk.wait_queue() == []
+    assert name in desk.scheduler.requests
+    assert desk.scheduler.get_request_counts() == (0, 1)
+    assert desk.scheduler.get_num_unfinished_requests() == 1
+    assert desk.scheduler.has_requests()
+    desk.run(5.0)
+    assert desk.engine.steps == 0
+    assert desk.ends(name) is None
+    # vLLM's own poll: one call a millisecond, no more.
+    assert desk.engine.now_seconds == pytest.approx(5.0, abs=0.01)
+    desk.say(OPEN)
+    desk.run(1.0)
+    assert desk.ends(name) is not None
+    assert not desk.scheduler.has_requests()
+
+
+@pytest.mark.parametrize("state", list(AdmissionState))
+def test_interactive_requests_are_never_deferred(desk: Desk, state: AdmissionState) -> None:
+    """In no state."""
+    desk.say(state, 1.0)
+    names = [desk.add() for _ in range(5)]
+    desk.run(2.0)
+    assert all(desk.ends(name) is not None for name in names)
+    assert desk.deferral.queue.deferrals == 0
+
+
+def test_a_priority_above_zero_is_flex(desk: Desk) -> None:
+    """vLLM's own word for it; one at or below 0 is not."""
+    desk.say(DEFER)
+    desk.add(priority=3)
+    desk.add(priority=-1)
+    desk.add(priority=0)
+    assert len(desk.deferral) == 1
+
+
+def test_they_are_let_in_by_arrival_a_few_at_a_time(desk: Desk) -> None:
+    """Also those that arrive while others still wait; each starts after its elders."""
+    desk.say(DEFER)
+    names = [desk.add(flex=True, prompt=2000) for _ in range(30)]
+    desk.run(1.0)
+    desk.say(OPEN)
+    seen = 0
+
+    def watch() -> bool:
+        nonlocal seen
+        seen = max(seen, len(desk.wait_queue()))
+        return len(desk.started) >= 5
+
+    desk.run(20.0, watch)
+    names.append(desk.add(flex=True))
+    desk.run(60.0, lambda: bool(watch() and False))
+    assert desk.started == names
+    assert 0 < seen <= MAX_LET_IN
+    assert all(desk.ends(name) is not None for name in names)
+    assert desk.released()["room"] == 31
+
+
+def test_interactive_goes_first_while_shaped(desk: Desk) -> None:
+    """Flex that came first, and waits in vLLM's queue, gives way to what comes later."""
+    big = [desk.add(prompt=8000) for _ in range(4)]
+    flex = [desk.add(flex=True, prompt=4000) for _ in range(4)]
+    late = [desk.add(prompt=4000) for _ in range(3)]
+    desk.say(SHAPED, 0.5)
+    desk.run(60.0)
+    assert desk.started == [*big, *late, *flex]
+    assert all(desk.ends(name) is not None for name in desk.engine.requests)
+
+
+def test_running_flex_is_left_alone(desk: Desk) -> None:
+    """What has started ends, also when the state changes to shed."""
+    name = desk.add(flex=True, tokens=50)
+    desk.run(5.0, lambda: bool(desk.started))
+    desk.say(SHED, 1.0)
+    desk.run(10.0)
+    assert desk.ends(name) is not None
+    assert desk.deferral.queue.deferrals == 0
+
+
+def test_preempted_flex_is_left_alone(make_rig: Any) -> None:
+    """With a KV cache that is too small for both, vLLM preempts and resumes as it likes."""
+    desk = Desk(make_rig((LIMIT,), kv_blocks=70))
+    chat = desk.add(prompt=400, tokens=400)
+    flex = desk.add(flex=True, prompt=400, tokens=400)
+    desk.run(1.0, lambda: len(desk.started) == 2)
+    desk.say(SHED, 1.0)
+    preempted = False
+
+    def watch() -> bool:
+        nonlocal preempted
+        preempted |= any(r.status.name == "PREEMPTED" for r in desk.scheduler.waiting)
+        return False
+
+    desk.run(120.0, watch)
+    assert preempted
+    assert desk.ends(chat) is not None
+    assert desk.ends(flex) is not None
+    assert desk.deferral.queue.deferrals == 0
+
+
+def test_waiting_makes_the_bar_lower(make_rig: Any) -> None:
+    """At a pressure of 0.6 the oldest enters at 0.6 of its bound, alone."""
+    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=100.0)
+    desk.say(DEFER, 0.6)
+    names = [desk.add(flex=True) for _ in range(3)]
+    desk.run(59.9)
+    assert desk.started == []
+    desk.run(5.0)
+    assert desk.started == names
+    ends = [desk.ends(name) for name in names]
+    assert ends == sorted(ends)
+    assert desk.released() == {"room": 0, "aged": 3, "timeout": 0, "off": 0}
+
+
+def test_aged_requests_enter_one_at_a_time(make_rig: Any) -> None:
+    """The next one waits until the one before has started."""
+    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=10.0)
+    desk.say(DEFER, 0.5)
+    for _ in range(4):
+        desk.add(flex=True)
+    desk.run(5.0)
+    # Nothing can start: the queue is blocked, and only one of them stands in it.
+    desk.scheduler.max_num_active_reqs = 0
+    desk.run(0.5)
+    assert len(desk.wait_queue()) == 1
+    assert len(desk.deferral) == 3
+
+
+def test_at_the_bound_it_runs(make_rig: Any) -> None:
+    """Whatever the pressure; it is not taken back again."""
+    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=30.0)
+    desk.say(SHED, 1.0)
+    name = desk.add(flex=True)
+    desk.run(29.9)
+    assert desk.started == []
+    desk.run(1.0)
+    ended = desk.ends(name)
+    assert ended is not None
+    assert ended == pytest.approx(30.0, abs=0.2)
+    assert desk.released()["timeout"] + desk.released()["aged"] == 1
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_at_the_bound_it_is_refused(
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    """As an abort whose stop reason says why; the client hears of it at once."""
+    desk = Desk(
+        make_rig((LIMIT,), asynchronous=asynchronous), max_wait_seconds=30.0, refuse_on_timeout=True
+    )
+    heard = []
+    original = desk.scheduler.update_from_output
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        outputs = original(*args, **kwargs)
+        heard.extend(each for client in outputs.values() for each in client.outputs)
+        return outputs
+
+    monkeypatch.setattr(desk.scheduler, "update_from_output", listen)
+    desk.say(SHED, 1.0)
+    name = desk.add(flex=True)
+    other = desk.add(tokens=3000)
+    desk.run(60.0)
+    answer = next(each for each in heard if each.request_id == name)
+    assert str(answer.finish_reason) == "abort"
+    assert answer.stop_reason == REFUSED
+    assert desk.ends(name) == pytest.approx(30.0, abs=0.2)
+    assert desk.ends(other) is not None
+    assert desk.deferral.queue.refused == 1
+    assert desk.scheduler.requests == {}
+    assert not desk.scheduler.has_requests()
+
+
+def test_an_abort_finds_a_deferred_request(desk: Desk) -> None:
+    """One by one, in a batch that is a generator, and all at once."""
+    from vllm.v1.request import RequestStatus
+
+    desk.say(DEFER)
+    names = [desk.add(flex=True) for _ in range(6)]
+    aborted = RequestStatus.FINISHED_ABORTED
+    desk.scheduler.finish_requests(names[0], aborted)
+    desk.scheduler.finish_requests((name for name in names[1:3]), aborted)
+    desk.scheduler.finish_requests(names[0], aborted)
+    assert len(desk.deferral) == 3
+    assert desk.scheduler.get_request_counts() == (0, 3)
+    desk.scheduler.finish_requests(None, aborted)
+    assert len(desk.deferral) == 0
+    assert desk.deferral.queue.deferred_requests == 0
+    assert desk.deferral.queue.oldest_deferred_seconds is None
+    assert desk.scheduler.requests == {}
+    desk.say(OPEN)
+    desk.run(1.0)
+    assert desk.started == []
+    assert not desk.scheduler.has_requests()
+
+
+def test_a_second_request_of_the_same_name_fails_as_in_vllm(desk: Desk) -> None:
+    """And the first is not lost."""
+    desk.say(DEFER)
+    name = desk.add(flex=True)
+    again = new_request(name, [7] * 10, 1, desk.config)
+    with pytest.raises(AssertionError, match="duplicate"):
+        desk.scheduler.add_request(again)
+    desk.say(OPEN)
+    desk.run(1.0)
+    assert desk.ends(name) is not None
+
+
+def test_a_session_with_streaming_input_is_not_deferred(desk: Desk) -> None:
+    """Its parts come one after another, and somebody speaks to it."""
+    desk.say(SHED, 1.0)
+    desk.add(flex=True, resumable=True)
+    assert len(desk.deferral) == 0
+    assert len(desk.wait_queue()) == 1
+
+
+@pytest.mark.parametrize("way", ["off", "shadow", "silent", "stale", "failed"])
+def test_without_shaping_nothing_is_deferred(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """What was deferred runs at once; what comes after is not deferred."""
+    desk.say(SHED, 1.0)
+    names = [desk.add(flex=True) for _ in range(3 * MAX_LET_IN)]
+    if way in ("off", "shadow"):
+        desk.shaper.set_mode(way)
+    elif way == "failed":
+        desk.shaper._controller = None
+        desk.shaper._failed_seconds = desk.engine.now_seconds
+    else:
+        monkeypatch.setattr(desk, "_tick", lambda: None)
+        if way == "silent":
+            desk.shaper.standing = None
+        else:
+            desk.run(1.9)
+            assert desk.started == []
+            desk.run(0.2)
+    desk.run(3.0, lambda: len(desk.deferral) == 0)
+    names.append(desk.add(flex=True))
+    assert len(desk.deferral) == 0
+    desk.run(4.0)
+    assert all(desk.ends(name) is not None for name in names)
+    assert desk.released()["off"] == 3 * MAX_LET_IN
+
+
+@pytest.mark.parametrize(
+    "what", ["_follow", "_defer", "_publish", "_take_back", "_release", "is_flex", "pop"]
+)
+def test_a_failure_gives_every_request_back(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """Wherever it happens no request is lost or doubled, and it is logged once."""
+    desk.say(DEFER)
+    names = [desk.add(flex=True) for _ in range(5)]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("broken")
+
+    logging.getLogger("shaper").propagate = True
+    with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
+        if what == "is_flex":
+            patch.setattr(deferral_module, what, broken)
+        elif what == "pop":
+            patch.setattr(type(desk.scheduler.waiting), "pop", broken)
+        else:
+            patch.setattr(desk.deferral, what, broken)
+        if what == "_release":
+            desk.say(OPEN)
+        names.append(desk.add(flex=True))
+        names.append(desk.add())
+        desk.run(0.5)
+    desk.say(OPEN)
+    desk.run(10.0)
+    assert all(desk.ends(name) is not None for name in names)
+    assert len(desk.started) == len(set(desk.started))
+    assert desk.deferral._counts.errors > 0
+    assert sum("deferral failed" in record.message for record in caplog.records) == 1
+    # Later it defers again.
+    desk.run(10.0)
+    desk.engine.now_seconds += 10.0
+    desk.say(DEFER)
+    desk.add(flex=True)
+    assert len(desk.deferral) == 1
+
+
+def test_a_paused_engine_has_no_work_for_deferred_requests(desk: Desk) -> None:
+    """Else a pause would never be done; after it they go on."""
+    from vllm.v1.core.sched.interface import PauseState
+
+    desk.say(DEFER)
+    name = desk.add(flex=True)
+    for pause in (PauseState.PAUSED_NEW, PauseState.PAUSED_ALL):
+        desk.scheduler.set_pause_state(pause)
+        assert not desk.scheduler.has_requests()
+    desk.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert desk.scheduler.has_requests()
+    desk.say(OPEN)
+    desk.run(1.0)
+    assert desk.ends(name) is not None
+
+
+def test_a_reset_of_the_prefix_cache_keeps_deferred_requests(desk: Desk) -> None:
+    """Running ones are preempted by it; the deferred wait on."""
+    chat = desk.add(tokens=200)
+    desk.run(0.3)
+    desk.say(DEFER)
+    name = desk.add(flex=True)
+    while desk.engine._queue:  # a reset is made between steps
+        desk.engine._finish(desk.engine._queue.popleft())
+    desk.scheduler.reset_prefix_cache(reset_running_requests=True)
+    assert len(desk.deferral) == 1
+    desk.say(OPEN)
+    desk.run(20.0)
+    assert desk.ends(chat) is not None
+    assert desk.ends(name) is not None
+
+
+@pytest.mark.parametrize("state", list(AdmissionState))
+def test_without_flex_vllm_schedules_the_same(
+    make_rig: Any, random_traffic: Any, state: AdmissionState
+) -> None:
+    """Interactive traffic gets the same steps in every state."""
+    traffic = random_traffic(5, count=25)
+    plain = make_rig(())
+    plain.run(traffic)
+    rig = make_rig(())
+    desk = Desk(rig)
+    desk.say(state, 1.0)
+    desk.shaper.standing = Standing(1e9, desk.shaper.standing.admissibility)
+    rig.run(traffic)
+    assert rig.outputs == plain.outputs
+
+
+def test_the_priority_queue_gets_its_requests_back(make_rig: Any) -> None:
+    """vLLM's other queue is a heap; the priority that a client gave stays."""
+    from vllm.v1.core.sched.request_queue import PriorityRequestQueue
+
+    rig = make_rig((LIMIT,))
+    rig.engine.scheduler.waiting = PriorityRequestQueue()
+    desk = Desk(rig)
+    desk.say(DEFER)
+    late = desk.add(flex=True, priority=9)
+    soon = desk.add(flex=True, priority=2)
+    desk.add()
+    assert len(desk.deferral) == 2
+    assert len(desk.wait_queue()) == 1
+    desk.say(OPEN)
+    desk.run(5.0)
+    assert desk.started.index(soon) < desk.started.index(late)
+
+
+script = st.lists(
+    st.tuples(
+        st.sampled_from(["say", "flex", "chat", "run", "abort", "mode", "silent", "pause"]),
+        st.sampled_from(list(AdmissionState)),
+        st.floats(0.0, 1.0),
+        st.integers(1, 3000),
+    ),
+    max_size=40,
+)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(script=script, refuse=st.booleans(), asynchronous=st.booleans())
+def test_every_request_ends_within_its_bound(
+    make_rig: Any, script: Any, refuse: bool, asynchronous: bool
+) -> None:
+    """Under any script of states, modes, aborts and pauses; a deferred one has a wake-up."""
+    from vllm.v1.core.sched.interface import PauseState
+    from vllm.v1.request import RequestStatus
+
+    bound = 5.0
+    desk = Desk(
+        make_rig((LIMIT,), asynchronous=asynchronous),
+        max_wait_seconds=bound,
+        refuse_on_timeout=refuse,
+    )
+    aborted: set[str] = set()
+    for action, state, ratio, size in script:
+        if action == "say":
+            desk.say(state, ratio)
+        elif action in ("flex", "chat"):
+            desk.add(flex=action == "flex", prompt=size, tokens=1 + size % 20)
+        elif action == "run":
+            desk.run(2.0 * ratio)
+        elif action == "mode":
+            desk.shaper.set_mode(("on", "shadow", "off")[size % 3])
+        elif action == "silent":
+            desk.shaper.standing = None
+        elif action == "pause":
+            desk.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+            desk.run(ratio)
+            desk.scheduler.set_pause_state(PauseState.UNPAUSED)
+        elif desk.scheduler.requests:
+            names = list(desk.scheduler.requests)
+            aborted.add(names[size % len(names)])
+            desk.scheduler.finish_requests(names[size % len(names)], RequestStatus.FINISHED_ABORTED)
+        deferred = set(desk.deferral._deferred)
+        assert deferred.isdisjoint(desk.wait_queue())
+        assert deferred <= set(desk.scheduler.requests)
+        assert not deferred or desk.scheduler.has_requests()
+    desk.run(bound + 0.1)
+    # vLLM serves what it was given; nothing of it waits for us any more.
+    assert len(desk.deferral) == 0
+    desk.run(120.0)
+    for name in desk.engine.requests:
+        assert desk.ends(name) is not None or name in aborted
+    assert not desk.engine.busy
+
+
+def test_a_flood_is_weathered_in_closed_loop(make_rig: Any) -> None:
+    """With the real law of admission: interactive first, flex after, all served."""
+    rig = make_rig((PowerLimit(450.0, 1.0), LIMIT))
+    desk = Desk(rig)
+    admission = Admission(None, 0.0)
+    seen: set[AdmissionState] = set()
+
+    def tick() -> None:
+        now = desk.engine.now_seconds
+        demand = desk.shaper.demand
+        held = demand.held_ratio if demand is not None and demand.busy else 0.0
+        waited = desk.deferral.queue.wait_seconds(now)
+        outcome = admission.update(Strain(held_ratio=held, wait_seconds=waited), now)
+        seen.add(outcome.state)
+        desk.shaper.standing = Standing(now, outcome)
+
+    desk._tick = tick  # type: ignore[method-assign]
+    tick()
+    for _ in range(60):
+        desk.add(prompt=3000, tokens=30)
+    desk.run(3.0)
+    flex = [desk.add(flex=True, prompt=500, tokens=10) for _ in range(20)]
+    chat = [desk.add(prompt=500, tokens=10) for _ in range(20)]
+    assert len(desk.deferral) == 20
+    desk.run(200.0)
+    assert all(desk.ends(name) is not None for name in desk.engine.requests)
+    assert max(desk.ends(name) or 0 for name in chat) < min(desk.ends(name) or 0 for name in flex)
+    assert {SHAPED, DEFER, SHED} <= seen

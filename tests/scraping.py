@@ -1,0 +1,45 @@
+"""A status block of a test's own, and what a scrape of it shows."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from shaper.control import EngineControl
+from shaper.core.budget import Source
+from shaper.core.types import PowerBudget, PowerLimit
+from shaper.metrics import StatusCollector
+from shaper.status import read_statuses
+
+
+@pytest.fixture
+def run(request):
+    """A run id of this test's own."""
+    return f"test{os.getpid()}x{abs(hash(request.node.name)) % 10**8}"
+
+
+def scrape(run: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    registry = CollectorRegistry()
+    registry.register(StatusCollector(lambda: read_statuses(run)))
+    text = generate_latest(registry).decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def control(watts: float, **values) -> EngineControl:
+    fields = {
+        "budget": PowerBudget((PowerLimit(watts, 0.1),)),
+        "mode": "on",
+        "source": Source.CONFIGURED,
+        "seen_sequence": 0,
+        "taken_sequence": 0,
+        "refused": 0,
+        "next_change_seconds": float("inf"),
+    }
+    return EngineControl(**(fields | values))
