@@ -2,10 +2,17 @@
 
     python -m bench.overhead [--sizes 1,64,256,1024] [--steps 300] [--json FILE]
 
-vLLM's own scheduler and shaped ones step the same decodes in virtual time, by turns, in
-this process; each call is timed alone, and the medians are compared. Three states of the
-shaper: no limit, limits that don't bind, and a limit that binds (prompts wait, so that
-the planner tries its ladder of chunk sizes at every step).
+Each size is run in three states of the shaper: no limit, limits that don't bind, and a
+limit that binds (prompts wait, so that the planner looks for a chunk at every step). All
+is virtual time in this process; what is timed is the CPU time of this thread, so that
+other work on the machine costs precision only.
+
+`adds` is what the aim is judged by: inside one engine, both calls, less the part of vLLM's
+own methods in the same calls; median and p99 over steps with tokens. `beside a twin` is
+the other view: the whole calls, less those of an unshaped engine that takes the same steps
+by turns. It also has what the limits make vLLM do (copy token ids after a pause), and the
+noise of two schedulers in different memory: `twins` says how far two unshaped ones differ.
+`poll` is a call that schedules nothing, while work is held back: about one a millisecond.
 """
 
 from __future__ import annotations
@@ -16,8 +23,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +33,36 @@ from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, ShaperError
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
-STATES: dict[str, tuple[PowerLimit, ...] | None] = {
-    "vLLM": None,
+STATES: dict[str, tuple[PowerLimit, ...]] = {
     "no limit": (),
     "loose limits": (PowerLimit(5000.0, 0.1), PowerLimit(4000.0, 1.0)),
     "binding limit": (PowerLimit(640.0, 0.1), PowerLimit(600.0, 1.0)),
 }
+PARTS = {"decide": "_shape", "record": "_record", "return": "_finish"}
 # The aim: at most so many microseconds, or this part of vLLM's own, whichever is larger.
 AIM_MICROSECONDS, AIM_RATIO = 60.0, 0.03
 _WARM_UP_STEPS = 30
 _PROMPT_TOKENS = 64
+_CLOCK = time.thread_time_ns
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Medians over the steps of one size."""
+    """Medians over the steps of one size and state."""
 
     running: int
     state: str
     own_microseconds: float
     added_microseconds: float
+    added_p99_microseconds: float
+    parts_microseconds: dict[str, float]
+    """Of `PARTS`, from steps of their own, since each timer costs something, too."""
+    twin_microseconds: float
+    """More than the unshaped engine beside it."""
+    noise_microseconds: float
+    """By how much two unshaped ones differ."""
+    polls_per_step: float
+    poll_microseconds: float | None
 
     @property
     def within_aim(self) -> bool:
@@ -52,38 +70,111 @@ class Cost:
         return self.added_microseconds <= max(AIM_MICROSECONDS, AIM_RATIO * self.own_microseconds)
 
 
-class _Timed:
-    """Times two methods of a scheduler from outside, the shaper's part included.
+@dataclass(slots=True)
+class _Step:
+    """Nanoseconds of one step's two calls, all of them and vLLM's own; None before they came."""
 
-    Calls for steps without tokens are left out: the polls of a pause delay nobody.
-    """
+    schedule: tuple[int, int]
+    update: tuple[int, int] | None = None
+
+
+class _Timed:
+    """Times a scheduler's two calls from outside and, by `own_methods`, from inside."""
 
     def __init__(self, scheduler: Any) -> None:
-        self._seconds: dict[str, list[float]] = {"schedule": [], "update_from_output": []}
-        for name in self._seconds:
-            setattr(scheduler, name, self._timed(name, getattr(scheduler, name)))
+        self._inside = 0
+        self.steps: list[_Step] = []
+        self.polls: list[int] = []
+        self._flying: dict[int, _Step] = {}
+        schedule, update = scheduler.schedule, scheduler.update_from_output
 
-    def _timed(self, name: str, method: Any) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            returned = method(*args, **kwargs)
-            seconds = time.perf_counter() - start
-            step = returned if name == "schedule" else args[0]
-            if step.total_num_scheduled_tokens:
-                self._seconds[name].append(seconds)
+        def timed_schedule(*args: Any, **kwargs: Any) -> Any:
+            self._inside = 0
+            start = _CLOCK()
+            output = schedule(*args, **kwargs)
+            whole = _CLOCK() - start
+            if output.total_num_scheduled_tokens:
+                self._flying[id(output)] = step = _Step((whole, self._inside))
+                self.steps.append(step)
+            else:
+                self.polls.append(whole - self._inside)
+            return output
+
+        def timed_update(output: Any, *args: Any, **kwargs: Any) -> Any:
+            self._inside = 0
+            start = _CLOCK()
+            answer = update(output, *args, **kwargs)
+            whole = _CLOCK() - start
+            step = self._flying.pop(id(output), None)
+            if step is not None:
+                step.update = whole, self._inside
+            return answer
+
+        scheduler.schedule, scheduler.update_from_output = timed_schedule, timed_update
+
+    def inner(self, nanoseconds: int) -> None:
+        """vLLM's own part of the call that goes on."""
+        self._inside += nanoseconds
+
+    def reset(self) -> None:
+        """Forget the warm-up."""
+        self.steps.clear()
+        self.polls.clear()
+
+    def whole(self) -> list[float]:
+        """Microseconds of each step's calls."""
+        return [(s.schedule[0] + s.update[0]) / 1e3 for s in self.steps if s.update]
+
+    def own(self) -> list[float]:
+        """The part of vLLM's own methods in them."""
+        return [(s.schedule[1] + s.update[1]) / 1e3 for s in self.steps if s.update]
+
+
+@contextmanager
+def _own_methods_timed(timed: dict[int, _Timed]) -> Iterator[None]:
+    """vLLM's methods tell the `_Timed` of their scheduler how long they took."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    def around(method: Any) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            start = _CLOCK()
+            returned = method(self, *args, **kwargs)
+            timed[id(self)].inner(_CLOCK() - start)
             return returned
 
         return call
 
-    def reset(self) -> None:
-        """Forget the warm-up."""
-        for seconds in self._seconds.values():
-            seconds.clear()
+    kept = Scheduler.schedule, Scheduler.update_from_output
+    Scheduler.schedule, Scheduler.update_from_output = map(around, kept)
+    try:
+        yield
+    finally:
+        Scheduler.schedule, Scheduler.update_from_output = kept
 
-    @property
-    def microseconds(self) -> float:
-        """The medians of both methods, added up."""
-        return 1e6 * sum(statistics.median(seconds) for seconds in self._seconds.values())
+
+@dataclass(slots=True)
+class _Parts:
+    """Times methods of a shaper, one sample a call."""
+
+    nanoseconds: dict[str, list[int]] = field(default_factory=dict)
+
+    def watch(self, shaper: Any) -> None:
+        for part, name in PARTS.items():
+            samples = self.nanoseconds.setdefault(part, [])
+            setattr(shaper, name, self._timed(getattr(shaper, name), samples))
+
+    @staticmethod
+    def _timed(method: Callable[..., Any], samples: list[int]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            start = _CLOCK()
+            returned = method(*args)
+            samples.append(_CLOCK() - start)
+            return returned
+
+        return call
+
+    def medians(self) -> dict[str, float]:
+        return {k: statistics.median(v) / 1e3 if v else 0.0 for k, v in self.nanoseconds.items()}
 
 
 def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, steps: int) -> Any:
@@ -91,17 +182,31 @@ def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, st
     from shaper.simulate.rig import new_engine
 
     engine = new_engine(config, GPU, limits, kv_blocks=200_000)
-    tokens = _WARM_UP_STEPS + steps + 200
+    tokens = 2 * (_WARM_UP_STEPS + steps) + 200
     for index in range(running):
         prompt = [(index * 7 + position) % 256 for position in range(_PROMPT_TOKENS)]
         engine.add(new_request(f"r{index}", prompt, tokens, config))
-    timed = _Timed(engine.scheduler)
-    done = engine.steps + _WARM_UP_STEPS + -(-running * _PROMPT_TOKENS // 512)
-    while engine.steps < done:
-        engine.step()
+    _run(engine, _WARM_UP_STEPS + -(-running * _PROMPT_TOKENS // 512))
     # A prompt longer than any run: what waits while a limit binds.
     engine.add(new_request("long", list(range(256)) * 400, 1, config))
-    return engine, timed
+    return engine
+
+
+def _run(engine: Any, steps: int) -> None:
+    done = engine.steps + steps
+    while engine.steps < done:
+        engine.step()
+
+
+def _timer_microseconds() -> float:
+    """What a pair of timers inside another shows of itself."""
+    samples = []
+    for _ in range(2000):
+        start = _CLOCK()
+        inner = _CLOCK()
+        inner = _CLOCK() - inner
+        samples.append(_CLOCK() - start - inner)
+    return statistics.median(samples) / 1e3
 
 
 def measure(running: int, steps: int) -> list[Cost]:
@@ -109,36 +214,68 @@ def measure(running: int, steps: int) -> list[Cost]:
     from shaper.simulate.engine import engine_config
 
     config = engine_config(MODEL, GPU)
-    engines = {name: _engine(config, running, limits, steps) for name, limits in STATES.items()}
-    for _, timed in engines.values():
-        timed.reset()
+    limits: dict[str, tuple[PowerLimit, ...] | None] = {"vLLM": None, "twin": None, **STATES}
+    engines = {name: _engine(config, running, each, steps) for name, each in limits.items()}
+    timed = {name: _Timed(engine.scheduler) for name, engine in engines.items()}
     gc.collect()
     gc.disable()  # a collection in the middle would be counted as one state's
     try:
-        for _ in range(steps):
-            for engine, _ in engines.values():
-                before = engine.steps
-                while engine.steps == before:
-                    engine.step()
+        with _own_methods_timed({id(engines[n].scheduler): timed[n] for n in engines}):
+            for _ in range(steps):
+                for engine in engines.values():
+                    _run(engine, 1)
+        parts = {name: _Parts() for name in STATES}
+        for name, each in parts.items():
+            each.watch(engines[name].scheduler.shaper)
+            _run(engines[name], max(1, steps // 3))
     finally:
         gc.enable()
-    medians = {name: timed.microseconds for name, (_, timed) in engines.items()}
-    own = medians["vLLM"]
-    return [Cost(running, name, own, medians[name] - own) for name in STATES if name != "vLLM"]
+    return [_cost(running, name, timed, parts[name].medians()) for name in STATES]
+
+
+def _cost(running: int, name: str, timed: dict[str, _Timed], parts: dict[str, float]) -> Cost:
+    whole, own = timed[name].whole(), timed[name].own()
+    unshaped = timed["vLLM"].whole()
+    # Two calls a step, each with a timer inside a timer.
+    added = [a - b - 2 * _timer_microseconds() for a, b in zip(whole, own, strict=True)]
+    polls = timed[name].polls
+    return Cost(
+        running=running,
+        state=name,
+        own_microseconds=statistics.median(own),
+        added_microseconds=statistics.median(added),
+        added_p99_microseconds=sorted(added)[int(0.99 * len(added))],
+        parts_microseconds=parts,
+        twin_microseconds=_difference(whole, unshaped),
+        noise_microseconds=abs(_difference(timed["twin"].whole(), unshaped)),
+        polls_per_step=len(polls) / len(whole),
+        poll_microseconds=statistics.median(polls) / 1e3 if polls else None,
+    )
+
+
+def _difference(one: Sequence[float], other: Sequence[float]) -> float:
+    """Median of what two engines' steps differ by, in the order in which they were taken."""
+    return statistics.median(a - b for a, b in zip(one, other, strict=False))
 
 
 def table(costs: Sequence[Cost]) -> str:
-    """The costs as Markdown."""
+    """The costs as Markdown; all in microseconds."""
     lines = [
-        "| running | state | vLLM's own, us | shaper adds, us | of vLLM's own | aim |",
-        "| ---: | --- | ---: | ---: | ---: | --- |",
+        "| running | state | vLLM's own | shaper adds | p99 | of own | aim "
+        "| decide | record | return | beside a twin | twins | polls/step | poll |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: "
+        "| ---: | ---: |",
     ]
     for cost in costs:
         share = cost.added_microseconds / cost.own_microseconds
-        verdict = "met" if cost.within_aim else "missed"
+        poll = "-" if cost.poll_microseconds is None else f"{cost.poll_microseconds:,.0f}"
+        parts = " | ".join(f"{cost.parts_microseconds[part]:,.0f}" for part in PARTS)
         lines.append(
             f"| {cost.running} | {cost.state} | {cost.own_microseconds:,.0f} "
-            f"| {cost.added_microseconds:,.0f} | {share:.1%} | {verdict} |"
+            f"| {cost.added_microseconds:,.0f} | {cost.added_p99_microseconds:,.0f} "
+            f"| {share:.1%} | {'met' if cost.within_aim else 'missed'} | {parts} "
+            f"| {cost.twin_microseconds:,.0f} | ±{cost.noise_microseconds:,.0f} "
+            f"| {cost.polls_per_step:.1f} | {poll} |"
         )
     return "\n".join(lines)
 

@@ -29,7 +29,7 @@ from shaper.budget_config import Frozen, TermsConfig, first_line
 from shaper.core.budget import BudgetChange, Source
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.errors import ControlError
-from shaper.status import control_paths
+from shaper.status import control_paths, read_statuses
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +166,17 @@ class ControlFile:
                 return file.read(MAX_FILE_BYTES)
         finally:
             os.close(descriptor)
+
+
+def sweep_control_files() -> None:
+    """Remove this user's files of runs that have no engine any more: a killed server leaves
+    its own. Call it after a `StatusWriter` has removed the blocks of such engines."""
+    stem, _ = control_paths("")
+    for path in stem.parent.glob(f"{stem.name}*"):
+        run = path.name.removeprefix(stem.name).partition(".")[0]
+        if not read_statuses(run):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 class Follower:

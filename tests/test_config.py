@@ -262,7 +262,8 @@ def test_the_admin_key_is_taken_out_of_a_file_and_nowhere_else(tmp_path):
     """It goes into the environment, where what stands already wins, and into no config."""
     path = tmp_path / "s.toml"
     path.write_text(f'admin_key = "{"k" * 20}"\nlimits = ["560W@1s"]\n')
-    settings, environ = parse_config_text(str(path)), {}
+    environ: dict[str, str] = {}
+    settings = parse_config_text(str(path))
     take_admin_key(settings, str(path), environ)
     assert environ == {"SHAPER_ADMIN_KEY": "k" * 20}
     assert "k" * 20 not in repr(build_config(settings))

@@ -9,13 +9,13 @@ import threading
 import pytest
 
 from shaper.budget_config import TermsConfig
-from shaper.control import ControlFile, ControlRecord, EngineControl
+from shaper.control import ControlFile, ControlRecord, EngineControl, sweep_control_files
 from shaper.control_desk import Clocks, ControlDesk
 from shaper.core.budget import Source
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.errors import ConfigError, ControlError
 from shaper.settings import admin_key
-from shaper.status import control_paths
+from shaper.status import StatusWriter, control_paths
 from tests.controlled import Walls, engine, record, run, watts
 
 __all__ = ["run"]
@@ -168,9 +168,10 @@ def test_a_reader_never_sees_half_a_file(run):
     finally:
         stop.set()
         thread.join()
-    assert all(
-        each.budget.terms.limits[0].watts in (400.0, 200.0 + each.sequence % 300) for each in seen
-    )
+    for each in seen:
+        assert each.budget is not None
+        assert each.budget.terms.limits is not None
+        assert each.budget.terms.limits[0].watts in (400.0, 200.0 + each.sequence % 300)
 
 
 def test_only_its_user_can_read_the_file(run):
@@ -179,6 +180,21 @@ def test_only_its_user_can_read_the_file(run):
     with file.locked():
         file.write(record(run, 1))
     assert [path.stat().st_mode & 0o777 for path in control_paths(run)] == [0o600, 0o600]
+
+
+def test_the_files_of_a_killed_server_are_swept(run):
+    """Those of a run with an engine stay."""
+    file = ControlFile(run)
+    with file.locked():
+        file.write(record(run, 1))
+    writer = StatusWriter(run, 0, {})
+    try:
+        sweep_control_files()
+        assert file.read().sequence == 1
+    finally:
+        writer.close()
+    sweep_control_files()
+    assert not any(path.exists() for path in control_paths(run))
 
 
 def test_what_an_engine_says_survives_the_block():

@@ -45,9 +45,10 @@ STALE_SECONDS = 1.0
 # What a blind controller keeps free on top: about the mean error of the H100 and B200
 # profiles on published serving power (`python -m bench.fidelity`).
 BLIND_MARGIN_RATIO = 0.05
-# The margin for blindness comes and goes at this rate: a second each way, so that neither
-# the loss of a sensor nor its return is a jump.
-_MARGIN_SLEW_PER_SECOND = 0.05
+# The margin grows no faster than a window's past can make room for it without a stop, and
+# shrinks slowly, so that neither the loss of a sensor nor its return is a jump.
+_MARGIN_RISE_PER_WINDOW = 0.3
+_MARGIN_FALL_PER_SECOND = 0.05
 # The most that is ever kept free.
 MAX_MARGIN_RATIO = 0.2
 
@@ -149,9 +150,8 @@ class Controller:
         self._state: PowerState | None = None
         self._clock_hertz: float | None = None
         self._celsius: float | None = None
-        self._blind_margin_ratio = BLIND_MARGIN_RATIO
         self._margin_seconds = start_seconds
-        self._kept_ratio = margin_ratio
+        self._kept_ratio = margin_ratio + BLIND_MARGIN_RATIO  # until the first reading
         self._predictions: dict[StepBatch, tuple[StepPrediction, StepPrediction]] = {}
         self._room = UNBOUNDED
         self._plan = Plan(UNLIMITED, Reason.IDLE)
@@ -273,14 +273,14 @@ class Controller:
     def _margin(self, now_seconds: float) -> float:
         state = self._state
         blind = state is None or state.age_seconds(now_seconds) > STALE_SECONDS
-        step = _MARGIN_SLEW_PER_SECOND * max(0.0, now_seconds - self._margin_seconds)
+        wanted = self._margin_ratio + self.estimator.margin_ratio
+        wanted = min(MAX_MARGIN_RATIO, wanted + (BLIND_MARGIN_RATIO if blind else 0.0))
+        elapsed = max(0.0, now_seconds - self._margin_seconds)
         self._margin_seconds = now_seconds
-        if blind:
-            self._blind_margin_ratio = min(BLIND_MARGIN_RATIO, self._blind_margin_ratio + step)
-        else:
-            self._blind_margin_ratio = max(0.0, self._blind_margin_ratio - step)
-        margin = self._margin_ratio + self._blind_margin_ratio + self.estimator.margin_ratio
-        self._kept_ratio = min(MAX_MARGIN_RATIO, margin)
+        longest = max((x.window_seconds for x in self._ledger.budget.limits), default=1.0)
+        rise = elapsed * _MARGIN_RISE_PER_WINDOW / longest
+        fall = elapsed * _MARGIN_FALL_PER_SECOND
+        self._kept_ratio = min(max(wanted, self._kept_ratio - fall), self._kept_ratio + rise)
         return self._kept_ratio
 
     def _in_flight(self, now_seconds: float) -> list[Run]:

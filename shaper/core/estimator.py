@@ -1,141 +1,97 @@
-"""What measurement adds to the model: gains on step seconds and on joules, and their error.
+"""What measurement adds to the model: a gain on step seconds, one on joules, and a margin.
 
-Law. A step's seconds are the model's, times a gain by the step's size (`learn/seconds.py`).
-Its joules are those between steps for as long as it takes, plus the model's joules above
-them, times a gain by the step's kind (`learn/joules.py`). Seconds are learned from every
-step's output; joules from the energy counter, span by span between its moves, against
-what ran in that time (`learn/spans.py`). The meter is the truth: limits hold in metered
-watts, so the meter's own error is learned as gain.
+Laws. A step's seconds are the model's times the ratio of two exponential means, of what was
+measured and of what was predicted: a mean of the seconds, not of the ratios, so that a
+return seen late and the next one, which then seems short, cancel.
 
-The margin has two parts. The doubt is what the filter does not know about the present mix
-of work. The lean is by how much the meter has shown more than was predicted over the last
-two seconds: it is kept free at once, and fades as the gains follow. Where the last seconds
-still differ by more than both explain, the estimator disagrees with the meter: the gains are
-at their bounds, or something changes faster than they follow.
+Its joules are the model's times a gain, by recursive least squares with forgetting over
+spans of the energy counter:
+
+    ratio = (counted joules - gap power * time between steps) / predicted joules of the steps
+    gain += weight * (ratio - gain)         weight 0.15, or 0.5 where ratio is far from gain
+
+A span lies between two moves of the counter and lasts a second: a reading dates a move to
+20 ms. One gain is all that such spans identify: the terms of a step's joules are collinear.
+The meter is the truth, so its own error is learned as gain. Gains are 1 within a deadband.
+
+The margin leans on the meter: what the last span counted above the corrected prediction
+is kept free at once, and given back as the gain follows.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 
-from shaper.core.learn.joules import IDLE, JouleGains
-from shaper.core.learn.seconds import StepSeconds
-from shaper.core.learn.spans import KINDS, Edge, EdgeWork, WorkCurve, edge_work, kind_of
-from shaper.core.types import ClockEventReasons, PowerState, StepBatch, StepPrediction
+from shaper.core.types import PowerState, StepBatch, StepPrediction
 
-# A margin above this says that the model is of no use; the bounds on gains say it too.
-MAX_MARGIN_RATIO = 0.15
-# Of the margin, what doubt alone may ask for, in standard deviations, less a part that
-# the budget's tolerance covers.
-_DOUBT_DEVIATIONS, _DOUBT_FREE_RATIO, _MAX_DOUBT_RATIO = 1.5, 0.005, 0.05
-# How long a difference is looked at: errors of the counter's dating average out over two
-# seconds to half a percent.
-_LEAN_SECONDS, _DISAGREE_SECONDS, _MIX_SECONDS = 2.0, 3.0, 3.0
-# Disagreement is said above this, or three deviations, and taken back at half of it.
-_DISAGREE_RATIO, _DISAGREE_DEVIATIONS = 0.03, 3.0
-# A span of less has too little in it for its edges; one of more says nothing about now.
-_MIN_SPAN_SECONDS, _MAX_SPAN_SECONDS = 0.045, 2.0
-# A bracket is not dated better than the sampler's own jitter.
-_MIN_BRACKET_SECONDS = 0.005
-# A gain this near to 1 is noise: what 100 ms moves dated to 20 ms leave of it, or so many
-# deviations of what the filter knows. Beyond, it counts in full from a half more on.
-_BAND_RATIO, _BAND_DEVIATIONS = 0.008, 1.5
-# Clocks that moved by this much change what a profile is wrong about.
-_CLOCK_MOVED_RATIO, _CLOCK_KEPT_RATIO, _CLOCK_DOUBT_RATIO = 0.05, 0.3, 0.1
-# A mere context draws this much less than the time between steps, at least.
-_REST_SAVES_RATIO = 0.1
-# Moves that wait for the runs behind them: a long step hides a few.
-_EDGES_KEPT = 8
-_EDGES_PER_CALL = 2
+# A profile that is further off than this describes another GPU, or the sensor is wrong.
+MIN_GAIN, MAX_GAIN = 0.7, 1.4
+# Per step: about a hundred steps, or a second, to follow a change of clocks.
+_SECONDS_WEIGHT = 0.01
+_WEIGHT, _FAR_WEIGHT = 0.15, 0.5
+# Three deviations of a span's ratio: both edges off by 6 ms in a second.
+_FAR_RATIO = 0.05
+_SPAN_SECONDS = 1.0
+# A GPU that rests for long draws less than between steps: a span with more rest than this
+# would say something about rest, not about steps.
+_BUSY_RATIO = 0.9
+# A move is dated by the reading that shows it, if the one before is this recent.
+_EDGE_SECONDS = 0.05
+# A gain this near to 1 is the meter's grain, not a fault of the model.
+_DEADBAND = 0.01
+# A difference beyond the grain is kept free, up to what bounds on gains leave credible.
+_LEAN_FREE_RATIO, MAX_MARGIN_RATIO = 0.02, 0.15
+_LEAN_KEPT_RATIO = 0.7
+# So many spans in a row that differ by so much, and by half of it to end.
+_DISAGREE_RATIO, _DISAGREE_SPANS = 0.05, 3
+# Spans that wait for the steps behind them, and the steps of a few spans.
+_EDGES_KEPT, _RUNS_KEPT = 64, 4096
 
 
-def _outside(gain: float, band: float) -> float:
-    """A gain that is 1 within `band` of 1, itself beyond 1.5 bands, and without a jump."""
-    off = abs(gain - 1.0)
-    return 1.0 + math.copysign(min(off, max(0.0, 3.0 * (off - band))), gain - 1.0)
+def _clamp(value: float) -> float:
+    return min(max(value, MIN_GAIN), MAX_GAIN)
 
 
-class _Compared:
-    """Metered and predicted joules with exponential weights in time."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self.metered = self.predicted = self.lasting = 0.0
-
-    def add(self, seconds: float, metered: float, predicted: float) -> None:
-        keep = math.exp(-seconds / self._seconds)
-        self.metered = self.metered * keep + metered
-        self.predicted = self.predicted * keep + predicted
-        self.lasting = self.lasting * keep + seconds
-
-    @property
-    def ratio(self) -> float:
-        """By how much the meter showed more, over what was predicted."""
-        return self.metered / self.predicted - 1.0 if self.predicted > 0 else 0.0
+def _outside_deadband(gain: float) -> float:
+    return gain if abs(gain - 1.0) > _DEADBAND else 1.0
 
 
 class Estimator:
-    """Corrects predictions of one engine and knows how wrong they may be.
+    """Corrects predictions of one engine.
 
     Args:
-        idle_watts: power between steps, all GPUs; 0 where it is not known apart.
+        idle_watts: power between steps.
 
-    All calls come from one thread. Costs: `correct` one or two microseconds, `observe_run`
-    a few, a counter move about a hundred, ten times a second.
+    Stateful fields: two means, a gain, a margin, the runs and counter moves of late.
     """
 
-    def __init__(self, idle_watts: float = 0.0) -> None:
+    def __init__(self, idle_watts: float) -> None:
         self._idle_watts = idle_watts
-        self._seconds = StepSeconds()
-        self._joules = JouleGains()
-        self._curve = WorkCurve()
-        self._edges: deque[Edge] = deque(maxlen=_EDGES_KEPT)
-        self._from: Edge | None = None
-        self._reading: tuple[float, float] | None = None
-        self._clock_hertz: float | None = None
-        self._lean = _Compared(_LEAN_SECONDS)
-        self._long = _Compared(_DISAGREE_SECONDS)
-        self._mix = [0.0] * (KINDS + 1)
-        self._kind_gains = [1.0] * KINDS
-        self._idle_gain = 1.0
-        self._untouched = True
-        self.margin_ratio = 0.0
-        """Part of every limit to keep free, for what is known of the error in joules."""
+        self._measured_seconds = self._predicted_seconds = 0.0
+        self._joules_gain = 1.0
+        self.seconds_gain_ratio = 1.0
+        """Measured over predicted step seconds; 1 within the deadband."""
         self.joules_gain_ratio = 1.0
-        """Corrected over predicted joules above idle of the last seconds' mix of work."""
+        """Metered over predicted joules; 1 within the deadband."""
+        self.margin_ratio = 0.0
+        """Part of each limit to keep free for what the meter shows beyond the prediction."""
         self.disagreement_ratio = 0.0
-        """By how much the meter showed more than was predicted over the last seconds."""
+        """Metered over corrected watts of the last span, minus 1."""
         self.disagrees = False
-        """Whether that is more than the known errors explain."""
-
-    @property
-    def seconds_gain_ratio(self) -> float:
-        """Measured over predicted seconds of the last steps."""
-        return self._seconds.gain_ratio
-
-    @property
-    def lag_seconds(self) -> float:
-        """How late the counter is found to be."""
-        return self._joules.lag_seconds
-
-    def idle_watts(self, base_watts: float) -> float:
-        """Power between steps, corrected."""
-        return base_watts * self._idle_gain
+        """They have differed for spans by more than the meter's grain explains."""
+        self._apart = 0
+        self._runs: deque[tuple[float, float, float]] = deque(maxlen=_RUNS_KEPT)
+        self._seen: tuple[float, float] | None = None
+        self._start: tuple[float, float] | None = None
+        self._edges: deque[tuple[float, float]] = deque(maxlen=_EDGES_KEPT)
 
     def correct(self, batch: StepBatch, raw: StepPrediction) -> StepPrediction:
-        """The model's prediction of a step with all gains applied."""
-        if self._untouched and self._seconds.untouched:
+        """A prediction of `batch` with both gains applied."""
+        seconds, joules = self.seconds_gain_ratio, self.joules_gain_ratio
+        if seconds == 1.0 and joules == 1.0:
             return raw
-        seconds = raw.seconds * self._seconds.gain(batch)
-        idle = self._idle_watts
-        base = min(raw.joules, idle * raw.seconds)
-        first, part = kind_of(batch)
-        gains = self._kind_gains
-        gain = gains[first] + part * (gains[first + 1] - gains[first])
-        joules = (raw.joules - base) * gain + self._idle_gain * idle * seconds
-        return StepPrediction(seconds, joules)
+        return StepPrediction(raw.seconds * seconds, raw.joules * joules)
 
     def observe_run(
         self,
@@ -150,112 +106,80 @@ class Estimator:
         Args:
             batch: what it computed.
             raw: what the model said, before correction.
-            start_seconds: when the device began it, as far as is known.
-            end_seconds: when the device had done it.
-            measured_seconds: its time, where that is the device's own.
+            start_seconds, end_seconds: when it ran.
+            measured_seconds: its length; None where that is not the device's own.
         """
-        if measured_seconds is not None:
-            self._seconds.observe(batch, raw.seconds, measured_seconds)
-        above = raw.joules - min(raw.joules, self._idle_watts * raw.seconds)
-        self._curve.append(start_seconds, end_seconds, kind_of(batch), above)
-        for _ in range(_EDGES_PER_CALL):
-            known = self._curve.end_seconds
-            if not self._edges or self._edges[0].high_seconds - self._joules.lag_seconds > known:
-                return
-            self._take(self._edges.popleft())
+        self._runs.append((start_seconds, end_seconds, raw.joules))
+        if measured_seconds is None or raw.seconds <= 0:
+            return
+        if not 0 < measured_seconds < math.inf:
+            return
+        if not self._predicted_seconds:
+            # Begin as if the model had been right for a while.
+            self._measured_seconds = self._predicted_seconds = raw.seconds
+        # One step can't be further off than a model can be: the host was away.
+        measured = min(measured_seconds, 2 * MAX_GAIN * raw.seconds)
+        self._measured_seconds += _SECONDS_WEIGHT * (measured - self._measured_seconds)
+        self._predicted_seconds += _SECONDS_WEIGHT * (raw.seconds - self._predicted_seconds)
+        gain = _clamp(self._measured_seconds / self._predicted_seconds)
+        self.seconds_gain_ratio = _outside_deadband(gain)
 
     def observe_power(self, state: PowerState) -> None:
-        """A new reading of the sampler; one without an energy counter teaches no joules."""
-        self._follow_clock(state)
+        """Learn from the energy counter; a state without one teaches nothing."""
         energy, now = state.energy_joules, state.sampled_seconds
         if energy is None or not math.isfinite(energy):
             return
-        reading, self._reading = self._reading, (now, energy)
-        if reading is None or energy < reading[1] or now - reading[0] > _MAX_SPAN_SECONDS:
+        seen, self._seen = self._seen, (now, energy)
+        if seen is None or energy < seen[1]:
+            self._start = None  # the counter was reset
             self._edges.clear()
-            self._from = None  # the counter was reset, or the sampler was away
             return
-        if energy > reading[1]:
-            low = min(reading[0], now - _MIN_BRACKET_SECONDS)
-            self._edges.append(Edge(low, now, energy))
+        # Between two moves the counter is up to a refresh old; just after one it is not.
+        if energy > seen[1] and now - seen[0] <= _EDGE_SECONDS:
+            self._edges.append((now, energy))
+        # A move is of use once the steps up to it are back.
+        while self._edges and self._runs and self._edges[0][0] <= self._runs[-1][1]:
+            self._edge(*self._edges.popleft())
 
-    def _follow_clock(self, state: PowerState) -> None:
-        clock = state.sm_clock_hertz
-        if clock is None or ClockEventReasons.GPU_IDLE in state.clock_event_reasons:
+    def _edge(self, now_seconds: float, energy_joules: float) -> None:
+        if self._start is None:
+            self._start = (now_seconds, energy_joules)
             return
-        if self._clock_hertz is None:
-            self._clock_hertz = clock
-        elif abs(clock - self._clock_hertz) > _CLOCK_MOVED_RATIO * self._clock_hertz:
-            self._clock_hertz = clock
-            self._seconds.forget(_CLOCK_KEPT_RATIO)
-            self._joules.doubt(_CLOCK_DOUBT_RATIO)
+        begin, before = self._start
+        span = now_seconds - begin
+        if span < _SPAN_SECONDS:
+            return
+        self._start = (now_seconds, energy_joules)
+        if span > 2 * _SPAN_SECONDS:
+            return  # the sampler was away
+        busy, predicted = self._between(begin, now_seconds)
+        if busy < _BUSY_RATIO * span or predicted <= 0:
+            return
+        counted = energy_joules - before - self._idle_watts * (span - busy)
+        self._learn(_clamp(counted / predicted))
 
-    def _take(self, edge: Edge) -> None:
-        """The runs until a move of the counter are known: learn from the span before it."""
-        lag = self._joules.lag_seconds
-        before = self._from
-        if before is not None and edge.high_seconds - before.high_seconds < _MIN_SPAN_SECONDS:
-            return
-        oldest = self._curve.start_seconds + lag
-        self._from = edge if edge.low_seconds >= oldest else None
-        if self._from is None:
-            return
-        new = edge_work(self._curve, edge, lag)
-        watts, variance = self._edge(new)
-        if (
-            before is None
-            or before.low_seconds < oldest
-            or edge.high_seconds - before.high_seconds > _MAX_SPAN_SECONDS
-        ):
-            self._joules.begin(variance)
-            return
-        old = edge_work(self._curve, before, lag)
-        seconds = new.seconds - old.seconds
-        work = self._work(old.mean, new.mean, seconds)
-        metered = edge.energy_joules - before.energy_joules
-        predicted = self._joules.predicted(work)
-        self._lean.add(seconds, metered, predicted)
-        if new.mean[KINDS] > old.mean[KINDS]:
-            # What a GPU draws at rest is not known: the span says nothing about steps.
-            self._joules.begin(variance)
-            self._publish(math.sqrt(2.0 * variance))
-            return
-        self._long.add(seconds, metered, predicted)
-        self._joules.observe(work, seconds, metered, watts - self._edge(old)[0], variance)
-        keep = math.exp(-seconds / _MIX_SECONDS)
-        self._mix = [value * keep + part for value, part in zip(self._mix, work, strict=True)]
-        self._publish(math.sqrt(2.0 * variance))
+    def _between(self, begin_seconds: float, end_seconds: float) -> tuple[float, float]:
+        """Seconds in steps, and their raw joules, between two times; drops what is older."""
+        while self._runs[0][1] <= begin_seconds:
+            self._runs.popleft()
+        busy = joules = 0.0
+        for start, end, spent in self._runs:
+            inside = min(end, end_seconds) - max(start, begin_seconds)
+            if inside > 0:
+                busy += inside
+                joules += spent * inside / (end - start)
+        return busy, joules
 
-    def _work(self, old: Sequence[float], new: Sequence[float], seconds: float) -> list[float]:
-        """What ran between two edges: predicted joules by gain."""
-        work = [b - a for a, b in zip(old, new, strict=True)]
-        rest = min(work.pop(), seconds)
-        return [*work, self._idle_watts * (seconds - _REST_SAVES_RATIO * rest)]
-
-    def _edge(self, work: EdgeWork) -> tuple[float, float]:
-        """Watts around an edge, and the variance of the joules until it."""
-        inside = self._joules.predicted(
-            self._work(list(work.low), list(work.high), work.width_seconds)
-        )
-        return inside / work.width_seconds, inside * inside / 12.0
-
-    def _publish(self, edges_joules: float) -> None:
-        """Gains without grain, and the margin that goes with them."""
-        error = self._joules.error_ratio(self._mix)
-        band = max(_BAND_RATIO, _BAND_DEVIATIONS * error)
-        gains = [_outside(gain, band) for gain in self._joules.gains]
-        self._kind_gains, self._idle_gain = gains[:KINDS], gains[IDLE]
-        self._untouched = all(gain == 1.0 for gain in gains[: IDLE + 1])
-        raw = math.fsum(self._mix[:KINDS])
-        work = math.fsum(g * w for g, w in zip(self._kind_gains, self._mix[:KINDS], strict=True))
-        self.joules_gain_ratio = work / raw if raw > 0 else 1.0
-        doubt = min(max(_DOUBT_DEVIATIONS * error - _DOUBT_FREE_RATIO, 0.0), _MAX_DOUBT_RATIO)
-        self.margin_ratio = min(doubt + max(0.0, self._lean.ratio), MAX_MARGIN_RATIO)
-        self.disagreement_ratio = self._long.ratio
-        explained = math.hypot(error, edges_joules / max(self._long.predicted, edges_joules))
-        bound = max(_DISAGREE_RATIO, _DISAGREE_DEVIATIONS * explained)
-        if self.disagrees:
-            bound *= 0.5
-        self.disagrees = (
-            self._long.lasting > 0.5 * _DISAGREE_SECONDS and abs(self._long.ratio) > bound
-        )
+    def _learn(self, ratio: float) -> None:
+        excess = ratio / self.joules_gain_ratio - 1.0
+        self.disagreement_ratio = excess
+        lean = min(MAX_MARGIN_RATIO, max(0.0, excess - _LEAN_FREE_RATIO))
+        self.margin_ratio = max(lean, self.margin_ratio * _LEAN_KEPT_RATIO)
+        if self.margin_ratio < 0.001:
+            self.margin_ratio = 0.0
+        bound = _DISAGREE_RATIO / 2 if self.disagrees else _DISAGREE_RATIO
+        self._apart = self._apart + 1 if abs(excess) > bound else 0
+        self.disagrees = self._apart >= (1 if self.disagrees else _DISAGREE_SPANS)
+        off = ratio - self._joules_gain
+        self._joules_gain += (_FAR_WEIGHT if abs(off) > _FAR_RATIO else _WEIGHT) * off
+        self.joules_gain_ratio = _outside_deadband(self._joules_gain)

@@ -67,6 +67,11 @@ def _waits(request: Any) -> bool:
     return request.status.name in _WAITING
 
 
+def _streams(request: Any) -> bool:
+    parameters = request.sampling_params
+    return parameters is not None and parameters.output_kind.name == "DELTA"
+
+
 class Deferral:
     """The deferred requests of one scheduler. One thread calls; any may read `queue`.
 
@@ -255,16 +260,20 @@ class Deferral:
             return
         for request_id in self._overdue(now):
             request = self._deferred[request_id].request
+            reason, status = FinishReason.ABORT, RequestStatus.FINISHED_ABORTED
+            if _streams(request):
+                # vLLM shows a stream's client nothing of an abort before its first token.
+                reason, status = FinishReason.ERROR, RequestStatus.FINISHED_ERROR
             # Made before anything is finished: a client that waits must hear of it.
             answer = EngineCoreOutput(
                 request_id=request_id,
                 new_token_ids=[],
-                finish_reason=FinishReason.ABORT,
+                finish_reason=reason,
                 stop_reason=REFUSED,
                 events=request.take_events(),
                 trace_headers=request.trace_headers,
             )
-            self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+            self._scheduler.finish_requests(request_id, status)
             outputs.setdefault(request.client_index, EngineCoreOutputs()).outputs.append(answer)
             self._counts.refused += 1
         self._publish()

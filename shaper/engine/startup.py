@@ -10,7 +10,7 @@ from typing import Any
 
 from shaper import __version__
 from shaper.config import ShaperConfig, check_floor, check_gpu_limits
-from shaper.control import ControlFile, Follower
+from shaper.control import ControlFile, Follower, sweep_control_files
 from shaper.core.admission import EngineAdmission, FlexRules, Look
 from shaper.core.budget import describe
 from shaper.core.controller import Controller
@@ -77,6 +77,7 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     _warn_of_loose_limits(first.budget, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
     rank = _rank(vllm_config)
     status = StatusWriter(run_id(), rank, _info(config, gpus, model, vllm_config))
+    sweep_control_files()
     log = DecisionLog(_of_rank(config.decision_log, rank))
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config)
     admission = EngineAdmission(

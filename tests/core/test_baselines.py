@@ -102,6 +102,7 @@ def test_the_chunk_is_the_largest_that_keeps_the_itl_target():
     plan = LatencyChunk().plan(view(running(8, 9), itl=0.04))
     chunk = plan.limits.prefill_tokens
     assert plan.reason is Reason.CHUNK_ITL
+    assert chunk is not None
     assert predict(running(8, 9).batch(chunk)).seconds <= 0.04
     assert predict(running(8, 9).batch(chunk + 64)).seconds * 1.02 > 0.04
 

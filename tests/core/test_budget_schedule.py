@@ -81,13 +81,14 @@ def test_a_budget_of_each_gpu_is_one_of_the_engine():
     st.integers(1, 40),
     st.integers(1, 40),
 )
-def test_a_limit_that_never_binds_is_kept_by_the_other(power, one, two):
+def test_a_limit_that_never_binds_is_kept_by_the_other(power: list[float], one: int, two: int):
     """Whatever the power does: where the other holds, it holds. In slices of 10 ms."""
     if one == two:
         return
 
     def worst(window: int) -> float:
-        return max(sum(power[i : i + window]) / window for i in range(len(power) - window + 1))
+        starts = range(len(power) - window + 1)
+        return max(sum(power[i : i + window]) / window for i in starts)
 
     other = PowerLimit(max(worst(two), 1.0), two / 100)
     loose = PowerLimit(worst(one) * 0.999, one / 100)

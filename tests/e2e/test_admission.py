@@ -123,7 +123,12 @@ async def overdue(server: Server) -> None:
     async with client(server) as people:
         flood = [asyncio.create_task(prompt(people, 400 + index)) for index in range(120)]
         await until_state(server, 2)
-        whole = asyncio.create_task(prompt(people, 1, 500, extra_body=FLEX))
+        # By its age the oldest is let in, alone: it then stands in vLLM's queue.
+        oldest = asyncio.create_task(prompt(people, 1, 500, extra_body=FLEX))
+        await asyncio.to_thread(
+            server.wait_for, "deferral", lambda: server.metric("shaper_flex_deferred_requests") > 0
+        )
+        whole = asyncio.create_task(prompt(people, 2, 500, extra_body=FLEX))
         chat = people.chat.completions.create(
             model=MODEL,
             messages=[{"role": "user", "content": "hello"}],
@@ -134,18 +139,22 @@ async def overdue(server: Server) -> None:
         stream = await people.completions.create(
             model=MODEL, prompt="a stream", max_tokens=5, stream=True, extra_body=FLEX
         )
-        last = [piece.choices[0] async for piece in stream][-1]
-        for choice in (last, (await whole).choices[0], (await talk).choices[0]):
+        with pytest.raises(openai.APIError, match="Internal server error"):
+            async for piece in stream:
+                assert not piece.choices[0].text
+        for choice in ((await whole).choices[0], (await talk).choices[0]):
             assert choice.finish_reason == "abort"
             assert choice.model_dump()["stop_reason"] == "flex_wait_exceeded"
+        assert (await oldest).choices[0].finish_reason == "length"
         for each in flood:
             each.cancel()  # hangs up; vLLM aborts it
         await asyncio.gather(*flood, return_exceptions=True)
+    assert server.metric("shaper_flex_refused_total") == 3
     await asyncio.to_thread(server.wait_until_idle)
 
 
 def test_flex_that_waited_its_bound_is_told_so(tmp_path: Path) -> None:
-    """Where the operator has it refused: an answer without text that ends with `abort`."""
+    """Where the operator has it refused: no text and `abort`, or an error in the stream."""
     pytest.importorskip("vllm")
     settings = SETTINGS | {
         "ttft_target_seconds": 20,  # eight seconds of waiting defer, sixteen shed

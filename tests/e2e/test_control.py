@@ -31,7 +31,7 @@ RANKS = ("0", "1")
 def controlled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two data-parallel ranks behind two API servers, with vLLM's own key as well."""
     pytest.importorskip("vllm")
-    flags = ("--power-limit", "690W@1s", "--max-model-len", "4096", "--api-key", VLLM_KEY)
+    flags = ["--power-limit", "690W@1s", "--max-model-len", "4096", "--api-key", VLLM_KEY]
     flags += ("--data-parallel-size", "2", "--api-server-count", "2")
     directory = tmp_path_factory.mktemp("controlled")
     with running_server(directory, *flags, environment={"SHAPER_ADMIN_KEY": KEY}) as server:

@@ -59,35 +59,42 @@ class RandomLevers:
 
     def plan(self, view):
         from shaper.core.policy import Plan
-        from shaper.core.types import UNLIMITED, Reason, StepLimits
+        from shaper.core.types import UNLIMITED, Reason
 
-        load, choice = view.load, self.random.random()
-        limits, lever = UNLIMITED, None
+        options = self.options(view.load)
+        if not options or self.random.random() < 0.1:
+            return Plan(UNLIMITED, Reason.UNCONSTRAINED)
+        # Every other time the one that fired least: some can be pulled at few steps only.
+        rarest = self.random.random() < 0.5
+        lever = min(options, key=self.fired.get) if rarest else self.random.choice(list(options))
+        self.fired[lever] += 1
+        return Plan(options[lever], Reason.UNCONSTRAINED)
+
+    def options(self, load):
+        """The levers that would bite now, each with limits drawn at random."""
+        from shaper.core.types import StepLimits
+
+        draw = self.random.randint
         wanted, decodes = load.batch().prefill_tokens, load.decode_requests
         everyone = load.running_requests + load.waiting_requests
-        if choice < 0.15 and (decodes or wanted):
-            limits, lever = StepLimits(run=False), "pause"
-        elif choice < 0.4 and wanted > 1:
-            tokens = self.random.randint(1, min(24, wanted - 1))
-            limits, lever = StepLimits(prefill_tokens=tokens), "chunk"
-        elif choice < 0.55 and wanted and decodes:
-            limits, lever = StepLimits(prefill_tokens=0), "no_prefill"
-        elif choice < 0.7 and load.waiting_requests and everyone > 1:
-            cap = self.random.randint(1, everyone - 1)
-            limits, lever = StepLimits(running_requests=cap), "running"
-        elif choice < 0.8 and wanted > 1 and decodes > 1:
-            limits = StepLimits(
-                prefill_tokens=self.random.randint(1, min(24, wanted - 1)),
-                decode_requests=self.random.randint(1, decodes - 1),
-                running_requests=self.random.randint(1, everyone),
+        found = {}
+        if wanted or decodes:
+            found["pause"] = StepLimits(run=False)
+        if wanted > 1:
+            found["chunk"] = StepLimits(prefill_tokens=draw(1, min(24, wanted - 1)))
+        if wanted and decodes:
+            found["no_prefill"] = StepLimits(prefill_tokens=0)
+        if decodes > 1:
+            found["hold"] = StepLimits(decode_requests=draw(1, decodes - 1))
+        if load.waiting_requests and everyone > 1:
+            found["running"] = StepLimits(running_requests=draw(1, everyone - 1))
+        if "chunk" in found and "hold" in found:
+            found["together"] = StepLimits(
+                prefill_tokens=found["chunk"].prefill_tokens,
+                decode_requests=found["hold"].decode_requests,
+                running_requests=draw(1, everyone),
             )
-            lever = "together"
-        elif choice < 0.95 and decodes > 1:
-            cap = self.random.randint(1, decodes - 1)
-            limits, lever = StepLimits(decode_requests=cap), "hold"
-        if lever:
-            self.fired[lever] += 1
-        return Plan(limits, Reason.UNCONSTRAINED)
+        return found
 
 
 def main() -> None:

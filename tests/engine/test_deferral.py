@@ -240,10 +240,13 @@ def test_at_the_bound_it_runs(make_rig: Any) -> None:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize(("kind", "reason"), [("FINAL_ONLY", "abort"), ("DELTA", "error")])
 def test_at_the_bound_it_is_refused(
-    make_rig: Any, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+    make_rig: Any, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, kind: str, reason: str
 ) -> None:
-    """As an abort whose stop reason says why; the client hears of it at once."""
+    """As an abort whose stop reason says why, or as a stream's error; the client hears of it."""
+    from vllm.sampling_params import RequestOutputKind
+
     desk = Desk(
         make_rig((LIMIT,), asynchronous=asynchronous), max_wait_seconds=30.0, refuse_on_timeout=True
     )
@@ -258,10 +261,12 @@ def test_at_the_bound_it_is_refused(
     monkeypatch.setattr(desk.scheduler, "update_from_output", listen)
     desk.say(SHED, 1.0)
     name = desk.add(flex=True)
+    waiting = desk.scheduler.requests[name]
+    waiting.sampling_params.output_kind = RequestOutputKind[kind]
     other = desk.add(tokens=3000)
     desk.run(60.0)
     answer = next(each for each in heard if each.request_id == name)
-    assert str(answer.finish_reason) == "abort"
+    assert str(answer.finish_reason) == reason
     assert answer.stop_reason == REFUSED
     assert desk.ends(name) == pytest.approx(30.0, abs=0.2)
     assert desk.ends(other) is not None

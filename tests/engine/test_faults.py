@@ -43,7 +43,7 @@ def serve(world: Attacked, arrivals: list[tuple[float, list[int], int]], events:
           until: float, look: Any = lambda: None) -> None:  # fmt: skip
     """Serve arrivals and call events in the order of their times, looking at each tick."""
     todo = sorted(
-        [(at, order, lambda p=p, n=n, o=order: world.add(f"r{o}", p, n))
+        [(at, order, lambda p=p, n=n: world.add(f"r{len(world.engine.requests)}", p, n))
          for order, (at, p, n) in enumerate(arrivals)]
         + [(at, -1 - order, call) for order, (at, call) in enumerate(events.items())]
         + [(tick * TICK_SECONDS, 10**6 + tick, look)

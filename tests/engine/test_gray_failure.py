@@ -161,7 +161,12 @@ def test_a_gpu_that_is_slow_at_a_good_clock_is_the_throughputs(make_rig, slow):
         },
     )
     assert seen == [[Cause.THROUGHPUT], []]
-    assert [line.split(":")[0] for line in lines] == ["degraded", "recovered"]
+    # That the meter and the model are apart for a while is said too.
+    words = [line.split(":")[0] for line in lines if "model disagree" not in line]
+    assert [word for word in words if word in ("degraded", "recovered")] == [
+        "degraded",
+        "recovered",
+    ]
 
 
 def test_a_power_brake_is_named_and_power_capping_is_not(make_rig):
