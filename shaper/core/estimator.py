@@ -29,7 +29,7 @@ from shaper.core.types import ClockEventReasons, PowerState, StepBatch, StepPred
 MAX_MARGIN_RATIO = 0.15
 # Of the margin, what doubt alone may ask for, in standard deviations, less a part that
 # the budget's tolerance covers.
-_DOUBT_DEVIATIONS, _DOUBT_FREE_RATIO, _MAX_DOUBT_RATIO = 1.5, 0.005, 0.05
+_DOUBT_DEVIATIONS, _DOUBT_FREE_RATIO, _MAX_DOUBT_RATIO = 3.0, 0.0, 0.05
 # How long a difference is looked at: errors of the counter's dating average out over two
 # seconds to half a percent.
 _LEAN_SECONDS, _DISAGREE_SECONDS, _MIX_SECONDS = 2.0, 3.0, 3.0
@@ -42,6 +42,7 @@ _MIN_BRACKET_SECONDS = 0.005
 # A gain this near to 1 is noise: what 100 ms moves dated to 20 ms leave of it, or so many
 # deviations of what the filter knows. Beyond, it counts in full from a half more on.
 _BAND_RATIO, _BAND_DEVIATIONS = 0.008, 1.5
+_LOW_BAND_RATIO = 0.0
 # Clocks that moved by this much change what a profile is wrong about.
 _CLOCK_MOVED_RATIO, _CLOCK_KEPT_RATIO, _CLOCK_DOUBT_RATIO = 0.05, 0.3, 0.1
 # A mere context draws this much less than the time between steps, at least.
@@ -53,6 +54,9 @@ _EDGES_PER_CALL = 2
 
 def _outside(gain: float, band: float) -> float:
     """A gain that is 1 within `band` of 1, itself beyond 1.5 bands, and without a jump."""
+    if gain < 1.0:
+        # Taken for less than it is, a step breaks the budget; for more, it waits a little.
+        band = max(band, _LOW_BAND_RATIO)
     off = abs(gain - 1.0)
     return 1.0 + math.copysign(min(off, max(0.0, 3.0 * (off - band))), gain - 1.0)
 
@@ -160,7 +164,10 @@ class Estimator:
         self._curve.append(start_seconds, end_seconds, kind_of(batch), above)
         for _ in range(_EDGES_PER_CALL):
             known = self._curve.end_seconds
-            if not self._edges or self._edges[0].high_seconds - self._joules.lag_seconds > known:
+            if (
+                not self._edges
+                or self._edges[0].high_seconds - self._joules.lag_seconds > known
+            ):
                 return
             self._take(self._edges.popleft())
 
@@ -171,7 +178,11 @@ class Estimator:
         if energy is None or not math.isfinite(energy):
             return
         reading, self._reading = self._reading, (now, energy)
-        if reading is None or energy < reading[1] or now - reading[0] > _MAX_SPAN_SECONDS:
+        if (
+            reading is None
+            or energy < reading[1]
+            or now - reading[0] > _MAX_SPAN_SECONDS
+        ):
             self._edges.clear()
             self._from = None  # the counter was reset, or the sampler was away
             return
@@ -194,7 +205,10 @@ class Estimator:
         """The runs until a move of the counter are known: learn from the span before it."""
         lag = self._joules.lag_seconds
         before = self._from
-        if before is not None and edge.high_seconds - before.high_seconds < _MIN_SPAN_SECONDS:
+        if (
+            before is not None
+            and edge.high_seconds - before.high_seconds < _MIN_SPAN_SECONDS
+        ):
             return
         oldest = self._curve.start_seconds + lag
         self._from = edge if edge.low_seconds >= oldest else None
@@ -221,12 +235,18 @@ class Estimator:
             self._publish(math.sqrt(2.0 * variance))
             return
         self._long.add(seconds, metered, predicted)
-        self._joules.observe(work, seconds, metered, watts - self._edge(old)[0], variance)
+        self._joules.observe(
+            work, seconds, metered, watts - self._edge(old)[0], variance
+        )
         keep = math.exp(-seconds / _MIX_SECONDS)
-        self._mix = [value * keep + part for value, part in zip(self._mix, work, strict=True)]
+        self._mix = [
+            value * keep + part for value, part in zip(self._mix, work, strict=True)
+        ]
         self._publish(math.sqrt(2.0 * variance))
 
-    def _work(self, old: Sequence[float], new: Sequence[float], seconds: float) -> list[float]:
+    def _work(
+        self, old: Sequence[float], new: Sequence[float], seconds: float
+    ) -> list[float]:
         """What ran between two edges: predicted joules by gain."""
         work = [b - a for a, b in zip(old, new, strict=True)]
         rest = min(work.pop(), seconds)
@@ -247,15 +267,22 @@ class Estimator:
         self._kind_gains, self._idle_gain = gains[:KINDS], gains[IDLE]
         self._untouched = all(gain == 1.0 for gain in gains[: IDLE + 1])
         raw = math.fsum(self._mix[:KINDS])
-        work = math.fsum(g * w for g, w in zip(self._kind_gains, self._mix[:KINDS], strict=True))
+        work = math.fsum(
+            g * w for g, w in zip(self._kind_gains, self._mix[:KINDS], strict=True)
+        )
         self.joules_gain_ratio = work / raw if raw > 0 else 1.0
-        doubt = min(max(_DOUBT_DEVIATIONS * error - _DOUBT_FREE_RATIO, 0.0), _MAX_DOUBT_RATIO)
+        doubt = min(
+            max(_DOUBT_DEVIATIONS * error - _DOUBT_FREE_RATIO, 0.0), _MAX_DOUBT_RATIO
+        )
         self.margin_ratio = min(doubt + max(0.0, self._lean.ratio), MAX_MARGIN_RATIO)
         self.disagreement_ratio = self._long.ratio
-        explained = math.hypot(error, edges_joules / max(self._long.predicted, edges_joules))
+        explained = math.hypot(
+            error, edges_joules / max(self._long.predicted, edges_joules)
+        )
         bound = max(_DISAGREE_RATIO, _DISAGREE_DEVIATIONS * explained)
         if self.disagrees:
             bound *= 0.5
         self.disagrees = (
-            self._long.lasting > 0.5 * _DISAGREE_SECONDS and abs(self._long.ratio) > bound
+            self._long.lasting > 0.5 * _DISAGREE_SECONDS
+            and abs(self._long.ratio) > bound
         )

@@ -56,10 +56,12 @@ def _prior() -> Array:
     work = np.zeros(GAINS)
     work[:KINDS] = 1.0
     everything = np.ones(GAINS)
-    covariance = _ALL**2 * np.outer(everything, everything) + _WORK**2 * np.outer(work, work)
-    for first in (0, 2):
+    covariance = _ALL**2 * np.outer(everything, everything) + _WORK**2 * np.outer(
+        work, work
+    )
+    for first, last in ((0, 2), (2, 5)):
         pair = np.zeros(GAINS)
-        pair[first : first + 2] = 1.0
+        pair[first:last] = 1.0
         covariance += _PAIR**2 * np.outer(pair, pair)
     covariance += np.diag([_OWN**2] * KINDS + [_IDLE_OWN**2])
     return covariance
@@ -102,7 +104,10 @@ class JouleGains:
         joules = float(row @ self._state[:GAINS])
         if joules <= 0:
             return 0.0
-        return math.sqrt(max(0.0, float(row @ self._covariance[:GAINS, :GAINS] @ row))) / joules
+        return (
+            math.sqrt(max(0.0, float(row @ self._covariance[:GAINS, :GAINS] @ row)))
+            / joules
+        )
 
     def observe(
         self,
@@ -164,7 +169,9 @@ class JouleGains:
         state[IDLE] = min(max(float(state[IDLE]), _MIN_IDLE_GAIN), MAX_GAIN)
         state[_LAG] = min(max(float(state[_LAG]), _MIN_LAG_SECONDS), _MAX_LAG_SECONDS)
         # Work that is not seen for hours leaves its doubt at the prior's.
-        shrink = np.sqrt(np.minimum(1.0, _PRIOR_VARIANCES / self._covariance.diagonal()[:GAINS]))
+        shrink = np.sqrt(
+            np.minimum(1.0, _PRIOR_VARIANCES / self._covariance.diagonal()[:GAINS])
+        )
         self._covariance[:GAINS, :] *= shrink[:, None]
         self._covariance[:, :GAINS] *= shrink
         self.gains = state[:GAINS].tolist()

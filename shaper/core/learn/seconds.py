@@ -22,8 +22,8 @@ from shaper.core.types import StepBatch
 # A profile that is further off than this describes another GPU.
 MIN_GAIN, MAX_GAIN = 0.7, 1.4
 # Knots at 1, 2, ... 1024 decodes, and at 16, 32, ... 8192 tokens: what engines run.
-_DECODE_KNOTS, _DECODE_FIRST = 11, 0
-_PROMPT_KNOTS, _PROMPT_FIRST = 10, 4
+_DECODE_KNOTS, _DECODE_FIRST = 21, 0
+_PROMPT_KNOTS, _PROMPT_FIRST = 19, 4
 # About a hundred steps, or a second, to follow a GPU that has become slower.
 _STEPS_KEPT = 100.0
 # A kernel's efficiency changes by this much from one size to the next, and in all.
@@ -37,7 +37,7 @@ _SOLVE_STEPS = 8
 _CHANGED_RATIO, _CHANGED_WEIGHT, _CHANGED_KEPT = 0.05, 1 / 30, 0.1
 # A step with twice the tokens takes longer by more than these from 512 tokens on, and
 # below, where reading the weights is most of it: a gain that falls faster is noise.
-_LEAST_FALL_RATIO, _LEAST_SMALL_FALL_RATIO, _SMALL_KNOTS = 0.85, 0.96, 5
+_LEAST_FALL_RATIO, _LEAST_SMALL_FALL_RATIO, _SMALL_KNOTS = 0.92, 0.98, 10
 # A gain this near to 1 is drawn towards it: it is the clock's grain, not the model's fault.
 GRAIN_RATIO = 0.005
 
@@ -51,18 +51,23 @@ def without_grain(gain: float, grain_ratio: float = GRAIN_RATIO) -> float:
     """A gain whose distance from 1 is halved at `grain_ratio`, kept far above, and gone far
     below: a right model stays untouched, and there is no jump."""
     square = (gain - 1.0) * (gain - 1.0)
-    return 1.0 + (gain - 1.0) * square / (square + grain_ratio * grain_ratio) if square else 1.0
+    return (
+        1.0 + (gain - 1.0) * square / (square + grain_ratio * grain_ratio)
+        if square
+        else 1.0
+    )
 
 
 def place(size: int, first: int, knots: int) -> tuple[int, float]:
     """The knot at or below `size`, and how far on the way to the next one it is."""
     power = size.bit_length() - 1
-    index = power - first
+    index = 2 * (power - first)
     if index < 0:
         return 0, 0.0
     if index >= knots - 1:
         return knots - 2, 1.0
-    return index, size / (1 << power) - 1.0
+    part = 2.0 * (size / (1 << power) - 1.0)
+    return (index, part) if part < 1.0 else (index + 1, part - 1.0)
 
 
 class _Table:
@@ -101,7 +106,9 @@ class _Table:
                 mean = predicted / steps
                 own = steps / (noise_seconds2 / (mean * mean) + _LEAST_NOISE_RATIO**2)
             surety.append(tie + own)
-            drawn.append(tie * shared + own * (self.measured[index] / predicted if own else 0.0))
+            drawn.append(
+                tie * shared + own * (self.measured[index] / predicted if own else 0.0)
+            )
         ahead = [(0.0, 0.0)] * count
         for index in range(1, count):
             ahead[index] = _passed(surety, drawn, ahead, index - 1, step_variance)
@@ -156,9 +163,13 @@ class StepSeconds:
         if prompt_tokens:
             tokens = prompt_tokens + batch.decode_tokens
             return self._prompts.gain(*place(tokens, _PROMPT_FIRST, _PROMPT_KNOTS))
-        return self._decodes.gain(*place(batch.decode_tokens, _DECODE_FIRST, _DECODE_KNOTS))
+        return self._decodes.gain(
+            *place(batch.decode_tokens, _DECODE_FIRST, _DECODE_KNOTS)
+        )
 
-    def observe(self, batch: StepBatch, predicted_seconds: float, measured_seconds: float) -> None:
+    def observe(
+        self, batch: StepBatch, predicted_seconds: float, measured_seconds: float
+    ) -> None:
         """Learn from a step's time.
 
         Args:
@@ -217,6 +228,8 @@ class StepSeconds:
             table.solve(shared, self._noise_seconds2)
         gains = self._prompts.gains
         for index in range(1, len(gains)):
-            fall = _LEAST_SMALL_FALL_RATIO if index <= _SMALL_KNOTS else _LEAST_FALL_RATIO
+            fall = (
+                _LEAST_SMALL_FALL_RATIO if index <= _SMALL_KNOTS else _LEAST_FALL_RATIO
+            )
             gains[index] = max(gains[index], gains[index - 1] * fall)
         self.untouched = all(gain == 1.0 for gain in (*gains, *self._decodes.gains))

@@ -16,8 +16,8 @@ from shaper.core.types import StepBatch
 
 # The kinds of a step's joules above the power between steps. What a decode costs moves
 # from reading weights to reading caches and computing; what a prompt costs, to computing.
-DECODE_FEW, DECODE_MANY, PROMPT_SHORT, PROMPT_LONG = range(4)
-KINDS = 4
+DECODE_FEW, DECODE_MANY, PROMPT_SHORT, PROMPT_MIDDLE, PROMPT_LONG = range(5)
+KINDS = 5
 # Where they pass into each other: decodes of a step, and its tokens, in powers of two.
 _DECODES_LOG2, _TOKENS_LOG2 = (3.0, 8.0), (8.0, 12.0)
 # A GPU without work falls to the power of a mere context after some time (50 ms on a
@@ -30,13 +30,14 @@ _TRIM_CORNERS = 512
 def kind_of(batch: StepBatch) -> tuple[int, float]:
     """The lower one of two kinds that a step lies between, and how far towards the other."""
     if batch.prefill_tokens:
-        first, (low, high) = PROMPT_SHORT, _TOKENS_LOG2
         size = batch.prefill_tokens + batch.decode_tokens
-    else:
-        first, (low, high) = DECODE_FEW, _DECODES_LOG2
-        size = batch.decode_tokens
-    part = (log2(size) - low) / (high - low) if size else 0.0
-    return first, min(max(part, 0.0), 1.0)
+        power = (log2(size) - 8.0) / 1.5
+        if power >= 1.0:
+            return PROMPT_MIDDLE, min(power - 1.0, 1.0)
+        return PROMPT_SHORT, max(power, 0.0)
+    size = batch.decode_tokens
+    part = (log2(size) - 3.0) / 5.0 if size else 0.0
+    return DECODE_FEW, min(max(part, 0.0), 1.0)
 
 
 Work = tuple[float, ...]
@@ -60,7 +61,9 @@ class WorkCurve:
         """Where the kept curve begins."""
         return self._times[0] if self._times else float("inf")
 
-    def append(self, start: float, end: float, kind: tuple[int, float], joules: float) -> None:
+    def append(
+        self, start: float, end: float, kind: tuple[int, float], joules: float
+    ) -> None:
         """A run of `joules` above idle. One that overlaps the last is cut to what follows it."""
         if not self._times:
             self._times.append(start)
@@ -131,5 +134,7 @@ def edge_work(curve: WorkCurve, edge: Edge, lag_seconds: float) -> EdgeWork:
     quarter = (high - low) / 4.0
     points = [curve.at(low + quarter * index) for index in range(5)]
     # The trapezium rule; a bracket is about as long as a step.
-    mean = [(a + e) / 8.0 + (b + c + d) / 4.0 for a, b, c, d, e in zip(*points, strict=True)]
+    mean = [
+        (a + e) / 8.0 + (b + c + d) / 4.0 for a, b, c, d, e in zip(*points, strict=True)
+    ]
     return EdgeWork((low + high) / 2.0, mean, points[0], points[4], high - low)
