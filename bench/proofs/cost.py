@@ -14,11 +14,11 @@ from shaper.core.types import PowerLimit
 # The demand's mean is this part of the sustained limit.
 DEMAND_RATIO = 0.90
 RATES_HERTZ = (2.0, 5.0, 10.0)
-DEMAND_SECONDS, QUICK_SECONDS = 120.0, 60.0
+DEMAND_SECONDS, QUICK_SECONDS = 80.0, 60.0
 WINDOWS_SECONDS = (1.0, 10.0)
 CLIENTS = 96
 BUDGET_RATIOS = (0.85, 0.70, 0.60)
-SATURATED_SECONDS = 60.0
+SATURATED_SECONDS = 40.0
 WINDOW_SECONDS = 0.1
 
 
@@ -149,8 +149,9 @@ def sections(light: list[dict[str, Any]], heavy: list[dict[str, Any]]) -> list[S
                 Column("forced", "forced", 0),
             ),
             cases(heavy),
-            "A minute; the limit is a share of the unshaped run's highest 100 ms mean. Tokens of "
-            "unfinished requests count, and a prompt that waits counts in TTFT with its wait. "
+            f"{SATURATED_SECONDS:g} s; the limit is a share of the unshaped run's highest 100 ms "
+            "mean. Tokens of unfinished requests count, and a prompt that waits counts in TTFT "
+            "with its wait. "
             "At 24 arrivals a second the unshaped engine is above its own capacity, too.",
         ),
     ]

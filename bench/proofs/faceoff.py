@@ -16,13 +16,13 @@ from shaper.core.types import PowerLimit
 from shaper.gpu.profiles import load_profile
 
 RATE_HERTZ = 5.0
-SECONDS, QUICK_SECONDS = 120.0, 40.0
+SECONDS, QUICK_SECONDS = 90.0, 40.0
 WINDOW_SECONDS = 0.1
 LIMIT_RATIOS = (0.85, 0.70)
 ITL_SECONDS = 0.05
 # The knobs that the static caps are tuned over, as an operator would with a load test.
-PREFILL_TOKENS = (64, 128, 256, 512, 1024)
-RUNNING_REQUESTS = (16, 8, 4)
+PREFILL_TOKENS = (64, 128, 256, 512)
+RUNNING_REQUESTS = (8, 4)
 POLICIES = (
     "vLLM unshaped",
     "static caps, tuned",

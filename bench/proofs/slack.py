@@ -10,10 +10,10 @@ from bench.virtual import RunFigures, Setup, VirtualRun
 
 RATE_HERTZ = 4.0
 ITL_SECONDS = 0.05
-SEGMENT_SECONDS, QUICK_SECONDS = 300.0, 120.0
+SEGMENT_SECONDS, QUICK_SECONDS = 240.0, 120.0
 WARM_SECONDS = 30.0
 # Spread over the trace's 81 minutes at this rate.
-SEGMENTS = (0.0, 900.0, 1800.0, 2700.0, 3600.0)
+SEGMENTS = (0.0, 1200.0, 2400.0, 3600.0)
 SEEDS = (1, 2)
 EFFICIENT = Setup((), itl_seconds=ITL_SECONDS, spend_slack=True)
 

@@ -30,7 +30,7 @@ WINDOW_SETS: dict[str, tuple[float, ...]] = {
     "1 s": (1.0,),
     "100 ms and 1 s": (0.1, 1.0),
 }
-CLIENTS = 96
+CLIENTS = 64
 DEMAND_DRIVEN = ("low_use_ratio", "high_use_ratio", "rise_seconds", "cycle_ratio")
 LOADS = ("saturated", "conversation 8/s")
 
@@ -117,7 +117,7 @@ STEADY_LIMITS = (
 def steady_jobs(quick: bool) -> list[Job]:
     """One for each number of clients and budget."""
     limits = STEADY_LIMITS[1:3] if quick else STEADY_LIMITS
-    return [Job(steady, (clients, each)) for clients in (16, 96) for each in limits]
+    return [Job(steady, (clients, each)) for clients in (16, 64) for each in limits]
 
 
 def steady(clients: int, limits: tuple[PowerLimit, ...]) -> dict[str, Any]:

@@ -19,7 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from shaper.core.types import NOTHING, PowerBudget, PowerLimit, StepBatch, StepLimits, StepPrediction
+from shaper.core.types import (
+    NOTHING,
+    PowerBudget,
+    PowerLimit,
+    StepBatch,
+    StepLimits,
+    StepPrediction,
+)
 
 # About the mean error of the H100 and B200 profiles on published serving power.
 _ERROR_RATIO = 0.05

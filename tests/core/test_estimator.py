@@ -7,7 +7,7 @@ import math
 import pytest
 
 from shaper.core.estimator import MAX_MARGIN_RATIO, Estimator
-from shaper.core.learn.seconds import MAX_GAIN, MIN_GAIN
+from shaper.core.estimator import MAX_GAIN, MIN_GAIN
 from shaper.core.types import PowerState, StepBatch, StepPrediction
 
 IDLE_WATTS = 140.0

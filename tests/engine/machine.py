@@ -34,7 +34,7 @@ from shaper.core.policy.reactive import ReactiveConcurrency
 from shaper.core.policy.static import StaticCaps
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.standing import AdmissionState
-from shaper.core.types import PowerBudget, PowerLimit, Reason
+from shaper.core.types import PowerBudget, Reason
 from tests import strategies
 from tests.engine.attack import SEAMS, SENSOR_FAULTS, Sabotage
 from tests.engine.harness import Attacked, attacked, worst_ratio
@@ -312,4 +312,3 @@ class Liveness(RuleBasedStateMachine):
                 begin = start + 2 * self.longest_seconds if start else 0.0
                 ratio = worst_ratio(segments, limit, begin, end)
                 assert ratio <= 1.01, f"{limit} is over by {ratio - 1:.1%}"
-
