@@ -9,8 +9,8 @@ other work on the machine costs precision only.
 
 `adds` is what the aim is judged by: inside one engine, both calls, less the part of vLLM's
 own methods in the same calls; median and p99 over steps with tokens. `beside a twin` is
-the other view: the whole calls, less those of an unshaped engine that takes the same steps
-by turns. It also has what the limits make vLLM do (copy token ids after a pause), and the
+the other view: the whole calls, less those of an unshaped engine that takes steps by turns
+with it. It also has what the limits make vLLM do (copy token ids after a pause), and the
 noise of two schedulers in different memory: `twins` says how far two unshaped ones differ.
 `poll` is a call that schedules nothing, while work is held back: about one a millisecond.
 """
@@ -110,16 +110,16 @@ class _Timed:
                 step.update = whole, self._inside
             return answer
 
+        self._scheduler, self._plain = scheduler, (schedule, update)
         scheduler.schedule, scheduler.update_from_output = timed_schedule, timed_update
+
+    def remove(self) -> None:
+        """Time no more."""
+        self._scheduler.schedule, self._scheduler.update_from_output = self._plain
 
     def inner(self, nanoseconds: int) -> None:
         """vLLM's own part of the call that goes on."""
         self._inside += nanoseconds
-
-    def reset(self) -> None:
-        """Forget the warm-up."""
-        self.steps.clear()
-        self.polls.clear()
 
     def whole(self) -> list[float]:
         """Microseconds of each step's calls."""
@@ -152,16 +152,33 @@ def _own_methods_timed(timed: dict[int, _Timed]) -> Iterator[None]:
         Scheduler.schedule, Scheduler.update_from_output = kept
 
 
+class _Published:
+    """A sampler that ticks between the timed calls, as the live one does in its thread."""
+
+    def __init__(self, sampler: Any) -> None:
+        self._sampler = sampler
+        self.latest = sampler.latest
+
+    def tick(self) -> None:
+        """Publish what there is by now."""
+        self.latest = self._sampler.latest
+
+
 @dataclass(slots=True)
 class _Parts:
     """Times methods of a shaper, one sample a call."""
 
+    shaper: Any
     nanoseconds: dict[str, list[int]] = field(default_factory=dict)
 
-    def watch(self, shaper: Any) -> None:
+    def __post_init__(self) -> None:
         for part, name in PARTS.items():
             samples = self.nanoseconds.setdefault(part, [])
-            setattr(shaper, name, self._timed(getattr(shaper, name), samples))
+            setattr(self.shaper, name, self._timed(getattr(self.shaper, name), samples))
+
+    def remove(self) -> None:
+        for name in PARTS.values():
+            delattr(self.shaper, name)
 
     @staticmethod
     def _timed(method: Callable[..., Any], samples: list[int]) -> Callable[..., Any]:
@@ -182,7 +199,10 @@ def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, st
     from shaper.simulate.rig import new_engine
 
     engine = new_engine(config, GPU, limits, kv_blocks=200_000)
-    tokens = 2 * (_WARM_UP_STEPS + steps) + 200
+    if limits is not None:
+        shaper = engine.scheduler.shaper
+        shaper._sampler = _Published(shaper._sampler)
+    tokens = _WARM_UP_STEPS + 3 * len(STATES) * steps + 200
     for index in range(running):
         prompt = [(index * 7 + position) % 256 for position in range(_PROMPT_TOKENS)]
         engine.add(new_request(f"r{index}", prompt, tokens, config))
@@ -194,7 +214,10 @@ def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, st
 
 def _run(engine: Any, steps: int) -> None:
     done = engine.steps + steps
+    shaper = getattr(engine.scheduler, "shaper", None)
     while engine.steps < done:
+        if shaper is not None:
+            shaper._sampler.tick()
         engine.step()
 
 
@@ -210,35 +233,54 @@ def _timer_microseconds() -> float:
 
 
 def measure(running: int, steps: int) -> list[Cost]:
-    """Costs at `running` decodes, from `steps` steps of each state by turns."""
+    """Costs at `running` decodes, from `steps` steps of each state."""
     from shaper.simulate.engine import engine_config
 
     config = engine_config(MODEL, GPU)
-    limits: dict[str, tuple[PowerLimit, ...] | None] = {"vLLM": None, "twin": None, **STATES}
-    engines = {name: _engine(config, running, each, steps) for name, each in limits.items()}
-    timed = {name: _Timed(engine.scheduler) for name, engine in engines.items()}
-    gc.collect()
-    gc.disable()  # a collection in the middle would be counted as one state's
-    try:
-        with _own_methods_timed({id(engines[n].scheduler): timed[n] for n in engines}):
-            for _ in range(steps):
-                for engine in engines.values():
-                    _run(engine, 1)
-        parts = {name: _Parts() for name in STATES}
-        for name, each in parts.items():
-            each.watch(engines[name].scheduler.shaper)
-            _run(engines[name], max(1, steps // 3))
-    finally:
-        gc.enable()
-    return [_cost(running, name, timed, parts[name].medians()) for name in STATES]
+    unshaped = [_engine(config, running, None, steps) for _ in range(2)]
+    costs = []
+    for name, limits in STATES.items():
+        engine = _engine(config, running, limits, steps)
+        gc.collect()
+        gc.disable()  # a collection in the middle would be counted as the shaper's
+        try:
+            timed = _Timed(engine.scheduler)
+            with _own_methods_timed({id(engine.scheduler): timed}):
+                _run(engine, steps)
+            timed.remove()
+            parts = _Parts(engine.scheduler.shaper)
+            _run(engine, steps)
+            parts.remove()
+            beside = _by_turns([engine, *unshaped], steps)
+        finally:
+            gc.enable()
+        costs.append(_cost(running, name, timed, parts.medians(), beside))
+    return costs
 
 
-def _cost(running: int, name: str, timed: dict[str, _Timed], parts: dict[str, float]) -> Cost:
-    whole, own = timed[name].whole(), timed[name].own()
-    unshaped = timed["vLLM"].whole()
+def _by_turns(engines: Sequence[Any], steps: int) -> list[list[float]]:
+    """Microseconds of the engines' calls, step by step beside each other."""
+    timed = [_Timed(engine.scheduler) for engine in engines]
+    for _ in range(steps):
+        for engine in engines:
+            _run(engine, 1)
+    for each in timed:
+        each.remove()
+    return [each.whole() for each in timed]
+
+
+def _cost(
+    running: int,
+    name: str,
+    timed: _Timed,
+    parts: dict[str, float],
+    beside: Sequence[Sequence[float]],
+) -> Cost:
+    whole, own = timed.whole(), timed.own()
     # Two calls a step, each with a timer inside a timer.
-    added = [a - b - 2 * _timer_microseconds() for a, b in zip(whole, own, strict=True)]
-    polls = timed[name].polls
+    timers = 2 * _timer_microseconds()
+    added = [a - b - timers for a, b in zip(whole, own, strict=True)]
+    shaped, unshaped, twin = beside
     return Cost(
         running=running,
         state=name,
@@ -246,10 +288,10 @@ def _cost(running: int, name: str, timed: dict[str, _Timed], parts: dict[str, fl
         added_microseconds=statistics.median(added),
         added_p99_microseconds=sorted(added)[int(0.99 * len(added))],
         parts_microseconds=parts,
-        twin_microseconds=_difference(whole, unshaped),
-        noise_microseconds=abs(_difference(timed["twin"].whole(), unshaped)),
-        polls_per_step=len(polls) / len(whole),
-        poll_microseconds=statistics.median(polls) / 1e3 if polls else None,
+        twin_microseconds=_difference(shaped, unshaped),
+        noise_microseconds=abs(_difference(twin, unshaped)),
+        polls_per_step=len(timed.polls) / len(whole),
+        poll_microseconds=statistics.median(timed.polls) / 1e3 if timed.polls else None,
     )
 
 

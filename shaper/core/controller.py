@@ -21,8 +21,9 @@ from typing import Protocol
 from shaper.core.demand import DemandMeter
 from shaper.core.estimator import Estimator
 from shaper.core.guard import Guard
-from shaper.core.ledger import UNBOUNDED, Ledger, Run
+from shaper.core.ledger import Ledger
 from shaper.core.policy import Plan, PlanInput, Policy
+from shaper.core.room import UNBOUNDED, Run
 from shaper.core.standing import EngineDemand
 from shaper.core.types import (
     NO_TARGETS,

@@ -8,7 +8,7 @@ Its joules are the model's times a gain, by recursive least squares with forgett
 spans of the energy counter:
 
     ratio = (counted joules - gap power * time between steps) / predicted joules of the steps
-    gain += weight * (ratio - gain)         weight 0.15, or 0.5 where ratio is far from gain
+    gain += weight * (ratio - gain)         weight 0.15, or 0.9 where ratio is far from gain
 
 A span lies between two moves of the counter and lasts a second: a reading dates a move to
 20 ms. One gain is all that such spans identify: the terms of a step's joules are collinear.
@@ -29,7 +29,7 @@ from shaper.core.types import PowerState, StepBatch, StepPrediction
 MIN_GAIN, MAX_GAIN = 0.7, 1.4
 # Per step: about a hundred steps, or a second, to follow a change of clocks.
 _SECONDS_WEIGHT = 0.01
-_WEIGHT, _FAR_WEIGHT = 0.15, 0.5
+_WEIGHT, _FAR_WEIGHT = 0.15, 0.9
 # Three deviations of a span's ratio: both edges off by 6 ms in a second.
 _FAR_RATIO = 0.05
 _SPAN_SECONDS = 1.0
@@ -66,7 +66,7 @@ class Estimator:
     Stateful fields: two means, a gain, a margin, the runs and counter moves of late.
     """
 
-    def __init__(self, idle_watts: float) -> None:
+    def __init__(self, idle_watts: float = 0.0) -> None:
         self._idle_watts = idle_watts
         self._measured_seconds = self._predicted_seconds = 0.0
         self._joules_gain = 1.0
@@ -156,7 +156,7 @@ class Estimator:
         if busy < _BUSY_RATIO * span or predicted <= 0:
             return
         counted = energy_joules - before - self._idle_watts * (span - busy)
-        self._learn(_clamp(counted / predicted))
+        self._learn(counted / predicted)
 
     def _between(self, begin_seconds: float, end_seconds: float) -> tuple[float, float]:
         """Seconds in steps, and their raw joules, between two times; drops what is older."""
@@ -180,6 +180,6 @@ class Estimator:
         bound = _DISAGREE_RATIO / 2 if self.disagrees else _DISAGREE_RATIO
         self._apart = self._apart + 1 if abs(excess) > bound else 0
         self.disagrees = self._apart >= (1 if self.disagrees else _DISAGREE_SPANS)
-        off = ratio - self._joules_gain
+        off = _clamp(ratio) - self._joules_gain
         self._joules_gain += (_FAR_WEIGHT if abs(off) > _FAR_RATIO else _WEIGHT) * off
         self.joules_gain_ratio = _outside_deadband(self._joules_gain)

@@ -4,7 +4,7 @@ Law. A limit `(watts, window)` holds when for every time `t` the energy of
 `[t - window, t]` is at most `watts * window`. Energy over time is kept as a
 piecewise-linear curve `C(t)` whose corners are the starts and ends of steps,
 so the question "may a step of this length start then, and at how many watts"
-has an exact answer (`_WindowRoom`).
+has an exact answer (`core/room.py`).
 
 After the step the curve goes on at the *floor*: what the engine will draw
 whatever is decided next (idle power, and the decodes that must go on). A step
@@ -25,29 +25,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from shaper.core.curve import Array, EnergyCurve
-from shaper.core.types import PowerBudget, StepPrediction
+from shaper.core.curve import EnergyCurve
+from shaper.core.room import UNBOUNDED, Ramp, Room, Run, Window, WindowRoom
+from shaper.core.types import PowerBudget
 from shaper.errors import LedgerError
-
-Run = tuple[float, float, float]
-"""Start seconds, end seconds, joules."""
 
 # The longest window that a budget may have is 60 s.
 _HISTORY_SECONDS = 65.0
-# A window's curve has about this many corners; what merging may hide is kept free.
-_CORNERS_PER_WINDOW = 512
-# A floor above a limit is taken as this part of it: a chunk needs some room, or prompts
-# would wait for ever.
-_MOST_FLOOR_RATIO = 0.9
-# Below this part of a limit a run can't be what a window is too full of. No margin is larger.
-_COOL_RATIO = 0.8
-_INSTANT_SECONDS = 1e-6
-RAMP_WINDOW_SECONDS = 0.1
-RAMP_SECONDS = 1.0
-# A step asked about ends less than this after its start, or its end is bound by less past.
-_RAMP_HORIZON_SECONDS = 0.4
 
 
 class Ledger:
@@ -83,7 +67,7 @@ class Ledger:
         self._history.append(
             start_seconds, (past_watts if full else self._rest_watts) * _HISTORY_SECONDS
         )
-        self._windows: tuple[_Window, ...] = ()
+        self._windows: tuple[Window, ...] = ()
         self.budget = PowerBudget()
         self.set_budget(budget)
 
@@ -100,11 +84,11 @@ class Ledger:
             in_flight: runs launched and not yet over, as for `ask`. Neither they nor what was
                 entered could be chosen by the new budget; they count at no more than its watts.
         """
-        windows: list[_Window] = [
-            _Window(limit.watts, limit.window_seconds) for limit in budget.limits
+        windows: list[Window] = [
+            Window(limit.watts, limit.window_seconds) for limit in budget.limits
         ]
         if budget.ramp_watts_per_second is not None:
-            windows.append(_Ramp(budget.ramp_watts_per_second))
+            windows.append(Ramp(budget.ramp_watts_per_second))
         count = self._history.count
         times, joules = self._history.times[:count], self._history.joules[:count]
         for window in windows:
@@ -185,238 +169,5 @@ class Ledger:
                 time = busy_end = end
         runs += self._idle(time, start_seconds, busy_end)
         kept = 1.0 - margin_ratio
-        parts = tuple(_WindowRoom(window, runs, floor_watts, kept) for window in self._windows)
+        parts = tuple(WindowRoom(window, runs, floor_watts, kept) for window in self._windows)
         return Room(parts, self._lowest_watts * kept)
-
-
-class _Window:
-    """One limit and the curve that it sees."""
-
-    def __init__(self, watts: float, window_seconds: float) -> None:
-        self.watts = watts
-        self.window_seconds = window_seconds
-        self.keep_seconds = window_seconds
-        self.spacing_seconds = window_seconds / _CORNERS_PER_WINDOW
-        self._old_until_seconds = -math.inf
-        self._old_ratio = 1.0
-        self.hot_seconds = -math.inf
-        """The end of the last run that drew more than most of the limit."""
-        self.curve = EnergyCurve(0.0, self.keep_seconds, self.spacing_seconds)
-
-    def begin(self, times: Array, joules: Array, in_flight: Sequence[Run]) -> None:
-        """Take over a curve's corners, from a window ago on."""
-        end, total = float(times[-1]), float(joules[-1])
-        for start, run_end, spent in in_flight:
-            # The device may begin it later than predicted; the first run that this limit
-            # can choose begins when the last of them ends.
-            self._old_until_seconds = (start + run_end) / 2
-            end, total = run_end, total + spent
-        self._old_until_seconds = max(self._old_until_seconds, float(times[-1]))
-        within = total - float(np.interp(end - self.window_seconds, times, joules))
-        if within > 0.0:
-            self._old_ratio = min(1.0, self.watts * self.window_seconds / within)
-        self._fill(times, joules * self._old_ratio)
-
-    def _fill(self, times: Array, joules: Array) -> None:
-        hot = np.flatnonzero(np.diff(joules) > _COOL_RATIO * self.watts * np.diff(times))
-        self.hot_seconds = float(times[hot[-1] + 1]) if len(hot) else -math.inf
-        self.curve.begin(times, joules)
-
-    def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
-        """Append a run that begins where the curve ends."""
-        joules = self.counted(start_seconds, joules)
-        self.curve.append(end_seconds, joules)
-        if joules > _COOL_RATIO * self.watts * (end_seconds - start_seconds):
-            self.hot_seconds = end_seconds
-
-    def counted(self, start_seconds: float, joules: float) -> float:
-        """What a run counts: one that was there before the limit, no more than the limit."""
-        return joules * self._old_ratio if start_seconds < self._old_until_seconds else joules
-
-    def allowed_watts(self, times: Array, joules: Array) -> float:
-        """The limit over the curve with these corners."""
-        return self.watts
-
-
-class _Ramp(_Window):
-    """The ramp limit: its watts follow the power of a second ago."""
-
-    def __init__(self, ramp_watts_per_second: float) -> None:
-        super().__init__(0.0, RAMP_WINDOW_SECONDS)
-        self.keep_seconds = RAMP_SECONDS + 2 * RAMP_WINDOW_SECONDS
-        self.curve = EnergyCurve(0.0, self.keep_seconds, self.spacing_seconds)
-        self._rise_watts = ramp_watts_per_second * RAMP_SECONDS
-
-    def begin(self, times: Array, joules: Array, in_flight: Sequence[Run]) -> None:
-        """Take over a curve's corners, as they were."""
-        self._fill(times, joules)
-
-    def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
-        """Append a run that begins where the curve ends."""
-        self.curve.append(end_seconds, joules)
-        self.hot_seconds = end_seconds
-
-    def allowed_watts(self, times: Array, joules: Array) -> float:
-        """The lowest mean of 100 ms around a second ago, and the rise."""
-        window = RAMP_WINDOW_SECONDS
-        begin = times[-1] - RAMP_SECONDS
-        end = begin + window + _RAMP_HORIZON_SECONDS
-        corners = np.concatenate((times, times + window, (begin, end)))
-        corners = corners[(corners >= begin) & (corners <= end)]
-        means = np.interp(corners, times, joules) - np.interp(corners - window, times, joules)
-        return float(means.min()) / window + self._rise_watts
-
-
-class _WindowRoom:
-    """One window's answer for steps that start at the end of the known curve.
-
-    With the step at `p` watts for `s` seconds, a window that ends `x` after its start
-    holds `C(start) - C(start + x - window)` from the past, `p * min(x, s)` of the step
-    and `floor * max(0, x - s)` after it. With `room(x) = watts * window` minus the
-    first, at every `x` up to the window
-
-        x < s:   p <= room(x) / x
-        x >= s:  p <= floor + (room(x) - floor * x) / s
-
-    Both sides are linear between corners of the curve, so the least of each is at a
-    corner or at `s`; running minima from the left and from the right answer for any
-    step by one bisection. They are computed when first needed.
-    """
-
-    __slots__ = (
-        *("_floor_watts", "_kept_ratio", "_left", "_quick_watts", "_right", "_room"),
-        *("_runs", "_solved", "_window", "_x", "allowed_watts"),
-    )
-
-    def __init__(
-        self, window: _Window, runs: Sequence[Run], floor_watts: float, kept_ratio: float
-    ) -> None:
-        self._window, self._runs = window, runs
-        self._floor_watts, self._kept_ratio = floor_watts, kept_ratio
-        self._solved = False
-        self.allowed_watts = window.watts * kept_ratio
-        start = runs[-1][1] if runs else window.curve.end_seconds
-        # No power above the limit since a window ago: anything up to the limit fits.
-        cool = window.hot_seconds <= start - window.window_seconds and all(
-            joules <= self.allowed_watts * (end - begin) for begin, end, joules in runs
-        )
-        self._quick_watts = self.allowed_watts if cool else -math.inf
-
-    def fits(self, seconds: float, watts: float) -> bool:
-        """Whether a step of this length and mean power fits."""
-        return watts <= self._quick_watts or watts <= self.max_watts(seconds)
-
-    def headroom_watts(self, seconds: float, watts: float) -> float:
-        """How far it stays below what fits, or at least so far."""
-        if watts <= self._quick_watts:
-            return self._quick_watts - watts
-        return self.max_watts(seconds) - watts
-
-    def max_watts(self, seconds: float) -> float:
-        """The highest mean power at which a step of this length fits."""
-        if not self._solved:
-            self._solve()
-        index = int(self._x.searchsorted(seconds))
-        lowest = float(self._left[index - 1]) if index > 1 else math.inf
-        if seconds <= self._window.window_seconds:
-            before, after = self._x[index - 1], self._x[index]
-            share = (seconds - before) / (after - before)
-            own = self._room[index - 1] + share * (self._room[index] - self._room[index - 1])
-            spare = min(float(own) - self._floor_watts * seconds, float(self._right[index]))
-            lowest = min(lowest, self._floor_watts + spare / seconds)
-        return lowest
-
-    def empty_watts(self, seconds: float) -> float:
-        """The same if nothing had run before."""
-        span = self._window.window_seconds
-        if seconds >= span:
-            return self.allowed_watts
-        floor = min(self._floor_watts, _MOST_FLOOR_RATIO * self.allowed_watts)
-        return floor + (self.allowed_watts - floor) * span / seconds
-
-    def paced_watts(self, burst_joules: float) -> float:
-        """The limit less a burst once a window; without end where the limit is a ramp."""
-        if not self._window.watts:
-            return math.inf
-        return self.allowed_watts - burst_joules / self._window.window_seconds
-
-    def _solve(self) -> None:
-        window, curve = self._window, self._window.curve
-        count = curve.count
-        times, joules = curve.times, curve.joules
-        for begin, end, spent in self._runs:
-            times[count] = end
-            joules[count] = joules[count - 1] + window.counted(begin, spent)
-            count += 1
-        times, joules = times[:count], joules[:count]
-        span, start = window.window_seconds, float(times[-1])
-        allowed = window.allowed_watts(times, joules) * self._kept_ratio
-        self.allowed_watts = allowed
-        self._floor_watts = floor = min(self._floor_watts, _MOST_FLOOR_RATIO * allowed)
-        budget = allowed * span - joules[-1] - curve.merged_joules
-        # From just before the window's first moment: x[0] is 0 or before, and no corner. A
-        # corner within the first microsecond is no more than rounding, and divides by it.
-        first = int(times.searchsorted(start - span + _INSTANT_SECONDS, side="right")) - 1
-        x = times[first:] + (span - start)
-        room = joules[first:] + budget
-        if x[0] != 0.0:
-            room[0] += (room[1] - room[0]) * (-x[0] / (x[1] - x[0]))
-            x[0] = 0.0
-        x[-1] = span
-        self._x, self._room = x, room
-        self._left = left = np.empty_like(room)
-        left[0] = math.inf
-        np.divide(room[1:], x[1:], out=left[1:])
-        np.minimum.accumulate(left, out=left)
-        spare = room - floor * x
-        self._right = np.minimum.accumulate(spare[::-1])[::-1]
-        self._solved = True
-
-
-class Room:
-    """What every limit leaves for a step that starts at one given time."""
-
-    __slots__ = ("_parts", "sustained_watts")
-
-    def __init__(self, parts: tuple[_WindowRoom, ...], sustained_watts: float = math.inf) -> None:
-        self._parts = parts
-        self.sustained_watts = sustained_watts
-        """What the engine may draw for long: the lowest limit, less the margin."""
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is any limit."""
-        return bool(self._parts)
-
-    def fits(self, prediction: StepPrediction) -> bool:
-        """Whether a step as predicted fits every window it touches."""
-        seconds, watts = prediction.seconds, prediction.watts
-        return all(part.fits(seconds, watts) for part in self._parts)
-
-    def headroom_watts(self, prediction: StepPrediction) -> float:
-        """How far below what fits a step stays, at least; infinity without limits."""
-        seconds, watts = prediction.seconds, prediction.watts
-        return min((p.headroom_watts(seconds, watts) for p in self._parts), default=math.inf)
-
-    def max_watts(self, seconds: float) -> float:
-        """The highest mean power at which a step of this length fits.
-
-        Args:
-            seconds: the step's length, above 0.
-
-        Returns:
-            Watts; below 0 when a step of no watts at all would still leave a window
-            too full, infinity without limits.
-        """
-        return min((part.max_watts(seconds) for part in self._parts), default=math.inf)
-
-    def empty_watts(self, seconds: float) -> float:
-        """The same if nothing had run before: what no pause makes more of."""
-        return min((part.empty_watts(seconds) for part in self._parts), default=math.inf)
-
-    def paced_watts(self, burst_joules: float) -> float:
-        """Power that leaves every window room for a burst; infinity without limits."""
-        return min((part.paced_watts(burst_joules) for part in self._parts), default=math.inf)
-
-
-UNBOUNDED = Room(())

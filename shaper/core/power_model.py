@@ -136,13 +136,8 @@ class StepModel:
         sm_clock_hertz: float | None = None,
         temperature_celsius: float | None = None,
     ) -> StepPrediction:
-        """Seconds and joules of `batch`, all GPUs of the engine together.
-
-        Args:
-            batch: what the step computes.
-            sm_clock_hertz: the SM clock; by default the profile's highest.
-            temperature_celsius: of the die; by default the profile's reference.
-        """
+        """Seconds and joules of `batch`, all GPUs of the engine together, at an SM clock (by
+        default the profile's highest) and a die's temperature (the profile's reference)."""
         power = self.profile.power
         if batch.decode_tokens + batch.prefill_tokens == 0:
             seconds = self._host_seconds(batch)

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
@@ -34,10 +34,9 @@ from shaper.core.types import (
     StepLimits,
     StepPrediction,
 )
-from shaper.engine.flex import Governor
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, launched_batch
-from shaper.engine.safe_cap import SafeCap
+from shaper.engine.protocols import DecisionSink, Mode, NewCap, NewController, Sensing
 from shaper.engine.tally import RunningTally
 from shaper.metric_values import SchedulerCounters
 from shaper.recording import RecordedStep
@@ -46,84 +45,12 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-Mode = Literal["on", "shadow", "off"]
-"""`shadow` decides and records but applies nothing; `off` is vLLM as it is."""
-
-
-class NewController(Protocol):
-    """Makes a controller."""
-
-    def __call__(self, budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
-        """One that starts now; with `full` it takes every window as used up."""
-        ...
-
-
-class NewCap(Protocol):
-    """Makes the safe cap."""
-
-    def __call__(self, budget: PowerBudget) -> SafeCap:
-        """The caps that keep a budget without a controller."""
-        ...
-
-
 # Long enough for what broke the controller to pass, short enough to shape again soon.
 RETRY_SECONDS = 5.0
 _DRAIN_SECONDS = 1.0
 _LOG_AGAIN_SECONDS = 60.0
 # The meter's energy moves every 100 ms: over half a second its grain is a fifth.
 _MEASURED_SPAN_SECONDS = 0.5
-
-
-class EngineShaper(Governor, Protocol):
-    """What the scheduler calls, and what it asks before it defers a request."""
-
-    def schedule(self, run: Callable[[], Any]) -> Any:
-        """Decide, let vLLM schedule through `run`, record."""
-        ...
-
-    def returned(self, scheduler_output: Any) -> None:
-        """A step's output is back."""
-        ...
-
-    def close(self) -> None:
-        """Stop what runs beside the engine."""
-        ...
-
-
-class PassThrough:
-    """The shaper of an engine that can't be shaped and has no limit: vLLM as it is."""
-
-    shaping = False
-    standing: Standing | None = None
-    flex = FlexRules()
-    clock = staticmethod(time.monotonic)
-
-    def schedule(self, run: Callable[[], Any]) -> Any:
-        """vLLM's own."""
-        return run()
-
-    def returned(self, scheduler_output: Any) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
-
-
-class Sensing(Protocol):
-    """The part of the sampler that the runtime reads."""
-
-    @property
-    def latest(self) -> PowerState | None:
-        """What it last saw."""
-        ...
-
-
-class DecisionSink(Protocol):
-    """The part of the decision log that the runtime writes."""
-
-    def add(self, decision: Decision, meter_watts: float | None) -> None:
-        """Take one decision."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,12 +266,14 @@ class LiveShaper:
 
     def _record(self, output: Any) -> None:
         now = self.clock()
+        if output.total_num_scheduled_tokens:
+            # First: the safe cap's spacing counts on it whatever fails below.
+            self._launched_seconds = now
         batch = launched_batch(
             self._scheduler, output, self._previous, self._expected(), self._tally
         )
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
-            self._launched_seconds = now
             self._flying.append(_Flying(output, now, batch, self._controller))
         controller = self._controller
         if controller is None:

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from shaper.engine.deferral import Deferral
-from shaper.engine.runtime import EngineShaper
+from shaper.engine.protocols import EngineShaper
 from shaper.engine.startup import attach
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from shaper.engine.compat import check_scheduler, supported, vllm_version
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import flex_queue, prompt_wait_seconds
 from shaper.engine.policies import POLICIES
+from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
-from shaper.engine.runtime import EngineShaper, LiveShaper, NewController, PassThrough
+from shaper.engine.runtime import LiveShaper
 from shaper.engine.safe_cap import safe_cap
 from shaper.engine.telemetry import DecisionLog, Recorder, Telemetry
 from shaper.engine.work import engine_coefficients

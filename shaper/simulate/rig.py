@@ -13,7 +13,8 @@ from shaper.core.supervisor import Admission, Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
 from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.silicon import EmulatedGpus
-from shaper.engine.runtime import DecisionSink, LiveShaper
+from shaper.engine.protocols import DecisionSink
+from shaper.engine.runtime import LiveShaper
 from shaper.engine.safe_cap import safe_cap
 from shaper.engine.work import engine_coefficients
 from shaper.gpu.profiles import load_profile

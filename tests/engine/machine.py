@@ -76,7 +76,8 @@ class Liveness(RuleBasedStateMachine):
         asynchronous=st.booleans(),
         priorities=st.booleans(),
         kv_blocks=st.sampled_from(KV_BLOCKS),
-        max_pause_seconds=st.sampled_from([0.02, 0.1, 0.5]),
+        # Longer than what decodes wait by themselves for the slack of the targets below.
+        max_pause_seconds=st.sampled_from([0.05, 0.1, 0.5]),
         itl=st.sampled_from([None, None, 0.03, 0.1]),
         ttft=st.sampled_from([None, 0.2, 1.0]),
         spend_slack=st.booleans(),
@@ -91,7 +92,8 @@ class Liveness(RuleBasedStateMachine):
     def start(self, budget: PowerBudget, policy: str, asynchronous: bool, priorities: bool,
               kv_blocks: int, max_pause_seconds: float, itl: float | None, ttft: float | None,
               spend_slack: bool, shadow: bool, supervise: bool,
-              refuse: bool, state: AdmissionState, count: int, prompt_tokens: int, output_tokens: int) -> None:  # fmt: skip
+              refuse: bool, state: AdmissionState, count: int, prompt_tokens: int,
+              output_tokens: int) -> None:  # fmt: skip
         make: Policy = POLICIES[policy]
         self.world = attacked(
             budget.limits,

@@ -2,90 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from shaper.core.admission import Admission, FlexRules, Strain
-from shaper.core.standing import Admissibility, AdmissionState, Standing
-from shaper.core.types import PowerLimit
-from shaper.engine import deferral as deferral_module
+from shaper.core.standing import AdmissionState, Standing
 from shaper.engine.deferral import MAX_LET_IN
-from shaper.engine.flex import REFUSED, RELEASED
+from shaper.engine.flex import REFUSED
 from shaper.simulate.engine import new_request
-
-LIMIT = PowerLimit(500.0, 0.1)
-OPEN, SHAPED = AdmissionState.OPEN, AdmissionState.SHAPED
-DEFER, SHED = AdmissionState.DEFER, AdmissionState.SHED
-
-
-class Desk:
-    """A rig, with requests of both classes and a standing that the test says."""
-
-    def __init__(self, rig: Any, **rules: Any) -> None:
-        self.engine, self.shaper = rig.engine, rig.shaper
-        self.scheduler = rig.engine.scheduler
-        self.deferral = self.scheduler.deferral
-        self.shaper.flex = FlexRules(**rules)
-        self.config = self.scheduler.vllm_config
-        self._ids = itertools.count()
-        self.started: list[str] = []
-        self.say(OPEN)
-
-    def say(self, state: AdmissionState, pressure: float = 0.9) -> None:
-        """How the engine stands from now on."""
-        self._standing = (state, pressure)
-        self._tick()
-
-    def _tick(self) -> None:
-        state, pressure = self._standing
-        self.shaper.standing = Standing(
-            self.engine.now_seconds, Admissibility(state, pressure, "wait", 1.0)
-        )
-
-    def add(self, flex: bool = False, tokens: int = 3, prompt: int = 40, **extra: Any) -> str:
-        """A request of a class, as vLLM gives it to the scheduler."""
-        number = next(self._ids)
-        name = f"{'flex' if flex else 'chat'}-{number}"
-        # Of its own: no prefix is shared.
-        words = [number % 256, number // 256, *itertools.repeat(7, prompt)][:prompt]
-        request = new_request(name, words, tokens, self.config)
-        if flex:
-            request.sampling_params.extra_args = {"shaper_class": "flex"}
-        for key, value in extra.items():
-            setattr(request, key, value)
-        self.engine.add(request)
-        return name
-
-    def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
-        """Go on, with the supervisor's ticks."""
-        end = self.engine.now_seconds + seconds
-        while self.engine.busy and self.engine.now_seconds < end and not until():
-            self._tick()
-            self.engine.step()
-            self.started += [
-                request.request_id
-                for request in self.scheduler.running
-                if request.request_id not in self.started
-            ]
-
-    def ends(self, name: str) -> float | None:
-        """When a request was finished."""
-        seconds: float | None = self.engine.requests[name].finished_seconds
-        return seconds
-
-    def wait_queue(self) -> list[str]:
-        """vLLM's own."""
-        return [request.request_id for request in self.scheduler.waiting]
-
-    def released(self) -> dict[str, int]:
-        """How many were let in, by why."""
-        return dict(zip(RELEASED, self.deferral.queue.released, strict=True))
+from tests.engine.desk import DEFER, LIMIT, OPEN, SHAPED, SHED, Desk
 
 
 @pytest.fixture
@@ -318,74 +243,6 @@ def test_a_session_with_streaming_input_is_not_deferred(desk: Desk) -> None:
     assert len(desk.wait_queue()) == 1
 
 
-@pytest.mark.parametrize("way", ["off", "shadow", "silent", "stale", "failed"])
-def test_without_shaping_nothing_is_deferred(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, way: str
-) -> None:
-    """What was deferred runs at once; what comes after is not deferred."""
-    desk.say(SHED, 1.0)
-    names = [desk.add(flex=True) for _ in range(3 * MAX_LET_IN)]
-    if way in ("off", "shadow"):
-        desk.shaper.set_mode(way)
-    elif way == "failed":
-        desk.shaper._controller = None
-        desk.shaper._failed_seconds = desk.engine.now_seconds
-    else:
-        monkeypatch.setattr(desk, "_tick", lambda: None)
-        if way == "silent":
-            desk.shaper.standing = None
-        else:
-            desk.run(1.9)
-            assert desk.started == []
-            desk.run(0.2)
-    desk.run(3.0, lambda: len(desk.deferral) == 0)
-    names.append(desk.add(flex=True))
-    assert len(desk.deferral) == 0
-    desk.run(4.0)
-    assert all(desk.ends(name) is not None for name in names)
-    assert desk.released()["off"] == 3 * MAX_LET_IN
-
-
-@pytest.mark.parametrize(
-    "what", ["_follow", "_defer", "_publish", "_take_back", "_release", "is_flex", "pop"]
-)
-def test_a_failure_gives_every_request_back(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
-) -> None:
-    """Wherever it happens no request is lost or doubled, and it is logged once."""
-    desk.say(DEFER)
-    names = [desk.add(flex=True) for _ in range(5)]
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("broken")
-
-    logging.getLogger("shaper").propagate = True
-    with caplog.at_level(logging.ERROR), monkeypatch.context() as patch:
-        if what == "is_flex":
-            patch.setattr(deferral_module, what, broken)
-        elif what == "pop":
-            patch.setattr(type(desk.scheduler.waiting), "pop", broken)
-        else:
-            patch.setattr(desk.deferral, what, broken)
-        if what == "_release":
-            desk.say(OPEN)
-        names.append(desk.add(flex=True))
-        names.append(desk.add())
-        desk.run(0.5)
-    desk.say(OPEN)
-    desk.run(10.0)
-    assert all(desk.ends(name) is not None for name in names)
-    assert len(desk.started) == len(set(desk.started))
-    assert desk.deferral._counts.errors > 0
-    assert sum("deferral failed" in record.message for record in caplog.records) == 1
-    # Later it defers again.
-    desk.run(10.0)
-    desk.engine.now_seconds += 10.0
-    desk.say(DEFER)
-    desk.add(flex=True)
-    assert len(desk.deferral) == 1
-
-
 def test_a_paused_engine_has_no_work_for_deferred_requests(desk: Desk) -> None:
     """Else a pause would never be done; after it they go on."""
     from vllm.v1.core.sched.interface import PauseState
@@ -450,94 +307,3 @@ def test_the_priority_queue_gets_its_requests_back(make_rig: Any) -> None:
     desk.say(OPEN)
     desk.run(5.0)
     assert desk.started.index(soon) < desk.started.index(late)
-
-
-script = st.lists(
-    st.tuples(
-        st.sampled_from(["say", "flex", "chat", "run", "abort", "mode", "silent", "pause"]),
-        st.sampled_from(list(AdmissionState)),
-        st.floats(0.0, 1.0),
-        st.integers(1, 3000),
-    ),
-    max_size=40,
-)
-
-
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(script=script, refuse=st.booleans(), asynchronous=st.booleans())
-def test_every_request_ends_within_its_bound(
-    make_rig: Any, script: Any, refuse: bool, asynchronous: bool
-) -> None:
-    """Under any script of states, modes, aborts and pauses; a deferred one has a wake-up."""
-    from vllm.v1.core.sched.interface import PauseState
-    from vllm.v1.request import RequestStatus
-
-    bound = 5.0
-    desk = Desk(
-        make_rig((LIMIT,), asynchronous=asynchronous),
-        max_wait_seconds=bound,
-        refuse_on_timeout=refuse,
-    )
-    aborted: set[str] = set()
-    for action, state, ratio, size in script:
-        if action == "say":
-            desk.say(state, ratio)
-        elif action in ("flex", "chat"):
-            desk.add(flex=action == "flex", prompt=size, tokens=1 + size % 20)
-        elif action == "run":
-            desk.run(2.0 * ratio)
-        elif action == "mode":
-            desk.shaper.set_mode(("on", "shadow", "off")[size % 3])
-        elif action == "silent":
-            desk.shaper.standing = None
-        elif action == "pause":
-            desk.scheduler.set_pause_state(PauseState.PAUSED_NEW)
-            desk.run(ratio)
-            desk.scheduler.set_pause_state(PauseState.UNPAUSED)
-        elif desk.scheduler.requests:
-            names = list(desk.scheduler.requests)
-            aborted.add(names[size % len(names)])
-            desk.scheduler.finish_requests(names[size % len(names)], RequestStatus.FINISHED_ABORTED)
-        deferred = set(desk.deferral._deferred)
-        assert deferred.isdisjoint(desk.wait_queue())
-        assert deferred <= set(desk.scheduler.requests)
-        assert not deferred or desk.scheduler.has_requests()
-    desk.run(bound + 0.1)
-    # vLLM serves what it was given; nothing of it waits for us any more.
-    assert len(desk.deferral) == 0
-    desk.run(120.0)
-    for name in desk.engine.requests:
-        assert desk.ends(name) is not None or name in aborted
-    assert not desk.engine.busy
-
-
-def test_a_flood_is_weathered_in_closed_loop(make_rig: Any) -> None:
-    """With the real law of admission: interactive first, flex after, all served."""
-    rig = make_rig((PowerLimit(450.0, 1.0), LIMIT))
-    desk = Desk(rig)
-    admission = Admission(None, 0.0)
-    seen: set[AdmissionState] = set()
-
-    def tick() -> None:
-        now = desk.engine.now_seconds
-        demand = desk.shaper.demand
-        held = demand.held_ratio if demand is not None and demand.busy else 0.0
-        waited = desk.deferral.queue.wait_seconds(now)
-        outcome = admission.update(Strain(held_ratio=held, wait_seconds=waited), now)
-        seen.add(outcome.state)
-        desk.shaper.standing = Standing(now, outcome)
-
-    desk._tick = tick  # type: ignore[method-assign]
-    tick()
-    for _ in range(60):
-        desk.add(prompt=3000, tokens=30)
-    desk.run(3.0)
-    flex = [desk.add(flex=True, prompt=500, tokens=10) for _ in range(20)]
-    chat = [desk.add(prompt=500, tokens=10) for _ in range(20)]
-    assert len(desk.deferral) == 20
-    desk.run(200.0)
-    assert all(desk.ends(name) is not None for name in desk.engine.requests)
-    assert max(desk.ends(name) or 0 for name in chat) < min(desk.ends(name) or 0 for name in flex)
-    assert {SHAPED, DEFER, SHED} <= seen

@@ -13,7 +13,7 @@ from shaper.core.budget import resolve
 from shaper.engine import startup
 from shaper.engine.compat import supported
 from shaper.engine.policies import POLICIES
-from shaper.engine.runtime import PassThrough
+from shaper.engine.protocols import PassThrough
 from shaper.errors import ConfigError, GpuUnavailableError
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from shaper.core.ledger import Room
+from shaper.core.room import Room
 from shaper.core.types import (
     NO_TARGETS,
     EngineLoad,

@@ -1,0 +1,85 @@
+"""What one engine's shaper is made of, and what the scheduler calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+from shaper.core.admission import FlexRules
+from shaper.core.controller import Controller
+from shaper.core.standing import Standing
+from shaper.core.types import Decision, PowerBudget, PowerState
+from shaper.engine.flex import Governor
+from shaper.engine.safe_cap import SafeCap
+
+Mode = Literal["on", "shadow", "off"]
+"""`shadow` decides and records but applies nothing; `off` is vLLM as it is."""
+
+
+class NewController(Protocol):
+    """Makes a controller."""
+
+    def __call__(self, budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
+        """One that starts now; with `full` it takes every window as used up."""
+        ...
+
+
+class NewCap(Protocol):
+    """Makes the safe cap."""
+
+    def __call__(self, budget: PowerBudget) -> SafeCap:
+        """The caps that keep a budget without a controller."""
+        ...
+
+
+class EngineShaper(Governor, Protocol):
+    """What the scheduler calls, and what it asks before it defers a request."""
+
+    def schedule(self, run: Callable[[], Any]) -> Any:
+        """Decide, let vLLM schedule through `run`, record."""
+        ...
+
+    def returned(self, scheduler_output: Any) -> None:
+        """A step's output is back."""
+        ...
+
+    def close(self) -> None:
+        """Stop what runs beside the engine."""
+        ...
+
+
+class PassThrough:
+    """The shaper of an engine that can't be shaped and has no limit: vLLM as it is."""
+
+    shaping = False
+    standing: Standing | None = None
+    flex = FlexRules()
+    clock = staticmethod(time.monotonic)
+
+    def schedule(self, run: Callable[[], Any]) -> Any:
+        """vLLM's own."""
+        return run()
+
+    def returned(self, scheduler_output: Any) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class Sensing(Protocol):
+    """The part of the sampler that the runtime reads."""
+
+    @property
+    def latest(self) -> PowerState | None:
+        """What it last saw."""
+        ...
+
+
+class DecisionSink(Protocol):
+    """The part of the decision log that the runtime writes."""
+
+    def add(self, decision: Decision, meter_watts: float | None) -> None:
+        """Take one decision."""
+        ...

@@ -1,0 +1,94 @@
+"""What the API server takes from the engines' status blocks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from shaper.control import EngineControl, Mode
+from shaper.core.budget import Source
+from shaper.core.standing import Admissibility, AdmissionState, Standing, ThermalOutlook
+from shaper.core.types import PowerBudget, PowerLimit
+from shaper.engine.admission_http import Door, DoorKeeper, most_open
+from shaper.metric_values import HEARTBEAT_INDEX, standing_values
+from shaper.status import Status
+from tests.engine.door import DEFER, OPEN, SHED
+
+LIMITED = PowerBudget((PowerLimit(500.0, 1.0),))
+
+
+def status(
+    state: AdmissionState,
+    recovery: float | None = None,
+    *,
+    at: float = 100.0,
+    mode: Mode = "on",
+    budget: PowerBudget = LIMITED,
+    heat: bool = False,
+) -> Status:
+    """An engine's block, as its own writer makes it."""
+    outcome = Admissibility(state, 0.5, "wait", recovery)
+    thermal = ThermalOutlook(limit=PowerLimit(400.0, 1.0)) if heat else ThermalOutlook()
+    standing = Standing(at, admissibility=outcome, thermal=thermal)
+    control = EngineControl(budget, mode, next(iter(Source)), 0, 0, 0, math.inf)
+    sampler = [math.nan] * HEARTBEAT_INDEX + [at]
+    sections = {
+        "sampler": tuple(sampler),
+        "control": tuple(control.values()),
+        "standing": tuple(standing_values(standing)),
+        "scheduler": (),
+    }
+    return Status(info={"engine": 0}, values=sections)
+
+
+NOTHING = PowerBudget()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "door"),
+    [
+        ([], None),
+        ([status(SHED, 30.0)], Door(SHED, 30.0)),
+        ([status(OPEN)], Door(OPEN, None)),
+        # The most open one counts, and of two that are alike the one that is sooner back.
+        ([status(SHED, 30.0), status(DEFER, 9.0)], Door(DEFER, 9.0)),
+        ([status(SHED, 30.0), status(SHED, 20.0)], Door(SHED, 20.0)),
+        # A silent engine, one in shadow, one that is off and one without a budget admit all.
+        ([status(SHED, at=97.9)], None),
+        ([status(SHED), status(SHED, at=97.9)], Door(OPEN, None)),
+        ([status(SHED, mode="shadow")], None),
+        ([status(SHED), status(SHED, mode="off")], Door(OPEN, None)),
+        ([status(SHED, budget=NOTHING)], None),
+        ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0)),
+        # An engine that has written nothing yet.
+        (
+            [Status({}, dict.fromkeys(("sampler", "control", "standing", "scheduler"), ()))],
+            None,
+        ),
+    ],
+)
+def test_the_most_open_engine_counts(statuses: list[Status], door: Door | None) -> None:
+    """From the blocks, two seconds of silence allowed."""
+    assert most_open(statuses, 100.0) == door
+
+
+def test_the_blocks_are_read_now_and_then() -> None:
+    """Not at every request; one that can't be read is an open door, and it is tried again."""
+    now, calls, found = 100.0, 0, [status(SHED, 30.0)]
+
+    def read() -> list[Status]:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise OSError("no space")
+        return found
+
+    keeper = DoorKeeper(read, lambda: now)
+    for _ in range(50):
+        assert keeper.look() == Door(SHED, 30.0)
+    assert calls == 1
+    now = 100.06
+    assert keeper.look() is None
+    now = 100.12
+    assert keeper.look() == Door(SHED, 30.0)
