@@ -136,8 +136,7 @@ class StepModel:
         sm_clock_hertz: float | None = None,
         temperature_celsius: float | None = None,
     ) -> StepPrediction:
-        """Seconds and joules of `batch`, all GPUs of the engine together, at an SM clock (by
-        default the profile's highest) and a die's temperature (the profile's reference)."""
+        """Seconds and joules of `batch`, all GPUs together; by default at the highest clock."""
         power = self.profile.power
         if batch.decode_tokens + batch.prefill_tokens == 0:
             seconds = self._host_seconds(batch)

@@ -35,7 +35,7 @@ class Load:
     """How long after its first look the connector can't say what there is."""
 
 
-class ScriptedConnector(KVConnectorBase_V1):
+class ScriptedConnector(KVConnectorBase_V1):  # type: ignore[misc]
     """The scheduler's side of a connector. Which request loads what is in `loads`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -42,8 +42,14 @@ class Served:
         self, limits: tuple[PowerLimit, ...], connector: bool = True, **settings: Any
     ) -> None:
         self.log = RecordingLog()
-        settings = {"max_pause_seconds": PAUSE_SECONDS, "log": self.log} | settings
-        self.engine = new_engine(config(connector), GPU, limits, **settings)
+        self.engine = new_engine(
+            config(connector),
+            GPU,
+            limits,
+            max_pause_seconds=PAUSE_SECONDS,
+            log=self.log,
+            **settings,
+        )
         self.scheduler = self.engine.scheduler
         self.connector = attach(self.engine) if connector else None
         self.config = config(connector)
