@@ -85,9 +85,12 @@ def admission_cap(scheduler: Any) -> int:
 
 
 def waiting_requests(scheduler: Any) -> Iterator[Any]:
-    """Waiting requests in the order in which vLLM looks at them."""
-    first = getattr(scheduler, "kv_holding_waiting", None)
-    return chain(first, scheduler.waiting) if first else iter(scheduler.waiting)
+    """Waiting requests, about in the order in which vLLM looks at them."""
+    for name in ("kv_holding_waiting", "skipped_waiting"):
+        first = getattr(scheduler, name, None)
+        if first:
+            return chain(first, scheduler.waiting)
+    return iter(scheduler.waiting)
 
 
 def may_enter(scheduler: Any, request: Any) -> bool:

@@ -5,9 +5,10 @@ steps and then goes to the back of the queue, so none waits for more than
 
     (ceil(n / cap) - 1) * block <= max(LONGEST_BLOCK, ceil(n / cap) - 1)
 
-steps; one that becomes ready meanwhile queues behind those that wait. A block spares work:
-runner V1 copies all token ids of a request that comes back to the batch. Where more than
-`LONGEST_BLOCK` groups take turns the block is one step.
+steps; one that becomes ready meanwhile queues behind those that wait. Where `n` and `cap`
+change, turns end early for those that have waited for `LONGEST_BLOCK` steps, and the bound
+is `LONGEST_BLOCK + ceil(n / cap)`. A block spares work: runner V1 copies all token ids of
+a request that comes back to the batch.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Rotation:
     def __init__(self) -> None:
         self._steps = 0
         self._last_run: dict[str, int] = {}
-        self._started: dict[str, int] = {}
+        self._began: dict[str, int] = {}
 
     def choose(self, ready: Sequence[Any], cap: int) -> set[str]:
         """Ids of the `cap` decodes that run in the next step; the others are to be held.
@@ -45,26 +46,18 @@ class Rotation:
         self._steps = step = self._steps + 1
         if cap <= 0:
             return set()
-        others = -(-len(ready) // cap) - 1
-        block = max(1, LONGEST_BLOCK // others)
+        block = max(1, LONGEST_BLOCK // (-(-len(ready) // cap) - 1))
         names = [request.request_id for request in ready]
-        last = {name: self._last_run.get(name, step) for name in names}
-        started = self._started
-        # First those whose turn isn't over, the one that began last first; then by waiting.
-        going = [name for name in names if step - started.get(name, -block) < block]
-        going.sort(key=lambda name: -started[name])
-        chosen = going[:cap]
-        if len(chosen) < cap:
-            on = set(chosen)
-            waiting = [name for name in names if name not in on]
-            waiting.sort(key=last.__getitem__)
-            chosen += waiting[: cap - len(chosen)]
-        self._started = {
-            name: start if step - (start := started.get(name, -block)) < block else step
-            for name in chosen
-        }
-        for name in chosen:
-            last[name] = step
+        last = {name: self._last_run.get(name, step - 1) for name in names}
+        began = self._began
+        going = [name for name in names if step - began.get(name, -block) < block]
+        going.sort(key=lambda name: -began[name])
+        waiting = sorted(set(names).difference(going), key=last.__getitem__)
+        overdue = sum(step - last[name] > LONGEST_BLOCK for name in waiting)
+        staying = going[: max(0, cap - overdue)]
+        chosen = (staying + waiting + going[len(staying) :])[:cap]
+        self._began = {name: began[name] if name in staying else step for name in chosen}
+        last.update(dict.fromkeys(chosen, step))
         self._last_run = last
         return set(chosen)
 

@@ -37,10 +37,9 @@ def engine_load(
     tokens = decodes * (1 + scheduler.num_spec_tokens)
     budget = scheduler.max_num_scheduled_tokens
     prefills = [_demand(request) for request in counts.prefills]
-    head = None
-    if scheduler.waiting or getattr(scheduler, "kv_holding_waiting", None):
+    head = next(waiting_requests(scheduler), None)
+    if head is not None:
         _add_waiting(scheduler, prefills, budget - tokens)
-        head = next(waiting_requests(scheduler), None)
     config = scheduler.scheduler_config
     return EngineLoad(
         decode_requests=decodes,
