@@ -42,4 +42,4 @@ def control(watts: float, **values) -> EngineControl:
         "refused": 0,
         "next_change_seconds": float("inf"),
     }
-    return EngineControl(**(fields | values))
+    return EngineControl(**(fields | values))  # type: ignore[arg-type]

@@ -236,7 +236,7 @@ def test_the_recovery_hint_comes_from_the_queue_and_from_the_heat() -> None:
     hints = [(x.state, x.recovery_seconds) for _, x in run(admission, SATURATED, 0.0, 2.0)]
     for state, hint in hints:
         assert (hint is None) == (state in (AdmissionState.OPEN, AdmissionState.SHAPED))
-    assert hints[-1] == (AdmissionState.SHED, pytest.approx(30.6))
+    assert hints[-1] == (AdmissionState.SHED, pytest.approx(30.6))  # type: ignore[comparison-overlap]
     hot = dataclasses.replace(SATURATED, hot=True, cool_seconds=90.0)
     assert admission.update(hot, 2.02).recovery_seconds == pytest.approx(90.6)
     unknown = dataclasses.replace(SATURATED, hot=True, wait_seconds=math.inf)

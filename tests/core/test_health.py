@@ -113,13 +113,13 @@ def test_a_clock_that_power_or_a_setting_explains_is_not_degraded(
 ) -> None:
     """The load is at the cap, or somebody has locked the clocks, or the meter can't refute it."""
     values = {"instant_watts": watts, "average_watts": watts, "clock_event_reasons": reasons}
-    assert warm.run(120.0, sm_clock_hertz=0.6 * TOP, **values) == ()
+    assert warm.run(120.0, sm_clock_hertz=0.6 * TOP, **values) == ()  # type: ignore[arg-type]
 
 
 def test_a_power_cap_far_below_the_limit_is_not_believed(warm: Watch) -> None:
     """The driver says power cap at 40% of the limit: a bad sensor or a cap that nobody sees."""
     values = {"instant_watts": 280.0, "average_watts": 280.0}
-    warm.run(10.0, sm_clock_hertz=0.6 * TOP, clock_event_reasons=R.SW_POWER_CAP, **values)
+    warm.run(10.0, sm_clock_hertz=0.6 * TOP, clock_event_reasons=R.SW_POWER_CAP, **values)  # type: ignore[arg-type]
     assert warm.causes == [Cause.CLOCK]
 
 
@@ -127,8 +127,8 @@ def test_bursts_that_cap_the_clock_are_the_loads(warm: Watch) -> None:
     """Half a second at the limit in every two: the mean is far below it, the clock never rises."""
     for _ in range(30):
         capped = {"sm_clock_hertz": 0.8 * TOP, "clock_event_reasons": R.SW_POWER_CAP}
-        warm.run(0.5, instant_watts=690.0, **capped)
-        warm.run(1.4, instant_watts=300.0, average_watts=400.0, **capped)
+        warm.run(0.5, instant_watts=690.0, **capped)  # type: ignore[arg-type]
+        warm.run(1.4, instant_watts=300.0, average_watts=400.0, **capped)  # type: ignore[arg-type]
     assert warm.causes == []
 
 
@@ -164,7 +164,7 @@ def test_bit_and_counter_are_not_counted_twice(warm: Watch) -> None:
     for _ in range(30):
         second = math.floor(warm.now_seconds) * 0.05
         hot = {"clock_event_reasons": R.SW_THERMAL_SLOWDOWN}
-        warm.run(0.06, thermal_throttle_seconds=second, **hot)
+        warm.run(0.06, thermal_throttle_seconds=second, **hot)  # type: ignore[arg-type]
         warm.run(0.94, thermal_throttle_seconds=second)
     assert warm.causes == []
 
@@ -215,7 +215,7 @@ def test_idle_clocks_and_the_first_seconds_are_not_judged() -> None:
     """An idle GPU parks its clock; one that wakes, and one that just started, is let be."""
     watch = Watch()
     parked = {"sm_clock_hertz": 345e6, "clock_event_reasons": R.GPU_IDLE}
-    assert watch.run(120.0, busy=False, gain=1.4, **parked) == ()
+    assert watch.run(120.0, busy=False, gain=1.4, **parked) == ()  # type: ignore[arg-type]
     assert watch.run(8.0, gain=1.4, sm_clock_hertz=0.5 * TOP) == ()
     watch.run(60.0)
     for _ in range(20):
@@ -229,15 +229,15 @@ def test_a_fault_that_can_no_longer_be_seen_is_let_go_after_a_minute(warm: Watch
     """A router that avoids a degraded engine would else never learn that it is well."""
     warm.run(20.0, sm_clock_hertz=0.7 * TOP)
     idle = {"sm_clock_hertz": 345e6, "clock_event_reasons": R.GPU_IDLE}
-    assert len(warm.run(55.0, busy=False, **idle)) == 1
-    assert warm.run(10.0, busy=False, **idle) == ()
+    assert len(warm.run(55.0, busy=False, **idle)) == 1  # type: ignore[arg-type]
+    assert warm.run(10.0, busy=False, **idle) == ()  # type: ignore[arg-type]
     assert "no longer degraded for clock" in warm.lines[-1][1]
 
 
 def test_a_limit_that_somebody_changed_is_said_once(warm: Watch) -> None:
     """`nvidia-smi -pl 500` by another operator is not a fault, but it is news."""
     capped = {"clock_event_reasons": R.SW_POWER_CAP, "sm_clock_hertz": 0.8 * TOP}
-    assert warm.run(30.0, enforced_limit_watts=500.0, instant_watts=495.0, **capped) == ()
+    assert warm.run(30.0, enforced_limit_watts=500.0, instant_watts=495.0, **capped) == ()  # type: ignore[arg-type]
     assert warm.run(30.0, enforced_limit_watts=None) == ()
     warm.run(30.0, enforced_limit_watts=700.0)
     assert [line for _, line in warm.lines] == [

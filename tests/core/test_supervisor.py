@@ -145,7 +145,7 @@ def test_heat_becomes_one_more_limit_unless_that_is_switched_off() -> None:
     for shapes in (True, False):
         supervisor = Supervisor(PROFILE, shapes_heat=shapes)
         hot = {"temperature_celsius": 85.0, "instant_watts": 600.0}
-        standing, lines = run(supervisor, 0.0, 20.0, **hot)
+        standing, lines = run(supervisor, 0.0, 20.0, **hot)  # type: ignore[arg-type]
         assert bool(standing.limits) is shapes
         assert [line.startswith("heat:") for line in lines] == [True] * shapes
         assert standing.thermal.die_celsius is not None

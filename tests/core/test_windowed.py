@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shaper.core.ledger import Ledger
 from shaper.core.policy import PlanInput
-from shaper.core.policy.windowed import GENTLE_STEPS, SLACK_SHARE, WindowedPlanner
+from shaper.core.policy.windowed import GENTLE_STEPS, SLACK_SHARE, WindowedPlanner  # type: ignore[attr-defined]
 from shaper.core.types import (
     EngineLoad,
     LatencyTargets,

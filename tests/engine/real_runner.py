@@ -66,7 +66,7 @@ class RandomLevers:
             return Plan(UNLIMITED, Reason.UNCONSTRAINED)
         # Every other time the one that fired least: some can be pulled at few steps only.
         rarest = self.random.random() < 0.5
-        lever = min(options, key=self.fired.get) if rarest else self.random.choice(list(options))
+        lever = min(options, key=self.fired.get) if rarest else self.random.choice(list(options))  # type: ignore[arg-type]
         self.fired[lever] += 1
         return Plan(options[lever], Reason.UNCONSTRAINED)
 
@@ -113,7 +113,7 @@ def main() -> None:
             policies.append(RandomLevers())
             return policies[-1]
 
-        startup.POLICIES["predictive"] = lambda config: policy()
+        startup.POLICIES["predictive"] = lambda config: policy()  # type: ignore[attr-defined]
         settings = {
             "limits": [{"watts": 500, "window_seconds": 1.0}],
             "sensor": "none",

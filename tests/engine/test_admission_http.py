@@ -324,7 +324,7 @@ def test_a_mistake_in_here_costs_no_request(monkeypatch: pytest.MonkeyPatch, wha
     assert done.status == 200
     assert done.inside.body == b'{"service_tier": "flex"}'
     assert len(done.inside.calls) == 1
-    assert dict(done.scope["headers"])[b"content-length"] == b"24"
+    assert dict(done.scope["headers"])[b"content-length"] == b"24"  # type: ignore[arg-type, index]
 
 
 def test_keys_come_from_the_configuration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,7 +132,7 @@ def test_waiting_makes_the_bar_lower(make_rig: Any) -> None:
     desk.run(5.0)
     assert desk.started == names
     ends = [desk.ends(name) for name in names]
-    assert ends == sorted(ends)
+    assert ends == sorted(ends)  # type: ignore[type-var]
     assert desk.released() == {"room": 0, "aged": 3, "timeout": 0, "off": 0}
 
 
@@ -175,7 +175,7 @@ def test_at_the_bound_it_is_refused(
     desk = Desk(
         make_rig((LIMIT,), asynchronous=asynchronous), max_wait_seconds=30.0, refuse_on_timeout=True
     )
-    heard = []
+    heard = []  # type: ignore[var-annotated]
     original = desk.scheduler.update_from_output
 
     def listen(*args: Any, **kwargs: Any) -> Any:

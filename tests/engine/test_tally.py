@@ -119,7 +119,7 @@ def test_what_it_holds_does_not_grow(make_rig, random_traffic):
 class FakeRequest(SimpleNamespace):
     """Compared by identity, as vLLM's are."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # type: ignore[assignment]
     __eq__ = object.__eq__
 
 
