@@ -52,11 +52,13 @@ class Rotation:
         began = self._began
         going = [name for name in names if step - began.get(name, -block) < block]
         going.sort(key=lambda name: -began[name])
-        waiting = sorted(set(names).difference(going), key=last.__getitem__)
+        on = set(going)
+        waiting = sorted((name for name in names if name not in on), key=last.__getitem__)
         overdue = sum(step - last[name] > LONGEST_BLOCK for name in waiting)
-        staying = going[: max(0, cap - overdue)]
-        chosen = (staying + waiting + going[len(staying) :])[:cap]
-        self._began = {name: began[name] if name in staying else step for name in chosen}
+        stay = max(0, cap - overdue)
+        chosen = (going[:stay] + waiting + going[stay:])[:cap]
+        # One that is over its block begins another, if nobody waits for its place.
+        self._began = {name: began[name] if name in on else step for name in chosen}
         last.update(dict.fromkeys(chosen, step))
         self._last_run = last
         return set(chosen)

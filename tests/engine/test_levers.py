@@ -281,27 +281,3 @@ def test_a_cap_on_running_requests_over_the_real_scheduler(make_rig, random_traf
     assert not rig.engine.busy
     most = max(len(output["tokens"]) for output in rig.outputs)
     assert most == 3
-
-
-def test_a_grammar_that_is_ready_is_planned(make_rig):
-    """Its prompt is cut like any other where the budget binds, and not admitted whole."""
-    from vllm.v1.request import RequestStatus
-
-    from shaper.simulate.engine import new_request
-
-    rig = make_rig((PowerLimit(450.0, 0.1),))
-    config = rig.engine.scheduler.vllm_config
-    rig.engine.add(new_request("decode", [1] * 100, 2000, config))
-    rig.engine.run_until(0.5)
-    request = new_request("json", [2] * 7000, 5, config)
-    request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
-    request.structured_output_request = SimpleNamespace(is_grammar_ready=True, grammar=object())
-    # The grammar itself is of no interest: no token is held to it.
-    manager = rig.engine.scheduler.structured_output_manager
-    manager.should_advance = lambda *_: False
-    request.sampling_params.structured_outputs = None
-    rig.engine.add(request)
-    rig.engine.run_until(8.0)
-    chunks = [o["tokens"]["json"] for o in rig.outputs if "json" in o["tokens"]]
-    assert sum(chunks) >= 7000
-    assert max(chunks) < 7000
