@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 _skipped_shared: list[str] = []
+
+# A logger that somebody has set up keeps its own level, whatever vLLM's is in this process.
+logging.getLogger("shaper").addHandler(logging.NullHandler())
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

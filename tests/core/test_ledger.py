@@ -287,10 +287,10 @@ def test_the_ramp_limit_bounds_the_rise_within_a_second(runs, seconds, rise):
         start, end, _ = curve.segments[-1]
         ledger.spend(start, end, watts * length)
     start = ledger.end_seconds
-    before = max(
-        mean_watts(curve, start - x, 0.1) - mean_watts(curve, start - x - 1.0, 0.1)
-        for x in (0.0, 0.05)
-    )
+    # What the step may rise from is the lowest mean of the time that it will be compared with.
+    lowest = min(mean_watts(curve, start - 1.0 + float(x), 0.1) for x in np.linspace(0, 0.6, 121))
+    rises = (mean_watts(curve, start - x, 0.1) - lowest for x in (0.0, 0.05))
+    before = max(rises)
     allowed = ledger.ask(start, IDLE).max_watts(seconds)
     if allowed <= 0.0 or before > rise:
         return  # the past has broken it already
