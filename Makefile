@@ -6,17 +6,20 @@ PY := $(VENV)/bin/python
 export VENV PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lock clean
+.PHONY: help setup demo demo-rack test check format lock clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: ## make .venv, or bring it up to date
 	@scripts/setup
 
 demo: setup ## the main job with no GPU: a shaped and an unshaped run, a table, an HTML report
 	@"$(PY)" -m bench.demo $(ARGS)
+
+demo-rack: setup ## two servers in one power group and the same unshaped, with no GPU
+	@"$(PY)" -m bench.demo_rack $(ARGS)
 
 test: setup ## every test; ARGS='-k sampler' picks some
 	@"$(PY)" -m pytest $(ARGS)

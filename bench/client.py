@@ -18,7 +18,7 @@ import ipaddress
 import json
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.stream import StreamError, TokenStream
-from bench.workload import TimedRequest, Workload, prompt_token_ids
 from shaper.errors import ConfigError
+from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 
 # A request that leaves this much after it was due makes the load lighter than
 # the trace's: counted and shown.
@@ -274,11 +274,55 @@ def replay(
     Raises:
         ConfigError: the URL is refused (see `check_url`).
     """
-    check_url(options)
+    return replay_together([(workload, options)], progress)[0]
+
+
+def replay_together(
+    loads: Sequence[tuple[Workload, ClientOptions]], progress: ProgressCallback | None = None
+) -> list[Replay]:
+    """Replay several workloads at the same time, each against a server of its own.
+
+    Args:
+        loads: what to send, and where to; all clocks start within a millisecond or so.
+        progress: as for `replay`, with the sums of all.
+
+    Returns:
+        One replay each. The CPU seconds and the lag of the client are those of all together.
+
+    Raises:
+        ConfigError: a URL is refused (see `check_url`).
+    """
+    for _, options in loads:
+        check_url(options)
+    states: dict[int, ReplayProgress] = {}
+
+    def watch(index: int) -> ProgressCallback | None:
+        if progress is None:
+            return None
+
+        def report(state: ReplayProgress) -> None:
+            states[index] = state
+            seen = states.values()
+            progress(
+                ReplayProgress(
+                    max(each.elapsed_seconds for each in seen),
+                    sum(each.sent for each in seen),
+                    sum(each.finished for each in seen),
+                    sum(len(workload.requests) for workload, _ in loads),
+                )
+            )
+
+        return report
+
+    async def all_of_them() -> list[Replay]:
+        return await asyncio.gather(
+            *(_replay(workload, options, watch(i)) for i, (workload, options) in enumerate(loads))
+        )
+
     gc.collect()
     # A collection of the parent's heap would stop the loop for milliseconds.
     gc.freeze()
     try:
-        return asyncio.run(_replay(workload, options, progress))
+        return asyncio.run(all_of_them())
     finally:
         gc.unfreeze()

@@ -13,17 +13,17 @@ from pathlib import Path
 from bench import machine
 from bench.client import ClientOptions, Replay, ReplayProgress, replay
 from bench.decisions import DecisionLog, read_decision_log
-from bench.figures import PowerFigures, PowerGrid, grid_between, power_figures
 from bench.latency import LatencyFigures, latency_figures
 from bench.progress import Phase, PhaseProgress
 from bench.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
-from bench.synthetic import synthesise
-from bench.workload import Workload
 from shaper.core.types import PowerLimit
 from shaper.emulator import selfcheck
 from shaper.emulator.selfcheck import SelfCheck
 from shaper.emulator.trace import read_power_trace
 from shaper.errors import TraceError
+from shaper.traffic.figures import PowerFigures, PowerGrid, grid_between, power_figures
+from shaper.traffic.synthetic import synthesise
+from shaper.traffic.workload import Workload
 
 START_SECONDS = 25.0
 _SELF_CHECK_SECONDS = 22.0

@@ -20,19 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.client import Replay, RequestRecord
+from shaper.traffic.quantiles import Quantiles, quantiles
 
 FloatArray = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Quantiles:
-    """Of one figure, in its unit; NaN where nothing was measured."""
-
-    mean: float
-    p50: float
-    p90: float
-    p99: float
-    max: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +56,6 @@ class LatencyFigures:
     max_late_seconds: float
     chunks_with_several_tokens: int
     """Tokens that shared a chunk with another: each hides one ITL."""
-
-
-def quantiles(values: FloatArray) -> Quantiles:
-    """Mean, median, p90, p99 and maximum of a [n] array, NaN when it is empty."""
-    if not len(values):
-        nan = float("nan")
-        return Quantiles(nan, nan, nan, nan, nan)
-    p50, p90, p99 = (float(v) for v in np.percentile(values, (50, 90, 99)))
-    return Quantiles(float(values.mean()), p50, p90, p99, float(values.max()))
 
 
 def ttft_seconds(records: list[RequestRecord]) -> FloatArray:

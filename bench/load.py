@@ -19,9 +19,9 @@ from bench.options import Parser, add_workload_options, count, seconds, workload
 from bench.progress import Phase, PhaseProgress
 from bench.servers import served_model
 from bench.tables import latency_rows, throughput_rows, without_nan
-from bench.workload import Workload
 from shaper.errors import ConfigError, ShaperError
 from shaper.report.table import Row, Table, to_text
+from shaper.traffic.workload import Workload
 
 DEFAULT_SECONDS = 60.0
 _TARGETS = ("ttft", "tpot", "e2el")

@@ -6,10 +6,10 @@ import argparse
 from pathlib import Path
 from typing import NoReturn
 
-from bench.synthetic import load_summary, synthesise
-from bench.traces import TRACE_FORMATS, load_trace
-from bench.workload import Workload
 from shaper.errors import ConfigError
+from shaper.traffic.synthetic import load_summary, synthesise
+from shaper.traffic.traces import TRACE_FORMATS, load_trace
+from shaper.traffic.workload import Workload
 from shaper.units import parse_seconds
 
 MAX_DURATION_SECONDS = 24 * 3600.0

@@ -7,7 +7,6 @@ from numpy.typing import NDArray
 
 from bench import latency
 from bench.compare import Comparison, RunResult
-from bench.figures import GRID_SECONDS, window_means
 from bench.tables import comparison_checks, comparison_table
 from shaper.emulator.selfcheck import SelfCheck
 from shaper.gpu.profiles import load_profile
@@ -16,6 +15,7 @@ from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
 from shaper.report.table import to_html
+from shaper.traffic.figures import GRID_SECONDS, window_means
 
 FloatArray = NDArray[np.float64]
 

@@ -1,6 +1,6 @@
 """`python -m bench.summarise TRACE`: the numbers behind the synthetic traffic.
 
-Reads a recorded trace and prints the JSON that `bench.synthetic` draws from:
+Reads a recorded trace and prints the JSON that `shaper.traffic.synthetic` draws from:
 
 - quantiles of the prompt lengths;
 - quantiles of the output lengths within bins of the prompt length, which keeps
@@ -29,9 +29,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from bench.traces import load_trace
-from bench.workload import Workload
 from shaper.errors import ShaperError
+from shaper.traffic.traces import load_trace
+from shaper.traffic.workload import Workload
 
 FloatArray = NDArray[np.float64]
 

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from typing import Any
 
 from bench.compare import Comparison, RunResult
-from bench.latency import LatencyFigures, Quantiles, bench_serve_keys
+from bench.latency import LatencyFigures, bench_serve_keys
 from shaper.report.table import Better, Heading, Row, Table
+from shaper.traffic.quantiles import Quantiles
 
 # What `make demo` is asked to show: the limit kept to 1%, and an ITL tail within 5%.
 OVER_TOLERANCE_RATIO = 1.01

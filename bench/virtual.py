@@ -1,6 +1,6 @@
 """One engine in virtual time under a load, and its figures: vLLM's real scheduler, no sleeping.
 
-Power is the emulated GPU's true power on a grid of 1 ms (`bench.figures` has the
+Power is the emulated GPU's true power on a grid of 1 ms (`shaper.traffic.figures` has the
 windows). Latency is defined as in `bench.latency`, but for requests that the end of a
 run cuts off: one without a first token counts in TTFT with the time it has waited, so
 that a queue which never moves is not left out; its tokens count in the throughput.
@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.figures import GRID_SECONDS, PowerGrid, window_means
-from bench.latency import Quantiles, quantiles
-from bench.workload import TimedRequest, Workload, prompt_token_ids
 from shaper.core.policy import Policy
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import Decision, PowerBudget, PowerLimit, Reason
+from shaper.traffic.figures import GRID_SECONDS, PowerGrid, window_means
+from shaper.traffic.quantiles import Quantiles, quantiles
+from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 
 FloatArray = NDArray[np.float64]
 

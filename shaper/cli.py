@@ -18,6 +18,7 @@ commands:
   serve     vllm serve with the shaper in it (and, with --emulate, without a GPU)
   budget    set, clear or show the power budget of a running server
   mode      switch a running server's shaper on, to shadow, or off
+  simulate  a rack of engines in virtual time: what budget can this traffic run in
   predict   seconds, joules and watts of an engine step on a GPU
   fit       a GPU profile from a recording
   version   versions of the shaper, vLLM and Python
@@ -36,6 +37,12 @@ def _predict(arguments: Sequence[str]) -> int | None:
     from shaper.predict import main
 
     return main(list(arguments))
+
+
+def _simulate(arguments: Sequence[str]) -> int | None:
+    from shaper.simulate_command import main
+
+    return main(arguments)
 
 
 def _fit(arguments: Sequence[str]) -> int | None:
@@ -79,6 +86,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "serve": _serve,
     "budget": _budget,
     "mode": _mode,
+    "simulate": _simulate,
     "predict": _predict,
     "fit": _fit,
     "version": _version,

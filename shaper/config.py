@@ -15,13 +15,21 @@ from shaper.budget_config import (
     Ramp,
     Seconds,
     TermsConfig,
+    Watts,
     check_idle,
     check_limits,
     check_pairs,
     terms_of,
 )
-from shaper.core.budget import BudgetPlan, BudgetTerms
+from shaper.core.budget import BudgetPlan, BudgetTerms, resolve
 from shaper.errors import ConfigError
+from shaper.group_config import (
+    GroupTerms,
+    check_group_binds,
+    check_group_idle,
+    check_membership,
+    group_terms,
+)
 from shaper.schedule import ScheduleEntry, check_schedule
 from shaper.words import nearest
 
@@ -49,6 +57,19 @@ class ShaperConfig(Frozen):
 
     schedule: tuple[ScheduleEntry, ...] = ()
     """Budgets that hold at their times in place of what is said above."""
+
+    power_group: str | None = None
+    """Name of the group of this host's engines with which this one shares `group_limits`."""
+
+    group_limits: Limits = ()
+    """Power limits of all engines of the group together, of their GPUs; or of the server at
+    the wall, where the next two are given. All members must be given the same."""
+
+    host_overhead_watts: Watts | None = None
+    """What the server draws behind its power supplies besides its GPUs."""
+
+    psu_efficiency_ratio: float | None = None
+    """Share of the power at the wall that its power supplies pass on."""
 
     itl_target_seconds: Seconds | None = Field(default=None)
     """Promise at p99 of the time between two tokens: bounds the prefill chunk and the cadence.
@@ -138,7 +159,19 @@ class ShaperConfig(Frozen):
         check_limits("limits", self.limits)
         check_limits("gpu_limits", self.gpu_limits)
         check_schedule(self.schedule)
+        if self.group is not None:
+            check_membership(self.group.name, self.policy, self.sample_interval_seconds)
         return self
+
+    @property
+    def group(self) -> GroupTerms | None:
+        """The power group, with its limits in watts of the GPUs; None: this engine is in none."""
+        return group_terms(
+            self.power_group,
+            self.group_limits,
+            self.host_overhead_watts,
+            self.psu_efficiency_ratio,
+        )
 
     @property
     def asks_for_shaping(self) -> bool:
@@ -147,6 +180,7 @@ class ShaperConfig(Frozen):
             self.budget_plan != BudgetPlan(NO_TERMS)
             or self.itl_target_seconds is not None
             or self.ttft_target_seconds is not None
+            or self.power_group is not None
         )
 
     @property
@@ -174,6 +208,7 @@ NO_TERMS = terms_of((), (), "none")
 _KEYS_INSIDE: dict[str, type[Frozen]] = {
     "limits": LimitConfig,
     "gpu_limits": LimitConfig,
+    "group_limits": LimitConfig,
     "schedule": ScheduleEntry,
     "static_caps": StaticCapsConfig,
     "fallback": TermsConfig,
@@ -237,7 +272,7 @@ def build_config(settings: Mapping[str, Any], source: str = "power_shaper") -> S
 
 
 def check_floor(config: ShaperConfig, idle_watts: float, gpu_count: int = 1) -> None:
-    """Refuse a limit, now or of the schedule, that even an idle engine would break.
+    """Refuse a limit, now, of the schedule or of the group, that an idle engine would break.
 
     Args:
         config: the settings.
@@ -249,16 +284,20 @@ def check_floor(config: ShaperConfig, idle_watts: float, gpu_count: int = 1) -> 
     """
     for terms, where in _layers(config):
         check_idle(terms, gpu_count, idle_watts, where)
+    if config.group is not None:
+        check_group_idle(config.group, idle_watts)
 
 
 def check_gpu_limits(config: ShaperConfig, gpu_count: int) -> None:
-    """Refuse limits of the engine and of each GPU of which one can never bind.
+    """Refuse limits of the engine, of each GPU and of the group of which one can never bind.
 
     Raises:
         ConfigError: naming the two.
     """
     for terms, where in _layers(config):
         check_pairs(terms, gpu_count, where)
+        if config.group is not None:
+            check_group_binds(config.group, resolve(terms, gpu_count).limits)
 
 
 def _layers(config: ShaperConfig) -> list[tuple[BudgetTerms, str]]:

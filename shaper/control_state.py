@@ -12,6 +12,7 @@ from shaper.control import ControlRecord, EngineControl
 from shaper.control_desk import Clocks, ControlDesk
 from shaper.core.types import PowerBudget
 from shaper.errors import ControlError
+from shaper.group_status import GroupStatus, group_object
 from shaper.metrics import StatusCollector
 from shaper.status import Status
 
@@ -56,6 +57,7 @@ def _asked(record: ControlRecord, clocks: Clocks) -> dict[str, Any]:
 
 def _configured(config: ShaperConfig) -> dict[str, Any]:
     said = {"limits", "gpu_limits", "ramp_watts_per_second", "shadow", "policy", "schedule"}
+    said |= {"power_group", "group_limits", "host_overhead_watts", "psu_efficiency_ratio"}
     return config.model_dump(mode="json", include=said, exclude_none=True)
 
 
@@ -84,6 +86,9 @@ def _engine(status: Status, statuses: Sequence[Status], clocks: Clocks) -> dict[
             "followed_sequence": control.taken_sequence,
             "next_change_in_seconds": round(max(0.0, left), 3) if math.isfinite(left) else None,
         }
+    group = GroupStatus.from_values(status.values.get("group", ()))
+    if group is not None:
+        found["group"] = group_object(status.info.get("group"), group)
     return found | {"metrics": _metrics(status)}
 
 

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from shaper.control import MODES, EngineControl
 from shaper.core.budget import Source
 from shaper.engine.flex import RELEASED
+from shaper.group_status import GROUP_METRICS, MEMBER_STATES, GroupStatus
 from shaper.metric_values import (
     CAUSES,
     CHUNK_BUCKETS,
@@ -60,6 +61,7 @@ class StatusCollector(Collector):
         yield from _table(statuses, "sampler", SAMPLER_METRICS)
         yield from _ages(statuses, now)
         yield from _control(statuses)
+        yield from _group(statuses)
         yield from _table(statuses, "standing", STANDING_METRICS)
         yield _degraded(statuses)
         yield from _table(statuses, "flex", FLEX_METRICS)
@@ -171,6 +173,29 @@ def _control(statuses: Sequence[Status]) -> Iterator[Metric]:
         for family, number in zip(numbers, (control.taken_sequence, control.refused), strict=True):
             family.add_metric([engine], number)
     yield from (limits, ramp, mode, source, *numbers)
+
+
+def _group(statuses: Sequence[Status]) -> Iterator[Metric]:
+    """What each engine sees of its power group; no sample where it is in none."""
+    limits = GaugeMetricFamily(
+        "shaper_group_limit_watts",
+        "Limit of the power group, by the window it is averaged over; of all its engines' GPUs.",
+        labels=("engine", "group", "window_seconds"),
+    )
+    members = GaugeMetricFamily(
+        "shaper_group_engines", "Engines of the group by state.", labels=("engine", "state")
+    )
+    for status in statuses:
+        engine, group = _engine(status), GroupStatus.from_values(status.values.get("group", ()))
+        if group is None:
+            continue
+        name = str(status.info.get("group", ""))
+        for limit in group.limits:
+            limits.add_metric([engine, name, f"{limit.window_seconds:g}"], limit.watts)
+        for state in MEMBER_STATES:
+            members.add_metric([engine, state], group.count(state))
+    yield from (limits, members)
+    yield from _table(statuses, "group", GROUP_METRICS)
 
 
 def _degraded(statuses: Sequence[Status]) -> Metric:

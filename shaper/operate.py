@@ -233,10 +233,19 @@ def _engine_line(engine: Mapping[str, Any]) -> str:
     ends = "" if change is None else f", next change in {_time(change)}"
     watts = engine["metrics"].get("power_average_watts")
     now = "" if watts is None else f"; draws {watts:.0f} W"
+    group = engine.get("group")
+    if group is not None:
+        now += f"; {_group(group)}"
     return (
         f"engine {engine['engine']} ({engine['gpu_count']} x {engine['gpu']}) is "
         f"{engine['mode']}: {holds} ({engine['source']}{ends}){now}"
     )
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    limits = tuple(PowerLimit(x["watts"], x["window_seconds"]) for x in group["limits"])
+    alive = sum(engine["state"] == "alive" for engine in group["engines"])
+    return f"in power group {group['name']} ({describe(PowerBudget(limits))}; {alive} alive)"
 
 
 def _time(seconds: float) -> str:

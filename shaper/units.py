@@ -1,4 +1,4 @@
-"""Quantities as people write them: `50ms`, `560W`, `200W/s`."""
+"""Quantities as people write them: `50ms`, `560W`, `200W/s`, `1200MHz`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z/]*)
 _SECONDS_PER = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0}
 _DURATION_SECONDS_PER = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _WATTS_PER = {"mw": 1e-3, "w": 1.0, "kw": 1e3}
+_HERTZ_PER = {"hz": 1.0, "mhz": 1e6, "ghz": 1e9}
 _WATTS_PER_SECOND_PER = {"w/s": 1.0, "kw/s": 1e3}
 
 
@@ -39,6 +40,11 @@ def parse_watts(value: object) -> object:
 def parse_duration(value: object) -> object:
     """Seconds from `"10min"`, `"2h"` or a number; other types pass through."""
     return _quantity(value, _DURATION_SECONDS_PER, "10min") if isinstance(value, str) else value
+
+
+def parse_hertz(value: object) -> object:
+    """Hertz from `"1200MHz"`, `"1.2GHz"` or a number; other types pass through."""
+    return _quantity(value, _HERTZ_PER, "1200MHz") if isinstance(value, str) else value
 
 
 def parse_watts_per_second(value: object) -> object:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from shaper.core.admission import Strain
 from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
+from shaper.group_status import MEMBER_STATES, GroupStatus, MemberStatus
 
 watts = st.floats(min_value=1.0, max_value=900.0)
 step_seconds = st.floats(min_value=0.002, max_value=0.2)
@@ -87,3 +88,28 @@ def is_ample(budget: PowerBudget) -> bool:
         limit.watts >= AMPLE_WATTS and limit.window_seconds >= AMPLE_SECONDS
         for limit in budget.limits
     )
+
+
+_sums = st.floats(0.0, 1e6)
+group_statuses = st.builds(
+    GroupStatus,
+    limits=st.lists(st.builds(PowerLimit, _sums, _sums), min_size=1, max_size=32).map(tuple),
+    members=st.lists(
+        st.builds(
+            MemberStatus,
+            pid=st.integers(1, 2**22),
+            state=st.sampled_from(MEMBER_STATES),
+            floor_watts=_sums,
+            committed_watts=_sums,
+            waiting_seconds=st.none() | _sums,
+        ),
+        max_size=32,
+    ).map(tuple),
+    committed_watts=_sums,
+    floor_watts=_sums,
+    claims_refused=st.integers(0, 10**9),
+    static_steps=st.integers(0, 10**9),
+    lock_wait_seconds=_sums,
+    errors=st.integers(0, 10**9),
+)
+"""What an engine says of its power group, as large as its block has room for."""

@@ -12,6 +12,7 @@ import yaml
 
 from shaper.core.standing import Cause
 from shaper.core.types import PowerBudget, PowerLimit, Reason
+from shaper.group_status import GROUP_METRICS, GroupStatus, MemberStatus
 from shaper.metric_values import (
     FLEX_METRICS,
     SAMPLER_METRICS,
@@ -32,7 +33,9 @@ def exposed_names() -> set[str]:
     values = (1.0,) * 200
     held = control(560.0, budget=PowerBudget((PowerLimit(560.0, 1.0),), 900.0))
     sections = dict.fromkeys(("sampler", "scheduler", "standing", "flex"), values)
-    status = Status(info={"engine": 0}, values={**sections, "control": tuple(held.values())})
+    group = GroupStatus((PowerLimit(4000.0, 0.1),), (MemberStatus(1, "alive", 1.0, 1.0),), 1.0, 1.0)
+    own = {"control": tuple(held.values()), "group": tuple(group.values())}
+    status = Status(info={"engine": 0}, values={**sections, **own})
     return {
         sample.name
         for family in StatusCollector(lambda: [status]).collect()
@@ -60,6 +63,7 @@ def test_every_metric_is_on_the_dashboard() -> None:
         "shaper_gpu_clock_event_reasons",
     }
     tables = (*SAMPLER_METRICS, *SCHEDULER_METRICS, *STANDING_METRICS, *FLEX_METRICS)
+    tables += GROUP_METRICS
     assert {name for name, _ in tables if name not in text} == derived
 
 

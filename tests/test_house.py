@@ -28,6 +28,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "gpu": frozenset({"core"}),
     "emulator": frozenset({"core", "gpu"}),
     "fleet": frozenset({"core"}),
+    "traffic": frozenset({"core", "emulator"}),
 }
 # The part of the emulator that vLLM's engine runs; the rest of it knows no vLLM.
 EMULATED_EXECUTOR = (

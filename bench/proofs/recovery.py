@@ -11,8 +11,8 @@ from bench.proofs.signals import limits_text
 from bench.proofs.table import Column, Job, Section, cases
 from bench.proofs.traffic import lengths
 from bench.virtual import Setup, VirtualRun
-from bench.workload import TimedRequest, Workload
 from shaper.core.types import PowerLimit
+from shaper.traffic.workload import TimedRequest, Workload
 
 SATURATED_SECONDS, QUICK_SECONDS = 600.0, 60.0
 # Light enough that a fresh engine never queues: what a probe waits for is the past.

@@ -7,8 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.figures import GRID_SECONDS, PowerGrid, window_means
 from shaper.core.types import PowerLimit
+from shaper.traffic.figures import GRID_SECONDS, PowerGrid, window_means
 
 FloatArray = NDArray[np.float64]
 

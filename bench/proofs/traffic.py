@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.synthetic import synthesise
-from bench.traces import load_trace
-from bench.workload import TimedRequest, Workload
+from shaper.traffic.synthetic import synthesise
+from shaper.traffic.traces import load_trace
+from shaper.traffic.workload import TimedRequest, Workload
 
 TRACE = (
     Path(__file__).resolve().parents[3] / "shared" / "data" / "traces" / "azure2023_llm_conv.csv"

@@ -13,6 +13,7 @@ same object.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Protocol
 
 from shaper.core.demand import DemandMeter
 from shaper.core.estimator import Estimator
+from shaper.core.group import HISTORY_SECONDS, Committed, EngineShare, PowerGroup, Step
 from shaper.core.guard import Guard
 from shaper.core.ledger import Ledger
 from shaper.core.policy import Plan, PlanInput, Policy
@@ -27,6 +29,7 @@ from shaper.core.room import UNBOUNDED, Run
 from shaper.core.standing import EngineDemand
 from shaper.core.types import (
     NO_TARGETS,
+    NOTHING,
     UNLIMITED,
     ClockEventReasons,
     Decision,
@@ -108,6 +111,7 @@ class Controller:
             that between steps.
         rest_after_seconds: see `rest_watts`.
         full: nobody knows what ran just before: every window is taken as used up.
+        group: a ledger that this engine shares with others; its limits hold beside the budget.
     """
 
     def __init__(
@@ -124,6 +128,7 @@ class Controller:
         rest_watts: float | None = None,
         rest_after_seconds: float = math.inf,
         full: bool = False,
+        group: PowerGroup | None = None,
     ) -> None:
         self._model = model
         self._policy = policy
@@ -139,6 +144,9 @@ class Controller:
             rest_after_seconds=rest_after_seconds,
             full=full,
         )
+        self._group = group
+        self._share = EngineShare(self._idle_watts)
+        self._claimed: StepPrediction | None = None
         self._guard = Guard(max_pause_seconds, targets)
         self._decode_deadline_seconds = targets.itl_seconds or max_pause_seconds
         self.estimator = Estimator(self._idle_watts)
@@ -210,8 +218,9 @@ class Controller:
     def plan(self, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits that the engine shall apply to its next step."""
         self._predictions.clear()
+        self._claimed = None
         self._wanted_prefill_tokens = sum(demand.remaining_tokens for demand in load.prefills)
-        if self._ledger.budget.empty and self._targets.empty:
+        if self._ledger.budget.empty and self._targets.empty and self._group is None:
             self._plan = Plan(UNLIMITED, Reason.OFF)
             self._demand.planned(load, self._plan, now_seconds, None, 0.0, math.inf)
             return UNLIMITED
@@ -223,10 +232,40 @@ class Controller:
             self._demand.wants(whole.prefill_tokens, self.predict(whole), decodes)
         else:
             self._demand.wants(0, None, decodes)
-        floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or 0.0)
+        self._share = self._tells(decodes, load, now_seconds)
+        view = self._view(load, start, now_seconds, decodes, in_flight)
+        # Waits count from when the device is free: behind a step in flight nothing is held back.
+        self._plan = self._guard.check(self._policy.plan(view), load, start)
+        if self._group is not None and not self._claims(self._group, view, start, in_flight):
+            # Others were faster: once more with what they left, and then not at all.
+            view = self._view(load, start, now_seconds, decodes, in_flight)
+            self._plan = self._guard.check(self._policy.plan(view), load, start)
+            if not self._claims(self._group, view, start, in_flight):
+                self._plan = self._guard.check(Plan(NOTHING, Reason.PAUSE), load, start)
+                self._claims(self._group, view, start, in_flight)
+        least_watts = self._paced_watts(decodes, self._decode_deadline_seconds)
+        self._demand.planned(
+            load, self._plan, now_seconds, decodes, least_watts, view.room.sustained_watts
+        )
+        return UNLIMITED if self.shadow else self._plan.limits
+
+    def _view(
+        self,
+        load: EngineLoad,
+        start: float,
+        now_seconds: float,
+        decodes: StepPrediction | None,
+        in_flight: list[Run],
+    ) -> PlanInput:
+        """What the policy sees."""
         margin_ratio = self._margin(now_seconds)
-        self._room = room = self._ledger.ask(start, floor_watts, in_flight, margin_ratio)
-        view = PlanInput(
+        room = self._ledger.ask(start, self._share.floor_watts, in_flight, margin_ratio)
+        group = None
+        if self._group is not None:
+            group = self._group.look(start, now_seconds, self._share, 1.0 - margin_ratio)
+            room = room.beside(group.parts, group.sustained_watts)
+        self._room = room
+        return PlanInput(
             load=load,
             room=room,
             predict=self.predict,
@@ -241,14 +280,54 @@ class Controller:
             prefill_watts=self._demand.prefill_watts(now_seconds),
             burst_joules=self._demand.burst_joules,
             held_seconds=self._demand.held_seconds(now_seconds),
+            waiting_seconds=self._demand.waiting_seconds(now_seconds),
+            group=group,
         )
-        # Waits count from when the device is free: behind a step in flight nothing is held back.
-        self._plan = self._guard.check(self._policy.plan(view), load, start)
-        least_watts = self._paced_watts(decodes, self._decode_deadline_seconds)
-        self._demand.planned(
-            load, self._plan, now_seconds, decodes, least_watts, room.sustained_watts
+
+    def _tells(
+        self, decodes: StepPrediction | None, load: EngineLoad, now_seconds: float
+    ) -> EngineShare:
+        """What this engine says of itself."""
+        floor = self._paced_watts(decodes, self._targets.itl_seconds or 0.0)
+        if self._group is None:
+            return EngineShare(floor)
+        # While a chunk runs, the next one is not what others wait for.
+        runs = any(flight.batch.prefill_tokens for flight in self._flights)
+        waits = bool(load.prefills) and not runs
+        waiting = self._demand.waiting_since_seconds if waits else None
+        extra = 0.0 if decodes is None else decodes.joules - self._idle_watts * decodes.seconds
+        return EngineShare(
+            floor_watts=floor,
+            decode_joules=extra,
+            decode_seconds=0.0 if decodes is None else decodes.seconds,
+            prefill_watts=self._demand.prefill_watts(now_seconds),
+            burst_joules=self._demand.burst_joules,
+            waiting_since_seconds=waiting,
         )
-        return UNLIMITED if self.shadow else self._plan.limits
+
+    def _claims(
+        self, group: PowerGroup, view: PlanInput, start: float, in_flight: list[Run]
+    ) -> bool:
+        """Whether the planned step is entered with the others, or there is none to enter."""
+        load, limits, now = view.load, self._plan.limits, view.now_seconds
+        batch = _planned_batch(load, limits) if limits.run and not self.shadow else None
+        if batch is None or not batch.requests:
+            group.tell(self._share, now)
+            return True
+        prediction = self.predict(batch)
+        runs = [*in_flight, (start, start + prediction.seconds, prediction.joules)]
+        step = Step(start, prediction, 1.0 - self._kept_ratio)
+        # What the guard forces runs whether it fits or not, and is counted.
+        free = self._plan.reason is Reason.FORCED
+        if not group.claim(self._committed(runs), self._share, now, None if free else step):
+            return False
+        self._claimed = prediction
+        return True
+
+    def _committed(self, in_flight: list[Run], final_seconds: float | None = None) -> Committed:
+        final = self._ledger.end_seconds if final_seconds is None else final_seconds
+        times, joules = self._ledger.corners(final - HISTORY_SECONDS, in_flight)
+        return Committed(final, times, joules)
 
     def _since_decode(self, load: EngineLoad, start_seconds: float, in_flight: list[Run]) -> float:
         """From the last decode step's end, or from when there were decodes again, to `start`."""
@@ -309,6 +388,10 @@ class Controller:
             self._flights.append(_Flight(now_seconds, queued, batch, raw, prediction))
             self._demand.launched(batch, prediction, now_seconds)
             headroom = self._room.headroom_watts(prediction)
+        if self._group is not None and (prediction if batch.tokens else None) != self._claimed:
+            # The engine ran something else than what was planned.
+            committed = self._committed(self._in_flight(now_seconds))
+            self._group.enter(committed, self._share, now_seconds)
         return Decision(
             at_seconds=now_seconds,
             reason=self._plan.reason,
@@ -348,6 +431,26 @@ class Controller:
         # Early, or late beyond its own: the work is the same, and the rest of the time idle.
         rest_seconds = end - predicted_end - own_late
         joules = prediction.joules + own_late * prediction.watts + rest_seconds * self._idle_watts
+        final = self._ledger.end_seconds
         self._ledger.spend(start, end, joules)
         if flight.batch.decode_tokens:
             self._decode_end_seconds = end
+        if self._group is not None:
+            committed = self._committed(self._in_flight(now_seconds), final)
+            self._group.enter(committed, self._share, now_seconds)
+
+
+def _planned_batch(load: EngineLoad, limits: StepLimits) -> StepBatch:
+    """The step that the engine will make of these limits."""
+    if limits.running_requests is not None:
+        load = load.capped(limits.running_requests)
+    batch = load.batch(limits.prefill_tokens)
+    if limits.decode_requests is None:
+        return batch
+    share = limits.decode_requests / max(1, load.decode_requests)
+    return dataclasses.replace(
+        batch,
+        decode_requests=limits.decode_requests,
+        decode_tokens=round(batch.decode_tokens * share),
+        decode_context_tokens=round(batch.decode_context_tokens * share),
+    )

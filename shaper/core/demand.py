@@ -46,6 +46,7 @@ class DemandMeter:
         self._decodes: StepPrediction | None = None
         self._infeasible = False
         self._held_since: float | None = None
+        self._waiting_since: float | None = None
         self._burst_joules = self._burst_squares = 0.0
         self._had_prompts = False
 
@@ -83,6 +84,10 @@ class DemandMeter:
             self._held_since = None
         elif self._held_since is None:
             self._held_since = now_seconds
+        if not load.prefills:
+            self._waiting_since = None
+        elif self._waiting_since is None:
+            self._waiting_since = now_seconds
 
     def wants(
         self, prefill_tokens: int, whole: StepPrediction | None, decodes: StepPrediction | None
@@ -108,6 +113,7 @@ class DemandMeter:
     def launched(self, batch: StepBatch, prediction: StepPrediction, now_seconds: float) -> None:
         """A step was launched."""
         if batch.prefill_tokens:
+            self._waiting_since = None
             # What the chunk adds to the decodes that run in the same step.
             own = self._above_idle(prediction)
             own -= self._above_idle(self._decodes if batch.decode_tokens else None)
@@ -121,6 +127,16 @@ class DemandMeter:
             return 0.0
         elapsed = max(0.0, now_seconds - self._prefill_seconds)
         return self._prefill_watts * math.exp(-elapsed / _PREFILL_SECONDS)
+
+    @property
+    def waiting_since_seconds(self) -> float | None:
+        """Since when prompts wait and none of them has run; None: none waits."""
+        return self._waiting_since
+
+    def waiting_seconds(self, now_seconds: float) -> float:
+        """For how long prompts have waited and none of them has run."""
+        since = self._waiting_since
+        return 0.0 if since is None else max(0.0, now_seconds - since)
 
     def held_seconds(self, now_seconds: float) -> float:
         """How long prompts have not got all that they want."""

@@ -25,7 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from shaper.core.curve import EnergyCurve
+import numpy as np
+
+from shaper.core.curve import Array, EnergyCurve
 from shaper.core.room import UNBOUNDED, Ramp, Room, Run, Window, WindowRoom
 from shaper.core.types import PowerBudget
 from shaper.errors import LedgerError
@@ -159,6 +161,13 @@ class Ledger:
         """
         if not self._windows:
             return UNBOUNDED
+        runs = self._until(start_seconds, in_flight)
+        kept = 1.0 - margin_ratio
+        parts = tuple(WindowRoom(window, runs, floor_watts, kept) for window in self._windows)
+        return Room(parts, self._lowest_watts * kept)
+
+    def _until(self, until_seconds: float, in_flight: Sequence[Run]) -> list[Run]:
+        """Runs in flight and idle time, without gaps, from the last entry's end."""
         runs: list[Run] = []
         time, busy_end = self._end_seconds, self._busy_end_seconds
         for begin, end, joules in in_flight:
@@ -167,7 +176,22 @@ class Ledger:
             if end > time:
                 runs.append((time, end, joules))
                 time = busy_end = end
-        runs += self._idle(time, start_seconds, busy_end)
-        kept = 1.0 - margin_ratio
-        parts = tuple(WindowRoom(window, runs, floor_watts, kept) for window in self._windows)
-        return Room(parts, self._lowest_watts * kept)
+        return runs + self._idle(time, until_seconds, busy_end)
+
+    def corners(self, since_seconds: float, in_flight: Sequence[Run] = ()) -> tuple[Array, Array]:
+        """Times and joules since some zero, from `since_seconds` or before to the last run's end.
+
+        Args:
+            since_seconds: within the last minute.
+            in_flight: see `ask`.
+        """
+        history = self._history
+        first = int(history.times[: history.count].searchsorted(since_seconds, "right")) - 1
+        times = history.times[max(0, first) : history.count].tolist()
+        joules = history.joules[max(0, first) : history.count].tolist()
+        total = joules[-1]
+        for _, end, spent in self._until(self._end_seconds, in_flight):
+            total += spent
+            times.append(end)
+            joules.append(total)
+        return np.array(times), np.array(joules)

@@ -105,40 +105,64 @@ class Ramp(Window):
         return float(means.min()) / window + self._rise_watts
 
 
-class WindowRoom:
-    """One window's answer for steps that start at the end of the known curve.
+class WindowPart:
+    """One window's answer for steps that start at one given time.
 
     With the step at `p` watts for `s` seconds, a window that ends `x` after its start
-    holds `C(start) - C(start + x - window)` from the past, `p * min(x, s)` of the step
-    and `floor * max(0, x - s)` after it. With `room(x) = watts * window` minus the
-    first, at every `x` up to the window
+    holds what others spend in it, `p * min(x, s)` of the step and `floor * max(0, x - s)`
+    after it. With `room(x) = watts * window` less what others spend, at every `x` up to
+    the window
 
         x < s:   p <= room(x) / x
         x >= s:  p <= floor + (room(x) - floor * x) / s
 
-    Both sides are linear between corners of the curve, so the least of each is at a
+    Both sides are linear between corners of `room`, so the least of each is at a
     corner or at `s`; running minima from the left and from the right answer for any
-    step by one bisection. They are computed when first needed.
+    step by one bisection.
+
+    Args:
+        window_seconds: the window.
+        allowed_watts: what it may hold on the mean.
+        floor_watts: power after the step; above the limit it is taken as 90% of it.
+        x: [corners] seconds after the step's start, from 0 to the window.
+        room: [corners] joules.
     """
 
     __slots__ = (
-        *("_floor_watts", "_kept_ratio", "_left", "_quick_watts", "_right", "_room"),
-        *("_runs", "_solved", "_window", "_x", "allowed_watts"),
+        *("_floor_watts", "_left", "_quick_watts", "_right", "_room", "_span", "_x"),
+        "allowed_watts",
     )
 
     def __init__(
-        self, window: Window, runs: Sequence[Run], floor_watts: float, kept_ratio: float
+        self,
+        window_seconds: float,
+        allowed_watts: float,
+        floor_watts: float,
+        x: Array | None = None,
+        room: Array | None = None,
     ) -> None:
-        self._window, self._runs = window, runs
-        self._floor_watts, self._kept_ratio = floor_watts, kept_ratio
-        self._solved = False
-        self.allowed_watts = window.watts * kept_ratio
-        start = runs[-1][1] if runs else window.curve.end_seconds
-        # No power above the limit since a window ago: anything up to the limit fits.
-        cool = window.hot_seconds <= start - window.window_seconds and all(
-            joules <= self.allowed_watts * (end - begin) for begin, end, joules in runs
-        )
-        self._quick_watts = self.allowed_watts if cool else -math.inf
+        self._span = window_seconds
+        self.allowed_watts = allowed_watts
+        self._floor_watts = floor_watts
+        self._quick_watts = -math.inf
+        self._x: Array | None = None
+        if x is not None and room is not None:
+            self._put(x, room)
+
+    def _put(self, x: Array, room: Array) -> None:
+        """Take the corners, and find the running minima."""
+        self._floor_watts = min(self._floor_watts, _MOST_FLOOR_RATIO * self.allowed_watts)
+        self._x, self._room = x, room
+        self._left = left = np.empty_like(room)
+        left[0] = math.inf
+        np.divide(room[1:], x[1:], out=left[1:])
+        np.minimum.accumulate(left, out=left)
+        spare = room - self._floor_watts * x
+        self._right = np.minimum.accumulate(spare[::-1])[::-1]
+
+    def _solve(self) -> None:
+        """Find the corners, where they weren't given."""
+        raise NotImplementedError
 
     def fits(self, seconds: float, watts: float) -> bool:
         """Whether a step of this length and mean power fits."""
@@ -152,31 +176,52 @@ class WindowRoom:
 
     def max_watts(self, seconds: float) -> float:
         """The highest mean power at which a step of this length fits."""
-        if not self._solved:
+        if self._x is None:
             self._solve()
-        index = int(self._x.searchsorted(seconds))
+        x, room = self._x, self._room
+        assert x is not None
+        index = int(x.searchsorted(seconds))
         lowest = float(self._left[index - 1]) if index > 1 else math.inf
-        if seconds <= self._window.window_seconds:
-            before, after = self._x[index - 1], self._x[index]
+        if seconds <= self._span:
+            before, after = x[index - 1], x[index]
             share = (seconds - before) / (after - before)
-            own = self._room[index - 1] + share * (self._room[index] - self._room[index - 1])
+            own = room[index - 1] + share * (room[index] - room[index - 1])
             spare = min(float(own) - self._floor_watts * seconds, float(self._right[index]))
             lowest = min(lowest, self._floor_watts + spare / seconds)
         return lowest
 
     def empty_watts(self, seconds: float) -> float:
         """The same if nothing had run before."""
-        span = self._window.window_seconds
-        if seconds >= span:
+        if seconds >= self._span:
             return self.allowed_watts
         floor = min(self._floor_watts, _MOST_FLOOR_RATIO * self.allowed_watts)
-        return floor + (self.allowed_watts - floor) * span / seconds
+        return floor + (self.allowed_watts - floor) * self._span / seconds
 
     def paced_watts(self, burst_joules: float) -> float:
         """The limit less a burst once a window; without end where the limit is a ramp."""
-        if not self._window.watts:
-            return math.inf
-        return self.allowed_watts - burst_joules / self._window.window_seconds
+        return self.allowed_watts - burst_joules / self._span
+
+
+class WindowRoom(WindowPart):
+    """The same for one engine's own limit: others are its own runs of before."""
+
+    __slots__ = ("_kept_ratio", "_runs", "_window")
+
+    def __init__(
+        self, window: Window, runs: Sequence[Run], floor_watts: float, kept_ratio: float
+    ) -> None:
+        super().__init__(window.window_seconds, window.watts * kept_ratio, floor_watts)
+        self._window, self._runs, self._kept_ratio = window, runs, kept_ratio
+        start = runs[-1][1] if runs else window.curve.end_seconds
+        # No power above the limit since a window ago: anything up to the limit fits.
+        cool = window.hot_seconds <= start - window.window_seconds and all(
+            joules <= self.allowed_watts * (end - begin) for begin, end, joules in runs
+        )
+        self._quick_watts = self.allowed_watts if cool else -math.inf
+
+    def paced_watts(self, burst_joules: float) -> float:
+        """The limit less a burst once a window; without end where the limit is a ramp."""
+        return super().paced_watts(burst_joules) if self._window.watts else math.inf
 
     def _solve(self) -> None:
         window, curve = self._window, self._window.curve
@@ -190,7 +235,6 @@ class WindowRoom:
         span, start = window.window_seconds, float(times[-1])
         allowed = window.allowed_watts(times, joules) * self._kept_ratio
         self.allowed_watts = allowed
-        self._floor_watts = floor = min(self._floor_watts, _MOST_FLOOR_RATIO * allowed)
         budget = allowed * span - joules[-1] - curve.merged_joules
         # From just before the window's first moment: x[0] is 0 or before, and no corner. A
         # corner within the first microsecond is no more than rounding, and divides by it.
@@ -201,14 +245,7 @@ class WindowRoom:
             room[0] += (room[1] - room[0]) * (-x[0] / (x[1] - x[0]))
             x[0] = 0.0
         x[-1] = span
-        self._x, self._room = x, room
-        self._left = left = np.empty_like(room)
-        left[0] = math.inf
-        np.divide(room[1:], x[1:], out=left[1:])
-        np.minimum.accumulate(left, out=left)
-        spare = room - floor * x
-        self._right = np.minimum.accumulate(spare[::-1])[::-1]
-        self._solved = True
+        self._put(x, room)
 
 
 class Room:
@@ -216,10 +253,14 @@ class Room:
 
     __slots__ = ("_parts", "sustained_watts")
 
-    def __init__(self, parts: tuple[WindowRoom, ...], sustained_watts: float = math.inf) -> None:
+    def __init__(self, parts: tuple[WindowPart, ...], sustained_watts: float = math.inf) -> None:
         self._parts = parts
         self.sustained_watts = sustained_watts
         """What the engine may draw for long: the lowest limit, less the margin."""
+
+    def beside(self, parts: tuple[WindowPart, ...], sustained_watts: float) -> Room:
+        """This room, with other limits that must hold as well."""
+        return Room(self._parts + parts, min(self.sustained_watts, sustained_watts))
 
     @property
     def bounded(self) -> bool:

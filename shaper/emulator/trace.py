@@ -113,6 +113,10 @@ class PowerTrace:
         at = np.interp([from_seconds, to_seconds], self._edges, self._joules)
         return float(at[1] - at[0])
 
+    def joules_until(self, times: FloatArray) -> FloatArray:
+        """[n] energy from the trace's start until each of [n] times."""
+        return np.interp(times, self._edges, self._joules)
+
     def on_grid(self, step_seconds: float = 0.001) -> tuple[float, FloatArray]:
         """Mean watts of each grid step, so that energy is exact.
 

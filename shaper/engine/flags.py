@@ -14,7 +14,7 @@ from shaper.settings import (
     settings_from_environment,
     take_admin_key,
 )
-from shaper.units import parse_seconds, parse_watts_per_second
+from shaper.units import parse_seconds, parse_watts, parse_watts_per_second
 
 DESCRIPTION = """\
 vllm serve with the shaper in it: same routes, same flags, same exit codes.
@@ -38,24 +38,7 @@ def new_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     group = parser.add_argument_group("shaper")
-    group.add_argument(
-        "--power-limit",
-        action="append",
-        metavar="WATTS@WINDOW",
-        help="mean power that no window of this length may exceed, summed over the engine's "
-        "GPUs, like 560W@1s; may be given several times",
-    )
-    group.add_argument(
-        "--gpu-limit",
-        action="append",
-        metavar="WATTS@WINDOW",
-        help="the same for each GPU of the engine, like 650W@1s",
-    )
-    group.add_argument(
-        "--ramp-limit",
-        metavar="WATTS/SECOND",
-        help="how much the mean power of 100 ms may rise within any second, like 200W/s",
-    )
+    _add_budget_flags(group)
     group.add_argument(
         "--itl-target",
         metavar="TIME",
@@ -104,6 +87,51 @@ def new_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
+    """What may be drawn, alone and together with others."""
+    group.add_argument(
+        "--power-limit",
+        action="append",
+        metavar="WATTS@WINDOW",
+        help="mean power that no window of this length may exceed, summed over the engine's "
+        "GPUs, like 560W@1s; may be given several times",
+    )
+    group.add_argument(
+        "--gpu-limit",
+        action="append",
+        metavar="WATTS@WINDOW",
+        help="the same for each GPU of the engine, like 650W@1s",
+    )
+    group.add_argument(
+        "--power-group",
+        metavar="NAME",
+        help="share the group limits with the other engines of this host that name this group",
+    )
+    group.add_argument(
+        "--group-limit",
+        action="append",
+        metavar="WATTS@WINDOW",
+        help="the same for all engines of the group together, like 4000W@100ms",
+    )
+    group.add_argument(
+        "--host-overhead",
+        metavar="WATTS",
+        help="group limits are of the server at the wall, and this is what it draws behind its "
+        "power supplies besides its GPUs, like 1800W; with --psu-efficiency",
+    )
+    group.add_argument(
+        "--psu-efficiency",
+        metavar="RATIO",
+        type=float,
+        help="the share of the power at the wall that its power supplies pass on, like 0.94",
+    )
+    group.add_argument(
+        "--ramp-limit",
+        metavar="WATTS/SECOND",
+        help="how much the mean power of 100 ms may rise within any second, like 200W/s",
+    )
+
+
 def _choices(key: str) -> tuple[str, ...]:
     return get_args(ShaperConfig.model_fields[key].annotation)
 
@@ -112,6 +140,16 @@ _QUANTITIES = (
     ("itl_target", "itl_target_seconds", parse_seconds),
     ("ttft_target", "ttft_target_seconds", parse_seconds),
     ("ramp_limit", "ramp_watts_per_second", parse_watts_per_second),
+    ("host_overhead", "host_overhead_watts", parse_watts),
+)
+_LIMITS = (
+    ("power_limit", "limits"),
+    ("gpu_limit", "gpu_limits"),
+    ("group_limit", "group_limits"),
+)
+_AS_THEY_ARE = (
+    *((key, key) for key in ("objective", "policy", "record", "power_group")),
+    ("psu_efficiency", "psu_efficiency_ratio"),
 )
 
 
@@ -119,7 +157,7 @@ def _given(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]
     """The settings that flags of their own give, and which flag gave each."""
     given: dict[str, Any] = {}
     flags: dict[str, str] = {}
-    for name, key in (("power_limit", "limits"), ("gpu_limit", "gpu_limits")):
+    for name, key in _LIMITS:
         texts = getattr(options, name)
         if texts:
             given[key] = [parse_power_limit(text).model_dump() for text in texts]
@@ -132,10 +170,10 @@ def _given(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]
                 given[key] = parse(text)
             except ValueError as error:
                 raise ConfigError(f"{flags[key]}: {error}") from error
-    for key in ("objective", "policy", "record"):
-        if getattr(options, key) is not None:
-            given[key] = getattr(options, key)
-            flags[key] = f"--{key}"
+    for name, key in _AS_THEY_ARE:
+        if getattr(options, name) is not None:
+            given[key] = getattr(options, name)
+            flags[key] = f"--{name.replace('_', '-')}"
     if options.shadow:
         given["shadow"] = True
         flags["shadow"] = "--shadow"

@@ -89,6 +89,12 @@ def engine_gpu_count(arguments: argparse.Namespace) -> int:
     return int(arguments.tensor_parallel_size) * int(arguments.pipeline_parallel_size)
 
 
+def engine_count(arguments: argparse.Namespace) -> int:
+    """Data-parallel ranks on this host, by vLLM's parsed arguments."""
+    local = getattr(arguments, "data_parallel_size_local", None)
+    return int(arguments.data_parallel_size if local is None else local)
+
+
 def check_model(model: str, *, emulated: bool) -> None:
     """Refuses what is certainly no model; a hub id is left for vLLM to look up.
 

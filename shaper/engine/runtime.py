@@ -208,6 +208,10 @@ class LiveShaper:
         if mode != self._wanted.mode:
             self._wanted = dataclasses.replace(self._wanted, mode=mode)
 
+    def renew_cap(self) -> None:
+        """Make the safe cap anew at the next step: something else that it keeps has changed."""
+        self._wanted = dataclasses.replace(self._wanted)
+
     # --- what the calls do
 
     def _shape(self) -> Levers | None:

@@ -28,10 +28,13 @@ from shaper.engine.preflight import (
     check_port,
     check_vllm,
     early_address,
+    engine_count,
     engine_gpu_count,
 )
 from shaper.errors import ConfigError, GpuError
+from shaper.fleet import check_group
 from shaper.gpu.profiles import load_profile
+from shaper.group_config import check_group_idle
 from shaper.recording import finish_recordings
 from shaper.settings import CONFIG_VARIABLE
 from shaper.status import RUN_VARIABLE
@@ -52,6 +55,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: a flag is wrong, contradicts another, or names what is not there.
         EngineError: vLLM is not installed.
         GpuError: there is no GPU to read, and none is emulated.
+        FleetError: the power group is there already, with other limits.
     """
     options, passed_on = new_parser().parse_known_args(list(argv))
     help_flag = next((f for f in passed_on if re.fullmatch(r"-h|--help(=.*)?", f)), None)
@@ -59,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return _print_help(help_flag)
     config = shaper_config(options)
     check_vllm()
+    if config is not None and config.group is not None:
+        check_group(config.group.name, config.group.limits)
     check_port(*early_address(passed_on))
     profile = _check_gpus(options, config)
     emulated = profile is not None
@@ -75,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
         idle_watts = fill_in(arguments, profile)
         if config is not None:
             check_floor(config, idle_watts, engine_gpu_count(arguments))
+            if config.group is not None:
+                check_group_idle(config.group, idle_watts, engine_count(arguments))
     if config is not None:
         check_gpu_limits(config, engine_gpu_count(arguments))
         _use_scheduler(arguments)

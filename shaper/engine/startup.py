@@ -20,11 +20,12 @@ from shaper.core.types import LatencyTargets, PowerBudget
 from shaper.engine.compat import check_scheduler, supported, vllm_version
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import flex_queue, prompt_wait_seconds
+from shaper.engine.membership import Membership, join
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
 from shaper.engine.runtime import LiveShaper
-from shaper.engine.safe_cap import safe_cap
+from shaper.engine.safe_cap import SafeCap, safe_cap
 from shaper.engine.telemetry import DecisionLog, Recorder, Telemetry
 from shaper.engine.work import engine_coefficients
 from shaper.errors import ShaperError
@@ -77,13 +78,14 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     first = control.state
     _warn_of_loose_limits(first.budget, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
     rank = _rank(vllm_config)
+    member = join(config.group, gpus, model, f"{run_id()}/{rank}")
     status = StatusWriter(run_id(), rank, _info(config, gpus, model, vllm_config))
     sweep_control_files()
     log = DecisionLog(_of_rank(config.decision_log, rank))
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config)
     admission = EngineAdmission(
         lambda now_seconds: Look(
-            budgeted=not shaper.budget.empty,
+            budgeted=not shaper.budget.empty or member is not None,
             use_ratio=telemetry.use_ratio,
             wait_seconds=prompt_wait_seconds(scheduler, now_seconds),
         ),
@@ -102,9 +104,19 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
                 shaper.set_mode(control.state.mode)
             status.write("control", control.state.values())
         finally:
+            if member is not None:
+                if member.tick(control.state.mode, decides=shaper.demand is not None):
+                    shaper.renew_cap()
+                status.write("group", member.values())
             telemetry.tick(
                 now_seconds, sampler.latest, sampler.read_errors, sampler.rejected_readings
             )
+
+    def cap(budget: PowerBudget) -> SafeCap:
+        # Nothing is applied in other modes, and nothing is capped.
+        if member is not None and control.state.mode == "on":
+            budget = member.capped(budget)
+        return safe_cap(model.predict, model.gap_watts, budget)
 
     sampler = Sampler(
         recorder.tap(gpus.reader) if recorder else gpus.reader,
@@ -116,14 +128,16 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     def close() -> None:
         status.close()
         sampler.stop()
+        if member is not None:
+            member.leave()
         log.close()
         if recorder is not None:
             recorder.close()
 
     shaper = LiveShaper(
         scheduler,
-        _new_controller(config, gpus, model),
-        lambda budget: safe_cap(model.predict, model.gap_watts, budget),
+        _new_controller(config, gpus, model, member),
+        cap,
         first.budget,
         mode=first.mode,
         sampler=sampler,
@@ -135,11 +149,16 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     telemetry.attach(shaper, lambda: flex_queue(scheduler))
     sampler.start()
     note = " (shadow: decides, applies nothing)" if first.mode == "shadow" else ""
+    if config.group is not None:
+        shared = describe(PowerBudget(config.group.limits))
+        note += f", in power group {config.group.name} with {shared}"
     logger.info("shaper on %s: %s%s", gpus.profile.name, describe(first.budget), note)
     return shaper
 
 
-def _new_controller(config: ShaperConfig, gpus: EngineGpus, model: StepModel) -> NewController:
+def _new_controller(
+    config: ShaperConfig, gpus: EngineGpus, model: StepModel, member: Membership | None
+) -> NewController:
     targets = LatencyTargets(
         config.itl_target_seconds, config.ttft_target_seconds, config.objective == "efficiency"
     )
@@ -156,6 +175,7 @@ def _new_controller(config: ShaperConfig, gpus: EngineGpus, model: StepModel) ->
             rest_watts=model.idle_watts,
             rest_after_seconds=gpus.profile.power.gap_hold_seconds,
             full=full,
+            group=None if member is None else member.handle,
         )
 
     return make
@@ -179,6 +199,7 @@ def _info(
         "model": str(names.served_model_name or names.model),
         "policy": config.policy,
         "shadow": config.shadow,
+        "group": config.power_group,
     }
 
 

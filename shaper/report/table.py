@@ -41,6 +41,13 @@ class Table:
     title: str
     runs: tuple[str, ...]
     rows: tuple[Row | Heading, ...]
+    compare: bool = True
+    """False: the columns are no runs of the same thing, and their ratio means nothing."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether there is a column for the ratio."""
+        return self.compare and len(self.runs) > 1
 
 
 def format_value(value: float | None, digits: int) -> str:
@@ -76,14 +83,14 @@ def is_worse(row: Row) -> bool:
 
 def _cells(table: Table, row: Row) -> list[str]:
     cells = [row.label, row.unit, *(format_value(v, row.digits) for v in row.values)]
-    if len(table.runs) > 1:
+    if table.compares:
         cells.append(format_ratio(ratio_of(row)))
     return cells
 
 
 def _header(table: Table) -> list[str]:
     header = ["figure", "unit", *table.runs]
-    return [*header, "ratio"] if len(table.runs) > 1 else header
+    return [*header, "ratio"] if table.compares else header
 
 
 def to_text(table: Table) -> str:
@@ -122,7 +129,11 @@ def to_html(table: Table) -> str:
             continue
         cells = _cells(table, row)
         numbers = "".join(f"<td class=n>{html.escape(cell)}</td>" for cell in cells[2:])
-        mark = ' class="worse" title="worse than the first run"' if is_worse(row) else ""
+        mark = (
+            ' class="worse" title="worse than the first run"'
+            if table.compares and is_worse(row)
+            else ""
+        )
         body.append(
             f'<tr{mark}><th scope="row">{html.escape(cells[0])}</th>'
             f"<td>{html.escape(cells[1])}</td>{numbers}</tr>"

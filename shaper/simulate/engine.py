@@ -4,19 +4,30 @@ The loop is that of vLLM's `EngineCore.step_with_batch_queue` with asynchronous
 scheduling (two batches in flight) and of `EngineCore.step` without; a step that
 schedules nothing costs `EMPTY_STEP_SECONDS`, as it does there. The host is taken
 to be infinitely fast otherwise; what it costs on a GPU is in the GPU's profile.
+
+A turn of the loop is one event, or two where it waits for a step:
+
+    turn      take in what has arrived, schedule, launch
+    return    the oldest step is back
+
+so that several engines can take part in one order of time (`shaper.simulate.rack`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from shaper.core.power_model import StepModel
+from shaper.core.shape import ModelShape
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.silicon import EmulatedGpus, StepRun
+from shaper.errors import ConfigError
 
 EMPTY_STEP_SECONDS = 0.001
 # A step in which nothing is done at all still takes the loop some time.
@@ -46,29 +57,63 @@ def engine_config(model: str, gpu: str, **arguments: Any) -> Any:
     return EngineArgs(**(defaults | arguments)).create_engine_config()
 
 
-def new_scheduler(config: Any, kind: Callable[..., Any], kv_blocks: int) -> Any:
-    """A scheduler of `kind` for this configuration, with a KV cache of `kv_blocks` blocks."""
+def uniform_kv_cache(config: Any, blocks: int) -> Any:
+    """vLLM's description of a KV cache of `blocks` blocks, one group for each kind of layer."""
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.structured_output import StructuredOutputManager
 
-    from shaper.core.shape import ModelShape
     from shaper.emulator.kv_cache import kv_cache_specs
 
-    shape = ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
-    specs = kv_cache_specs(config, shape)
     groups: dict[Any, list[str]] = {}
-    for name, spec in specs.items():
+    for name, spec in kv_cache_specs(config, _shape(config)).items():
         groups.setdefault(spec, []).append(name)
-    config.cache_config.num_gpu_blocks = kv_blocks
-    kv_config = KVCacheConfig(
-        num_blocks=kv_blocks,
+    return KVCacheConfig(
+        num_blocks=blocks,
         kv_cache_tensors=[],
         kv_cache_groups=[KVCacheGroupSpec(names, spec) for spec, names in groups.items()],
     )
+
+
+def largest_kv_cache(config: Any, model: StepModel) -> Any:
+    """The same for what the GPU's memory has room for, as vLLM lays it out.
+
+    Raises:
+        ConfigError: the weights don't fit, or not one request of the model's length does.
+    """
+    from vllm.v1.core.kv_cache_utils import (
+        generate_scheduler_kv_cache_config,
+        get_kv_cache_configs,
+    )
+
+    from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
+
+    left_bytes = available_kv_bytes(
+        model,
+        config.cache_config.gpu_memory_utilization,
+        config.scheduler_config.max_num_batched_tokens,
+    )
+    specs = kv_cache_specs(config, _shape(config))
+    if getattr(config.cache_config, "kv_cache_layout", "") is None:
+        config.cache_config.kv_cache_layout = "LBNHC"  # the emulated executor's only one
+    try:
+        found = get_kv_cache_configs(config, [specs], [left_bytes])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return generate_scheduler_kv_cache_config(found)
+
+
+def _shape(config: Any) -> ModelShape:
+    return ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
+
+
+def new_scheduler(config: Any, kind: Callable[..., Any], kv_cache: Any) -> Any:
+    """A scheduler of `kind` for this configuration, with a KV cache as vLLM describes it."""
+    from vllm.v1.structured_output import StructuredOutputManager
+
+    config.cache_config.num_gpu_blocks = kv_cache.num_blocks
     block_size = config.cache_config.block_size
     return kind(
         config,
-        kv_config,
+        kv_cache,
         StructuredOutputManager(config),
         block_size=block_size,
         hash_block_size=block_size,
@@ -144,6 +189,9 @@ class VirtualEngine:
         self.requests: dict[str, VirtualRequest] = {}
         self._depth = 2 if asynchronous else 1
         self._queue: deque[_Batch] = deque()
+        self._inbox: list[Any] = []
+        self._return_seconds: float | None = None
+        self._executed = False
         self._tracker = RequestTracker()
         self._on_output = on_output
         self._host_late_seconds = host_late_seconds
@@ -153,10 +201,40 @@ class VirtualEngine:
         self.requests[request.request_id] = VirtualRequest(self.now_seconds)
         self.scheduler.add_request(request)
 
+    def arrive(self, request: Any, at_seconds: float) -> None:
+        """A request arrives at a time that is not after `due_seconds`.
+
+        The engine core takes it in at its next turn: while it waits for a step it hears
+        nothing. The request's latency counts from its arrival.
+        """
+        self.requests[request.request_id] = VirtualRequest(at_seconds)
+        if not self.busy:
+            self.now_seconds = max(self.now_seconds, at_seconds)
+        self._inbox.append(request)
+
     @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._queue) or self.scheduler.has_requests()
+        return bool(self._queue or self._inbox) or self.scheduler.has_requests()
+
+    @property
+    def inbox(self) -> Sequence[Any]:
+        """Requests that have arrived and that the scheduler has not heard of."""
+        return self._inbox
+
+    @property
+    def due_seconds(self) -> float:
+        """When its next event is due; infinity while there is nothing to do."""
+        if self._return_seconds is not None:
+            return self._return_seconds
+        return self.now_seconds if self.busy else math.inf
+
+    def next_event(self) -> None:
+        """Do what is due next; the engine's time is then `due_seconds` or later."""
+        if self._return_seconds is None:
+            self._turn()
+        else:
+            self._return()
 
     def run_until(self, seconds: float) -> None:
         """Step until this time, or until nothing is left to do; then it is that time."""
@@ -166,18 +244,39 @@ class VirtualEngine:
         self.gpus.advance(self.now_seconds)
 
     def step(self) -> None:
-        """One turn of the engine core's loop."""
-        executed = False
+        """One turn of the engine core's loop, with the step that it waits for."""
+        if self._return_seconds is None:
+            self._turn()
+        if self._return_seconds is not None:
+            self._return()
+
+    def _turn(self) -> None:
+        for request in self._inbox:
+            self.scheduler.add_request(request)
+        self._inbox.clear()
+        self._executed = False
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
-            executed = output.total_num_scheduled_tokens > 0
+            self._executed = output.total_num_scheduled_tokens > 0
             self._queue.append(self._launch(output))
             if len(self._queue) < self._depth:
-                self._after(executed)
+                self._after()
                 return
-        if self._queue:
-            self._finish(self._queue.popleft())
-        self._after(executed)
+        if not self._queue:
+            self._after()
+            return
+        run = self._queue[0].run
+        if run is None:
+            self._return()
+        else:
+            seen_seconds = run.end_seconds + self._host_late_seconds()
+            self._return_seconds = max(self.now_seconds, seen_seconds)
+
+    def _return(self) -> None:
+        if self._return_seconds is not None:
+            self.now_seconds, self._return_seconds = self._return_seconds, None
+        self._finish(self._queue.popleft())
+        self._after()
 
     def _launch(self, output: Any) -> _Batch:
         step = self._tracker.observe(output)
@@ -193,8 +292,7 @@ class VirtualEngine:
 
         answer = EMPTY_MODEL_RUNNER_OUTPUT
         if batch.step is not None and batch.run is not None:
-            seen = batch.run.end_seconds + self._host_late_seconds()
-            self.now_seconds = max(self.now_seconds, seen)
+            self.now_seconds = max(self.now_seconds, batch.run.end_seconds)
             names = [request.request_id for request in batch.step.requests]
             answer = ModelRunnerOutput(
                 req_ids=names,
@@ -209,7 +307,7 @@ class VirtualEngine:
                 if each.finish_reason is not None:
                     record.finished_seconds = self.now_seconds
 
-    def _after(self, executed: bool) -> None:
-        if not executed:
+    def _after(self) -> None:
+        if not self._executed:
             idle = self.scheduler.has_requests()
             self.now_seconds += EMPTY_STEP_SECONDS if idle else _IDLE_LOOP_SECONDS

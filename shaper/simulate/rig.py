@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from shaper.core.controller import Controller
+from shaper.core.group import PowerGroup
 from shaper.core.policy import Policy
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
@@ -20,7 +21,12 @@ from shaper.engine.work import engine_coefficients
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.reader import GpuReader
 from shaper.gpu.sampler import Sampler
-from shaper.simulate.engine import VirtualEngine, new_scheduler
+from shaper.simulate.engine import (
+    VirtualEngine,
+    largest_kv_cache,
+    new_scheduler,
+    uniform_kv_cache,
+)
 from shaper.simulate.plant import Plant
 
 # The sampler's own pace in a live engine.
@@ -59,7 +65,7 @@ def new_engine(
     *,
     ramp_watts_per_second: float | None = None,
     policy: Callable[[], Policy] = WindowedPlanner,
-    kv_blocks: int = 50_000,
+    kv_blocks: int | None = 50_000,
     itl_target_seconds: float | None = None,
     ttft_target_seconds: float | None = None,
     spend_slack: bool = False,
@@ -72,6 +78,8 @@ def new_engine(
     plant: Plant | None = None,
     exact_meter: bool = True,
     meter_seed: int = 0,
+    step_noise_ratio: float = 0.0,
+    group: PowerGroup | None = None,
     faults: Callable[[GpuReader], GpuReader] = lambda reader: reader,
     supervise: bool = False,
     admission: Admission | None = None,
@@ -81,7 +89,7 @@ def new_engine(
 
     Args:
         limits: None is vLLM's own scheduler with no shaper at all.
-        kv_blocks: blocks of the KV cache.
+        kv_blocks: blocks of the KV cache; None: what the GPU's memory has room for.
         log: gets every decision.
         policy, max_pause_seconds, margin_ratio: the controller's.
         ramp_watts_per_second: of its budget.
@@ -90,6 +98,8 @@ def new_engine(
         on_output, host_late_seconds: the engine's.
         plant: what the emulated GPUs do, if that is not what the controller's model says.
         exact_meter, meter_seed: whether the meters have no gain error, and which one.
+        step_noise_ratio: standard deviation of a step's relative duration.
+        group: this engine's handle of the ledger that it shares with others.
         faults: puts itself between the meters and the sampler.
         supervise: judge health, heat and, with `admission`, what may enter, as the live
             engine does.
@@ -108,9 +118,11 @@ def new_engine(
         start_seconds=0.0,
         seed=meter_seed,
         exact_meter=exact_meter,
+        step_noise_ratio=step_noise_ratio,
         ambient_celsius=ambient_celsius,
     )
     asynchronous = bool(config.scheduler_config.async_scheduling)
+    shared: dict[str, Any] = {} if group is None else {"group": group}
     targets = LatencyTargets(itl_target_seconds, ttft_target_seconds, spend_slack)
     holder: list[VirtualEngine] = []
 
@@ -129,6 +141,7 @@ def new_engine(
             rest_watts=model.idle_watts,
             rest_after_seconds=profile.power.gap_hold_seconds,
             full=full,
+            **shared,
         )
 
     def attach(scheduler: Any) -> LiveShaper:
@@ -156,7 +169,12 @@ def new_engine(
         return power_scheduler(*args, attach=attach, **kwargs)
 
     own = AsyncScheduler if asynchronous else Scheduler
-    scheduler = new_scheduler(config, own if limits is None else shaped, kv_blocks)
+    kv_cache = (
+        largest_kv_cache(config, model)
+        if kv_blocks is None
+        else uniform_kv_cache(config, kv_blocks)
+    )
+    scheduler = new_scheduler(config, own if limits is None else shaped, kv_cache)
     engine = VirtualEngine(
         scheduler,
         gpus,

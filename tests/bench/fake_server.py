@@ -137,7 +137,8 @@ async def _write_traces(arguments: list[str]) -> None:
     log = os.environ.get("SHAPER_DECISION_LOG")
     writer = PowerTraceWriter(f"{prefix}.rank0") if prefix else None
     # A limit is kept by cutting the bursts off.
-    watts = 500.0 if "--power-limit" in arguments else 700.0
+    limited = {"--power-limit", "--power-group"} & set(arguments)
+    watts = 500.0 if limited else 700.0
     before = time.monotonic()
     while True:
         await asyncio.sleep(0.01)

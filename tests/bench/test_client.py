@@ -9,8 +9,8 @@ import pytest
 
 from bench.client import ClientOptions, ReplayProgress, check_url, replay, request_body
 from bench.latency import latency_figures
-from bench.workload import TimedRequest, Workload, prompt_token_ids
 from shaper.errors import ConfigError
+from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 from tests.bench.fake_server import MODEL, FakeServer, serving
 
 

@@ -13,16 +13,16 @@ os.environ["SHAPER_EMULATE"] = "h200-sxm"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bench import control
-from bench.figures import PowerGrid
 from bench.proofs import faceoff, slack, step
 from bench.proofs.signals import cycle_watts, limits_text, over_budget, peak_to_peak_watts
 from bench.proofs.table import Case, Column, Job, Section, aligned, cases, verdicts
 from bench.proofs.traffic import conversation, even_lengths
 from bench.virtual import Setup, VirtualRun
-from bench.workload import TimedRequest, Workload
 from shaper.core.policy.static import StaticCaps
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
+from shaper.traffic.figures import PowerGrid
+from shaper.traffic.workload import TimedRequest, Workload
 
 LIMIT = PowerLimit(500.0, 0.1)
 

@@ -9,7 +9,7 @@ import pytest
 
 from bench.client import Replay, RequestRecord
 from bench.latency import GoodputTargets, bench_serve_keys, latency_figures
-from bench.workload import TimedRequest
+from shaper.traffic.workload import TimedRequest
 
 
 def record(

@@ -111,11 +111,10 @@ class Server:
         self.process.wait()
 
 
-@contextlib.contextmanager
-def running_server(
+def started_server(
     directory: Path, *flags: str, environment: dict[str, str] | None = None
-) -> Iterator[Server]:
-    """`shaper serve llama-3.1-8b --emulate h200-sxm FLAGS`, until the block ends."""
+) -> Server:
+    """`shaper serve llama-3.1-8b --emulate h200-sxm FLAGS`, on its way up."""
     port = free_port()
     log = directory / f"server-{port}.log"
     command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
@@ -129,7 +128,15 @@ def running_server(
             env=os.environ | (environment or {}),
             start_new_session=True,
         )
-    server = Server(process, port, log)
+    return Server(process, port, log)
+
+
+@contextlib.contextmanager
+def running_server(
+    directory: Path, *flags: str, environment: dict[str, str] | None = None
+) -> Iterator[Server]:
+    """The same, ready, until the block ends."""
+    server = started_server(directory, *flags, environment=environment)
     try:
         server.wait_for("start", server.ready, START_SECONDS)
         yield server

@@ -63,7 +63,7 @@ NOTHING = PowerBudget()
         ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0)),
         # An engine that has written nothing yet.
         (
-            [Status({}, dict.fromkeys(("sampler", "control", "standing", "scheduler"), ()))],
+            [Status({}, dict.fromkeys(("sampler", "control", "standing", "scheduler", "group"), ()))],
             None,
         ),
     ],

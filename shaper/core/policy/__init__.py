@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from shaper.core.group import GroupView
 from shaper.core.room import Room
 from shaper.core.types import (
     NO_TARGETS,
@@ -42,12 +43,16 @@ class PlanInput:
     """Prompts have waited so long that decodes shall wait for them."""
     held_seconds: float = 0.0
     """How long prompts have not got all that they want."""
+    waiting_seconds: float = 0.0
+    """How long prompts have waited and none of them has run."""
     idle_watts: float = 0.0
     """Power between steps."""
     prefill_watts: float = 0.0
     """Mean power above idle that prompts took in the last seconds."""
     burst_joules: float = 0.0
     """What prompts that come together mostly take, above idle power."""
+    group: GroupView | None = None
+    """What the engines that share a budget leave this one; None: it shares none."""
 
     @property
     def itl_target_seconds(self) -> float | None:

@@ -49,7 +49,10 @@ def cadence_seconds(view: PlanInput) -> float | None:
     )
     available -= view.idle_watts
     slowest = target * SLACK_SHARE
-    cadence = min(extra / available, slowest) if available > 0 else slowest
+    cadence = extra / available if available > 0 else slowest
+    if view.group is not None:
+        cadence = max(cadence, view.group.cadence_seconds)
+    cadence = min(cadence, slowest)
     return cadence if cadence > decodes.seconds * _LEAST_STRETCH else None
 
 

@@ -100,15 +100,20 @@ class WindowedPlanner:
         if decodes and not wanted.prefill_tokens:
             if view.spend_slack and _may_wait(view, _slack_seconds(view)):
                 return Plan(NOTHING, Reason.SLACK)
+            if _others_held_seconds(view) and _may_wait(view, _slack_seconds(view)):
+                return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view))
             if cadence is not None and _may_wait(view, cadence):
                 return Plan(NOTHING, Reason.CADENCE, cadence)
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
-        if fits_itl and view.room.fits(prediction):
+        free = not (wanted.prefill_tokens and _yields(view))
+        if free and fits_itl and view.room.fits(prediction):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
             waits = _may_wait(view, _slack_seconds(view))
-            chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
+            chunk = 0
+            if not _yields(view):
+                chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
                 return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
@@ -247,6 +252,15 @@ def _is_gentle(view: PlanInput, prediction: StepPrediction) -> bool:
     return prediction.seconds <= gentle
 
 
+def _others_held_seconds(view: PlanInput) -> float:
+    return 0.0 if view.group is None else view.group.others_held_seconds
+
+
+def _yields(view: PlanInput) -> bool:
+    """Whether the prompts of another engine of the group come first."""
+    return _others_held_seconds(view) > view.waiting_seconds and not view.turn
+
+
 def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
     target = view.itl_target_seconds
@@ -261,9 +275,10 @@ def _slack_seconds(view: PlanInput) -> float:
     """How long decodes may go without a step where slack is spent."""
     if view.itl_target_seconds is not None:
         return view.itl_target_seconds * SLACK_SHARE
-    if view.held_seconds < PATIENCE_SECONDS:
+    held = max(view.held_seconds, _others_held_seconds(view))
+    if held < PATIENCE_SECONDS:
         return 0.0
-    return min(PATIENCE_SHARE * view.held_seconds, MOST_PATIENT_SECONDS)
+    return min(PATIENCE_SHARE * held, MOST_PATIENT_SECONDS)
 
 
 def _may_wait(view: PlanInput, seconds: float) -> bool:

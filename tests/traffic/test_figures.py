@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from bench.figures import (
+from shaper.core.types import PowerLimit
+from shaper.emulator.trace import PowerTrace, Stall
+from shaper.traffic.figures import (
     PowerGrid,
     grid_between,
     limit_figures,
@@ -15,8 +17,6 @@ from bench.figures import (
     unstalled_windows,
     window_means,
 )
-from shaper.core.types import PowerLimit
-from shaper.emulator.trace import PowerTrace, Stall
 
 
 def step_grid(stalls: tuple[Stall, ...] = ()) -> PowerGrid:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.traces import load_trace
-from bench.workload import prompt_token_ids
 from shaper.errors import TraceError
+from shaper.traffic.traces import load_trace
+from shaper.traffic.workload import prompt_token_ids
 
 AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:15:46.6805900,374,44

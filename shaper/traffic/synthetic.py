@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.workload import TimedRequest, Workload
+from shaper.traffic.workload import TimedRequest, Workload
 
 FloatArray = NDArray[np.float64]
 

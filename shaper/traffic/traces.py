@@ -22,8 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from bench.workload import TimedRequest, Workload
 from shaper.errors import TraceError
+from shaper.traffic.workload import TimedRequest, Workload
 
 TraceFormat = Literal["auto", "azure", "mooncake", "timed"]
 TRACE_FORMATS: tuple[TraceFormat, ...] = ("auto", "azure", "mooncake", "timed")

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy.stats import ks_2samp, spearmanr
 
 from bench.summarise import correlation_share, rate_variance, summarise
-from bench.synthetic import SUMMARY_PATH, load_summary, synthesise
-from bench.traces import load_trace
-from bench.workload import TimedRequest, Workload
+from shaper.traffic.synthetic import SUMMARY_PATH, load_summary, synthesise
+from shaper.traffic.traces import load_trace
+from shaper.traffic.workload import TimedRequest, Workload
 
 
 def columns(load: Workload) -> tuple[NDArray[np.float64], ...]:

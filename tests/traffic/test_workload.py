@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.workload import TimedRequest, Workload, prompt_token_ids
+from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 
 
 def test_prompts_are_reproducible_and_differ() -> None:

@@ -1,0 +1,144 @@
+"""One engine's membership of a power group: keeps its heartbeat, says how the group stands.
+
+While a controller schedules by the ledger, the ledger knows what the engine draws. While
+none does, the engine counts there for what it may draw at the most:
+
+    a controller decides, applied or in shadow    what it has entered
+    it has failed, and the safe cap holds         the engine's static share
+    it has failed in shadow, or the mode is off   the GPUs' enforced limits
+
+so that the others keep the limit beside an engine that nobody holds back. Only where the
+enforced limits of such engines leave the others less than they draw idle can the sum go over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from shaper.core.types import PowerBudget
+from shaper.engine.protocols import Mode
+from shaper.engine.readers import EngineGpus
+from shaper.fleet import GroupSnapshot, HostGroup, join_group
+from shaper.group_config import GroupTerms
+from shaper.group_status import GroupStatus, MemberStatus
+
+logger = logging.getLogger(__name__)
+
+
+class Membership:
+    """Keeps one engine in its group. All but `capped` on the sampler's thread.
+
+    Args:
+        handle: of the group, joined.
+        free_watts: what the engine's GPUs draw at the most with nobody holding them back.
+        clock: monotonic seconds; the time of the sampler's tick is from before the GPUs
+            were read, which may take long.
+    """
+
+    def __init__(
+        self, handle: HostGroup, free_watts: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.handle = handle
+        self._free_watts = free_watts
+        self._clock = clock
+        self._errors = 0
+        self._epoch: int | None = None
+        self._status = GroupStatus(handle.limits, ())
+
+    def capped(self, budget: PowerBudget) -> PowerBudget:
+        """The budget and the engine's static share: what the safe cap has to keep."""
+        return dataclasses.replace(budget, limits=budget.limits + self.handle.static_limits)
+
+    def tick(self, mode: Mode, *, decides: bool) -> bool:
+        """Be heard, and look at the others.
+
+        Args:
+            mode: that was asked for last.
+            decides: whether there is a controller.
+
+        Returns:
+            Whether the static share may be another one now.
+        """
+        try:
+            return self._tick(mode, decides)
+        except Exception:
+            # A group that can't be read must take neither the engine nor its metrics with it.
+            if not self._errors:
+                logger.exception("the power group's tick failed (said once; later are counted)")
+            self._errors += 1
+            return False
+
+    def _tick(self, mode: Mode, decides: bool) -> bool:
+        now = self._clock()
+        self.handle.tick(now)
+        free = mode == "off" or (mode == "shadow" and not decides)
+        if free or not decides:
+            # Each time: the scheduler's thread may have had the last word as it was parked.
+            share_watts = max(limit.watts for limit in self.handle.static_limits)
+            self.handle.park(self._free_watts if free else share_watts, now)
+        found = self.handle.snapshot(now)
+        self._status = _status(found)
+        changed = self._epoch is not None and found.epoch_changes != self._epoch
+        self._epoch = found.epoch_changes
+        return changed
+
+    def values(self) -> list[float]:
+        """The group's section of the status block, as of the last tick."""
+        return dataclasses.replace(self._status, errors=self._errors).values()
+
+    def leave(self) -> None:
+        """Give the share back. May be called twice."""
+        self.handle.leave()
+
+
+def join(terms: GroupTerms | None, gpus: EngineGpus, model: Any, label: str) -> Membership | None:
+    """Join the configured group; None where there is none.
+
+    Args:
+        terms: of the group.
+        gpus: of the engine.
+        model: its step model.
+        label: tells the engine from the others, for people.
+
+    Raises:
+        FleetError: the group has other limits, or the engine can't join.
+    """
+    if terms is None:
+        return None
+    handle = join_group(
+        terms.name,
+        terms.limits,
+        idle_watts=model.gap_watts,
+        rest_watts=model.idle_watts,
+        rest_after_seconds=gpus.profile.power.gap_hold_seconds,
+        label=label,
+        gpu_count=model.gpu_count,
+    )
+    enforced = [gpu.enforced_limit_watts for gpu in gpus.reader.gpus]
+    known = [gpus.profile.power.limit_watts if watts is None else watts for watts in enforced]
+    free_watts = sum(known) or model.gpu_count * gpus.profile.power.limit_watts
+    logger.info(
+        "joined power group %s as %s (%d engines now)",
+        *(terms.name, label, len(handle.snapshot(time.monotonic()).engines)),
+    )
+    return Membership(handle, free_watts)
+
+
+def _status(found: GroupSnapshot) -> GroupStatus:
+    own = found.engines[found.own]
+    return GroupStatus(
+        limits=found.limits,
+        members=tuple(
+            MemberStatus(each.pid, each.state, each.floor_watts, each.watts, each.waiting_seconds)
+            for each in found.engines
+        ),
+        committed_watts=found.used_watts[0],
+        floor_watts=own.floor_watts,
+        claims_refused=own.refused,
+        static_steps=own.static_steps,
+        lock_wait_seconds=own.lock_wait_seconds,
+    )

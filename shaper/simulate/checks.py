@@ -1,0 +1,77 @@
+"""What a rack can't be run with, said before anything is built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shaper.config import ShaperConfig, build_config
+from shaper.errors import ConfigError
+from shaper.gpu.profiles import load_profile
+from shaper.simulate.setup import RackSetup
+
+
+def shaper_config(setup: RackSetup) -> ShaperConfig:
+    """The settings that each engine of this rack would be started with.
+
+    Raises:
+        ConfigError: as of a live engine.
+    """
+    settings: dict[str, Any] = {
+        "policy": setup.policy,
+        "objective": setup.objective,
+        "limits": [{"watts": x.watts, "window_seconds": x.window_seconds} for x in setup.limits],
+        "itl_target_seconds": setup.itl_target_seconds,
+        "ttft_target_seconds": setup.ttft_target_seconds,
+        "margin_ratio": setup.margin_ratio,
+        "max_pause_seconds": setup.max_pause_seconds,
+    }
+    caps = {
+        "prefill_tokens": setup.prefill_tokens_cap,
+        "running_requests": setup.running_requests_cap,
+    }
+    if any(cap is not None for cap in caps.values()):
+        settings["static_caps"] = caps
+    return build_config(settings, "shaper simulate")
+
+
+def check_setup(setup: RackSetup) -> None:
+    """Refuse what can't be run.
+
+    Raises:
+        ConfigError: with the setting and what it may be.
+    """
+    profile = load_profile(setup.gpu)
+    if setup.engines < 1 or setup.tensor_parallel < 1:
+        raise ConfigError("a rack has at least one engine, and an engine one GPU")
+    if not 0.0 < setup.rate_scale < float("inf"):
+        raise ConfigError(f"rate scale {setup.rate_scale:g} is not above 0")
+    if not 1.0 <= setup.duration_seconds <= 86_400.0:
+        raise ConfigError(f"a run of {setup.duration_seconds:g} s is outside 1 s to a day")
+    clocks = profile.clocks
+    hertz = setup.gpu_clock_hertz
+    if hertz is not None and not clocks.sm_min_hertz <= hertz <= clocks.sm_max_hertz:
+        raise ConfigError(
+            f"a clock of {hertz / 1e6:g} MHz is outside {profile.name}'s range of "
+            f"{clocks.sm_min_hertz / 1e6:g} to {clocks.sm_max_hertz / 1e6:g} MHz"
+        )
+    shaper_config(setup)
+    _check_floor(setup)
+
+
+def floor_watts(setup: RackSetup) -> float:
+    """What each engine draws between steps, all its GPUs."""
+    return load_profile(setup.gpu).power.gap_watts * setup.tensor_parallel
+
+
+def _check_floor(setup: RackSetup) -> None:
+    floor = floor_watts(setup)
+    for limits, engines, whose in (
+        (setup.limits, 1, "an engine"),
+        (setup.group_limits, setup.engines, f"the group of {setup.engines} engines"),
+    ):
+        for limit in limits:
+            if limit.watts <= floor * engines:
+                raise ConfigError(
+                    f"power limit {limit.watts:g} W over {limit.window_seconds:g} s is not above "
+                    f"the floor: {whose} draws {floor * engines:.0f} W between steps; give more"
+                )

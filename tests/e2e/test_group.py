@@ -1,0 +1,179 @@
+"""Two real servers in one power group: the sum is kept, and a dead one's share comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.live_rack import sum_power
+from shaper.core.types import PowerLimit
+from shaper.emulator.trace import PowerTrace, read_power_trace
+from shaper.traffic.figures import limit_figures
+from tests.e2e.conftest import MODEL, START_SECONDS, Server, started_server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+# One of the two draws up to 690 W, both idle 230 W together: they must take turns.
+LIMIT = PowerLimit(850.0, 0.1)
+GROUP = f"e2e-{os.getpid()}"
+FLAGS = ("--power-group", GROUP, "--group-limit", "850W@100ms")
+KEY = "an-admin-key-of-a-test"
+PROMPT_TOKENS = 2000
+ANSWER_TOKENS = 24
+
+
+@contextlib.contextmanager
+def two_servers(directory: Path) -> Iterator[tuple[Server, Server]]:
+    """Members of one group, each with a power trace `power-0` or `power-1`."""
+    servers = [
+        started_server(
+            directory,
+            *FLAGS,
+            environment={
+                "SHAPER_EMULATE_TRACE": str(directory / f"power-{index}"),
+                "SHAPER_ADMIN_KEY": KEY,
+            },
+        )
+        for index in range(2)
+    ]
+    try:
+        for server in servers:
+            server.wait_for("start", server.ready, START_SECONDS)
+        yield servers[0], servers[1]
+    finally:
+        for server in servers:
+            server.kill()
+
+
+class Load:
+    """Keeps a server busy with prompts, as many at once as queue up behind its share."""
+
+    def __init__(self, server: Server, workers: int = 3) -> None:
+        self._server = server
+        self._stop = threading.Event()
+        self.tokens: list[int] = []
+        """Of each answer."""
+        self.failed: list[str] = []
+        self._threads = [
+            threading.Thread(target=self._ask, args=(worker,)) for worker in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _ask(self, worker: int) -> None:
+        while not self._stop.is_set():
+            prompt = f"{worker} {len(self.tokens)} ".ljust(PROMPT_TOKENS, "x")
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": ANSWER_TOKENS}
+            request = urllib.request.Request(
+                f"{self._server.url}/v1/completions",
+                data=json.dumps(body | {"ignore_eos": True}).encode(),
+                headers={"Content-Type": "application/json"},
+            )
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    self.tokens.append(json.load(answer)["usage"]["completion_tokens"])
+            except OSError as error:
+                self.failed.append(str(error))
+                return
+
+    def stop(self) -> None:
+        """Let what runs finish."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def trace(directory: Path, index: int) -> PowerTrace:
+    return read_power_trace(directory / f"power-{index}.rank0")
+
+
+def mean_watts(found: PowerTrace, from_seconds: float, to_seconds: float) -> float:
+    return found.joules_between(from_seconds, to_seconds) / (to_seconds - from_seconds)
+
+
+def state(server: Server) -> dict[str, object]:
+    request = urllib.request.Request(
+        f"{server.url}/v1/shaper/state", headers={"Authorization": f"Bearer {KEY}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        engine: dict[str, object] = json.load(answer)["engines"][0]
+    return engine
+
+
+def refused_start(directory: Path, *flags: str) -> str:
+    """The one line of a server that must not start."""
+    command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
+    done = subprocess.run(
+        [*command, "--port", "0", *flags],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
+    """Under load every window of the sum is kept and both serve; another limit under the same
+    name is refused; what a killed server had goes to the other one."""
+    pytest.importorskip("vllm")
+    with two_servers(tmp_path) as (first, second):
+        loads = [Load(first), Load(second)]
+        time.sleep(2.0)  # until both queue
+        start = time.monotonic()
+        line = refused_start(tmp_path, "--power-group", GROUP, "--group-limit", "900W@100ms")
+        assert GROUP in line
+        assert "850 W" in line
+        assert "900 W" in line
+        group = state(first)["group"]
+        assert group["name"] == GROUP  # type: ignore[index]
+        assert first.metric("shaper_group_limit_watts") == LIMIT.watts
+        assert 'shaper_group_engines{engine="0",state="alive"} 2.0' in first.metrics()
+        time.sleep(max(0.0, start + 8.0 - time.monotonic()))
+        killed = time.monotonic()
+        second.kill()
+        first.wait_for(
+            "the death noticed",
+            lambda: 'shaper_group_engines{engine="0",state="alive"} 1.0' in first.metrics(),
+            seconds=10,
+        )
+        noticed = time.monotonic()
+        time.sleep(2.5)
+        end = time.monotonic()
+        for load in loads:
+            load.stop()
+        time.sleep(0.5)  # the trace's writer has its turn
+        assert loads[0].failed == []
+        assert first.metric("shaper_errors_total") == 0
+        assert first.metric("shaper_group_errors_total") == 0
+
+    # Both served, alike, and whole answers.
+    counts = [len(load.tokens) for load in loads]
+    assert min(counts) > 0
+    assert {tokens for load in loads for tokens in load.tokens} == {ANSWER_TOKENS}
+
+    traces = [trace(tmp_path, index) for index in range(2)]
+    grids, total = sum_power(traces, start, killed)
+    kept = limit_figures(total, LIMIT)
+    means = [mean_watts(found, start, killed) for found in traces]
+    assert sum(means) > 0.8 * LIMIT.watts, means
+    assert kept.unstalled_windows > 0.2 * kept.windows
+    assert kept.unstalled_worst_ratio < 1.005, kept
+    assert max(means) < 1.25 * min(means), means
+    # Its share is the other's within a second of the notice.
+    assert noticed - killed < 5.0
+    after = mean_watts(traces[0], end - 1.5, end)
+    assert after > 1.25 * means[0], (after, means)
