@@ -1,8 +1,9 @@
 """`python -m bench.control`: the controller's figures, each beside its aim, in virtual time.
 
 No server and no GPU: vLLM's real scheduler, the shaper and an emulated H200 run faster
-than the clock, in two processes. Prints Markdown; `docs/control-figures.md` is what it
-printed. A figure that misses its aim is marked, with the case that is worst.
+than the clock, in two processes. Prints Markdown; `--write` makes
+`docs/control-figures.md` of it. A figure that misses its aim is marked, with the case
+that is worst.
 """
 
 from __future__ import annotations
@@ -16,16 +17,34 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.proofs import cost, exact, faceoff, recovery, slack, step
-from bench.proofs.table import Job, Section, section_text, verdict_text, verdicts
+from bench.machine import describe
+from bench.proofs import cost, exact, faceoff, heat, recovery, slack, step
+from bench.proofs.table import Job, Section, Verdict, section_text, verdict_text, verdicts
+from shaper.engine.compat import vllm_version
 from shaper.errors import ShaperError
 
 Results = list[dict[str, Any]]
 
 PROCESSES = 2
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "control-figures.md"
+HEADER = """# The controller's figures
+
+`python -m bench.control --write` made this file on {date} (vLLM {vllm}; {machine}). It runs
+vLLM's real scheduler, the shaper and one emulated H200 SXM that serves Llama-3.1-8B's shape,
+in virtual time: no figure depends on how fast the machine is or what else it does.
+Prediction is perfect here, the model that predicts is the emulated GPU's own; what becomes of
+budgets where it is not, `python -m bench.learning` prints. No real GPU was measured.
+
+Power is true power on a grid of 1 ms; a limit is judged at every window that begins at a
+millisecond. "Unshaped" is vLLM with 8,192 batched tokens and 1,024 sequences, asynchronous
+scheduling, the same requests at the same times. The first table has each aim beside the worst
+of its cases; what is not judged has no aim. [baselines.md](baselines.md) describes the
+policies of the last tables.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +74,7 @@ PROOFS: dict[str, Proof] = {
         lambda quick: [recovery.jobs(quick)],
         lambda results, quick: recovery.sections(quick, results[0]),
     ),
+    "heat": Proof(lambda quick: [heat.jobs(quick)], lambda results, quick: heat.sections(*results)),
     "baselines": Proof(
         lambda quick: [faceoff.jobs(quick)], lambda results, quick: faceoff.sections(*results)
     ),
@@ -101,6 +121,18 @@ def run(names: Sequence[str], quick: bool, processes: int) -> list[Section]:
     return found
 
 
+def report(sections: Sequence[Section], judged: Sequence[Verdict]) -> str:
+    """All of it as Markdown: the aims, then each table."""
+    met = sum(verdict.met for verdict in judged)
+    parts = [f"{met} of {len(judged)} aims met.\n", verdict_text(judged) + "\n"]
+    return "\n".join(parts + [section_text(section) for section in sections])
+
+
+def _document(text: str) -> str:
+    date = datetime.now(UTC).date().isoformat()
+    return HEADER.format(date=date, vllm=vllm_version(), machine=describe()) + "\n" + text
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report.
 
@@ -114,9 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the figures, unrounded")
     parser.add_argument("--processes", type=int, default=PROCESSES, help="default: %(default)s")
+    parser.add_argument("--write", action="store_true", help=f"write docs/{DOCUMENT.name}")
     options = parser.parse_args(argv)
     if options.processes < 1:
         parser.error("--processes: give 1 or more")
+    if options.write and (options.quick or options.only):
+        parser.error("--write: the document has all proofs at full length; drop --quick and --only")
     began = time.monotonic()
     try:
         sections = run(options.only or list(PROOFS), options.quick, options.processes)
@@ -125,10 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     judged = [verdict for section in sections for verdict in verdicts(section)]
     missed = [verdict for verdict in judged if not verdict.met]
-    print(f"{len(judged) - len(missed)} of {len(judged)} aims met.\n")
-    print(verdict_text(judged), end="\n\n")
-    for section in sections:
-        print(section_text(section))
+    text = report(sections, judged)
+    print(text, end="")
+    if options.write:
+        DOCUMENT.write_text(_document(text))
     print(f"{time.monotonic() - began:.0f} s for all runs.", file=sys.stderr)
     if options.json:
         data = {

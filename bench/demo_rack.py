@@ -83,16 +83,17 @@ def _parser() -> Parser:
     parser.add_argument(
         "--limit-ratio",
         type=ratio,
-        default=0.8,
+        default=0.7,
         metavar="SHARE",
         help="the group's limit, as a share of the highest 100 ms mean power of all unshaped "
         "servers together (default: %(default)s)",
     )
     parser.add_argument(
         "--itl-target",
-        type=duration,
+        type=_target,
+        default=0.1,
         metavar="TIME",
-        help="longest time between two tokens that may be spent, like 100ms",
+        help="promise at p99 of the time between two tokens, or none (default: 100ms)",
     )
     parser.add_argument(
         "--divided",
@@ -111,6 +112,10 @@ def _parser() -> Parser:
         help="where the results go (default: %(default)s)",
     )
     return parser
+
+
+def _target(text: str) -> float | None:
+    return None if text == "none" else duration(text)
 
 
 def _settings(argv: Sequence[str] | None) -> tuple[RackSettings, tuple[str, ...]]:

@@ -46,6 +46,10 @@ class Setup:
     power_cap_watts: float | None = None
     """The emulated driver's own power cap; None: the GPU's default."""
     kv_blocks: int = KV_BLOCKS
+    supervise: bool = False
+    """Judge health and heat, as a live engine does."""
+    ambient_celsius: float | None = None
+    """Of the air at the GPU's inlet; None: the profile's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +137,8 @@ class VirtualRun:
             ttft_target_seconds=setup.ttft_seconds,
             spend_slack=setup.spend_slack,
             kv_blocks=setup.kv_blocks,
+            supervise=setup.supervise,
+            ambient_celsius=setup.ambient_celsius,
             log=self.reasons,
             on_output=self._on_output,
         )

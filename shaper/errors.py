@@ -10,6 +10,7 @@
     │   ├── GpuUnavailableError  no driver, no GPU, or none of the names asked for
     │   ├── GpuPermissionError   the driver refuses this user
     │   └── GpuLostError         a GPU fell off the bus or was reset
+    ├── FleetError           a power group can't be joined, or its shared file is not to be believed
     ├── TraceError           a workload trace or a recording has a broken line
     └── LedgerError          the ledger was asked about a time it no longer holds
 
@@ -55,6 +56,10 @@ class GpuPermissionError(GpuError):
 
 class GpuLostError(GpuError):
     """A GPU fell off the bus, or its driver was unloaded."""
+
+
+class FleetError(ShaperError):
+    """A power group can't be joined, or its shared file is not to be believed."""
 
 
 class TraceError(ShaperError):

@@ -25,6 +25,7 @@ from shaper.core.group import HISTORY_SECONDS, Committed, EngineShare, PowerGrou
 from shaper.core.guard import Guard
 from shaper.core.ledger import Ledger
 from shaper.core.policy import Plan, PlanInput, Policy
+from shaper.core.policy.sustained import EASY_STEPS
 from shaper.core.room import UNBOUNDED, Run
 from shaper.core.standing import EngineDemand
 from shaper.core.types import (
@@ -288,7 +289,8 @@ class Controller:
         self, decodes: StepPrediction | None, load: EngineLoad, now_seconds: float
     ) -> EngineShare:
         """What this engine says of itself."""
-        floor = self._paced_watts(decodes, self._targets.itl_seconds or 0.0)
+        easy = 0.0 if decodes is None else EASY_STEPS * decodes.seconds
+        floor = self._paced_watts(decodes, self._targets.itl_seconds or easy)
         if self._group is None:
             return EngineShare(floor)
         # While a chunk runs, the next one is not what others wait for.

@@ -17,7 +17,7 @@ Run = tuple[float, float, float]
 _CORNERS_PER_WINDOW = 512
 # A floor above a limit is taken as this part of it: a chunk needs some room, or prompts
 # would wait for ever.
-_MOST_FLOOR_RATIO = 0.9
+MOST_FLOOR_RATIO = 0.9
 # Below this part of a limit a run can't be what a window is too full of. No margin is larger.
 _COOL_RATIO = 0.8
 _INSTANT_SECONDS = 1e-6
@@ -151,7 +151,7 @@ class WindowPart:
 
     def _put(self, x: Array, room: Array) -> None:
         """Take the corners, and find the running minima."""
-        self._floor_watts = min(self._floor_watts, _MOST_FLOOR_RATIO * self.allowed_watts)
+        self._floor_watts = min(self._floor_watts, MOST_FLOOR_RATIO * self.allowed_watts)
         self._x, self._room = x, room
         self._left = left = np.empty_like(room)
         left[0] = math.inf
@@ -194,7 +194,7 @@ class WindowPart:
         """The same if nothing had run before."""
         if seconds >= self._span:
             return self.allowed_watts
-        floor = min(self._floor_watts, _MOST_FLOOR_RATIO * self.allowed_watts)
+        floor = min(self._floor_watts, MOST_FLOOR_RATIO * self.allowed_watts)
         return floor + (self.allowed_watts - floor) * self._span / seconds
 
     def paced_watts(self, burst_joules: float) -> float:

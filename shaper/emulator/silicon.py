@@ -128,7 +128,7 @@ class EmulatedGpus:
         if count != model.gpu_count:
             raise ConfigError(f"gpu_count is {count}, but the model predicts {model.gpu_count}")
         limit = profile.power.limit_watts if power_cap_watts is None else power_cap_watts
-        _check_cap(profile, limit)
+        check_power_cap(profile, limit)
         idle = profile.power.context_watts
         self.profile = profile
         self.gpu_count = count
@@ -241,7 +241,7 @@ class EmulatedGpus:
         Raises:
             ConfigError: it is below the profile's smallest or above its default.
         """
-        _check_cap(self.profile, watts)
+        check_power_cap(self.profile, watts)
         with self._lock:
             self._clocks.limit_watts = watts
 
@@ -350,7 +350,12 @@ class EmulatedGpus:
         return found
 
 
-def _check_cap(profile: GpuProfile, watts: float) -> None:
+def check_power_cap(profile: GpuProfile, watts: float) -> None:
+    """Refuse an enforced limit that the driver would refuse.
+
+    Raises:
+        ConfigError: it is below the profile's smallest or above its default.
+    """
     power = profile.power
     if not power.min_limit_watts <= watts <= power.limit_watts:
         raise ConfigError(

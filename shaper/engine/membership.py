@@ -17,14 +17,16 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shaper.core.types import PowerBudget
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
-from shaper.fleet import GroupSnapshot, HostGroup, join_group
 from shaper.group_config import GroupTerms
 from shaper.group_status import GroupStatus, MemberStatus
+
+if TYPE_CHECKING:
+    from shaper.fleet import GroupSnapshot, HostGroup
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +111,8 @@ def join(terms: GroupTerms | None, gpus: EngineGpus, model: Any, label: str) -> 
     """
     if terms is None:
         return None
+    from shaper.fleet import join_group
+
     handle = join_group(
         terms.name,
         terms.limits,

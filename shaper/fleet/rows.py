@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from shaper.core.curve import Array
 from shaper.core.group import Committed, EngineShare
-from shaper.core.room import WindowPart
+from shaper.core.room import MOST_FLOOR_RATIO, WindowPart
 from shaper.core.types import PowerLimit
 
 BINS = 4096
@@ -138,7 +138,8 @@ class Rows:
         last = math.ceil((start_seconds + window) / length)
         bins = np.arange(first, last)
         rows = np.flatnonzero(self.table["used"])
-        spent = self._spent(grid, rows, bins, own, start_seconds, now_seconds)
+        allowed = limit.watts * kept_ratio
+        spent = self._spent(grid, rows, bins, own, start_seconds, now_seconds, allowed)
         edges = np.arange(first, last + 1) * length
         total = np.concatenate(([0.0], np.cumsum(spent)))
         inside = edges[(edges > start_seconds) & (edges < start_seconds + window)] - start_seconds
@@ -148,7 +149,6 @@ class Rows:
             x = np.delete(x, 1)
         used = np.interp(start_seconds + x, edges, total)
         used -= np.interp(start_seconds + x - window, edges, total)
-        allowed = limit.watts * kept_ratio
         return WindowPart(window, allowed, floor_watts, x, allowed * window - used)
 
     def _spent(
@@ -159,6 +159,7 @@ class Rows:
         own: int,
         start_seconds: float,
         now_seconds: float,
+        allowed_watts: float,
     ) -> Array:
         """[bins] joules of all rows; of row `own` only what lies before the step."""
         length = grid.bin_seconds
@@ -172,7 +173,14 @@ class Rows:
         )
         heard = np.maximum(table["entered_seconds"], end) + HEARD_SECONDS >= now_seconds
         ahead = times >= now_seconds
-        after = np.where(ahead & heard[:, None], table["floor_watts"][:, None], after)
+        floors = np.where(heard, table["floor_watts"], table["rest_watts"])
+        # Floors above the limit are taken as a part of it, as one engine's are.
+        least = table["idle_watts"].sum()
+        most = max(MOST_FLOOR_RATIO * allowed_watts - least, 0.0)
+        above = np.maximum(floors - table["idle_watts"], 0.0)
+        share = min(1.0, most / max(float(above.sum()), 1e-9))
+        floors = np.minimum(floors, table["idle_watts"] + share * above)
+        after = np.where(ahead & heard[:, None], floors[:, None], after)
         after[(rows == own)[:, None] & (times >= start_seconds)] = 0.0
         valid = bins <= np.floor(end / length)[:, None]
         total: Array = np.where(valid, joules, after * length).sum(axis=0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from shaper.config import ShaperConfig, build_config
+from shaper.core.work import WorkCoefficients
+from shaper.emulator.shapes import load_shape
+from shaper.emulator.silicon import check_power_cap
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.setup import RackSetup
@@ -41,12 +44,19 @@ def check_setup(setup: RackSetup) -> None:
         ConfigError: with the setting and what it may be.
     """
     profile = load_profile(setup.gpu)
+    shape = load_shape(setup.model)
     if setup.engines < 1 or setup.tensor_parallel < 1:
         raise ConfigError("a rack has at least one engine, and an engine one GPU")
     if not 0.0 < setup.rate_scale < float("inf"):
         raise ConfigError(f"rate scale {setup.rate_scale:g} is not above 0")
     if not 1.0 <= setup.duration_seconds <= 86_400.0:
         raise ConfigError(f"a run of {setup.duration_seconds:g} s is outside 1 s to a day")
+    try:
+        WorkCoefficients.from_shape(shape, setup.tensor_parallel)
+    except ValueError as error:
+        raise ConfigError(f"{setup.model}: {error}") from error
+    if setup.gpu_power_cap_watts is not None:
+        check_power_cap(profile, setup.gpu_power_cap_watts)
     clocks = profile.clocks
     hertz = setup.gpu_clock_hertz
     if hertz is not None and not clocks.sm_min_hertz <= hertz <= clocks.sm_max_hertz:

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from pydantic import ValidationError
+
+from shaper.budget_config import first_line
 from shaper.core.group import PowerGroup
 from shaper.core.power_model import StepModel
 from shaper.errors import ConfigError
@@ -48,15 +51,18 @@ def _config(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from shaper.simulate.engine import engine_config
 
-    return engine_config(
-        model,
-        gpu,
-        tensor_parallel_size=tensor_parallel,
-        max_num_batched_tokens=tokens,
-        max_num_seqs=requests,
-        # Prompts without block ids have nothing in common: a cache could only cost time.
-        enable_prefix_caching=caching,
-    )
+    try:
+        return engine_config(
+            model,
+            gpu,
+            tensor_parallel_size=tensor_parallel,
+            max_num_batched_tokens=tokens,
+            max_num_seqs=requests,
+            # Prompts without block ids have nothing in common: a cache could only cost time.
+            enable_prefix_caching=caching,
+        )
+    except ValidationError as error:
+        raise ConfigError(f"vLLM refuses this engine: {first_line(error)}") from error
 
 
 def _groups(setup: RackSetup, config: Any) -> list[PowerGroup | None]:

@@ -240,6 +240,26 @@ def test_the_exit_code_says_whether_an_aim_is_missed(monkeypatch, capsys, tmp_pa
     assert data["sections"][0]["cases"][0]["figures"]["x"] == worst
 
 
+def test_the_document_is_what_was_printed(monkeypatch, capsys, tmp_path):
+    """With the command, the date and the machine above it."""
+    table = section(Column("x", "x", aim=1.0), rows=[{"name": "a", "x": 1.1}])
+    monkeypatch.setattr(control, "run", lambda *_: [table])
+    monkeypatch.setattr(control, "DOCUMENT", tmp_path / "figures.md")
+    assert control.main(["--write"]) == 1
+    header, _, rest = control.DOCUMENT.read_text().partition("\n0 of 1 aims met.")
+    assert capsys.readouterr().out == f"0 of 1 aims met.{rest}"
+    assert "python -m bench.control --write" in header
+    assert "CPUs" in header
+
+
+@pytest.mark.parametrize("part", [["--quick"], ["--only", "step"]])
+def test_a_part_is_no_document(part):
+    """What was left out would be missing from the file without a word."""
+    with pytest.raises(SystemExit) as refused:
+        control.main(["--write", *part])
+    assert refused.value.code == 2
+
+
 def test_what_cannot_run_is_said_in_one_line(monkeypatch, capsys):
     """No traceback for an operator."""
     monkeypatch.setattr(control, "run", lambda *_: failing("no such profile"))

@@ -13,6 +13,7 @@ import pytest
 
 from bench import demo_rack, live_rack
 from bench.live_rack import deal, sum_power
+from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, Stall
 from shaper.traffic.synthetic import synthesise
 from tests.bench import fake_server
@@ -68,10 +69,11 @@ def test_the_comparison_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert unshaped["power"]["peak_watts"] == pytest.approx(1040.0, rel=0.01)
     assert shared["power"]["peak_watts"] == pytest.approx(880.0, rel=0.01)
     limit = figures["limit"]["watts"]
-    assert limit == pytest.approx(0.8 * unshaped["power"]["peak_watts"], abs=0.1)
-    assert divided["flags"] == ["--power-limit", f"{limit / 2:.1f}W@100ms"]
+    assert limit == pytest.approx(0.7 * unshaped["power"]["peak_watts"], abs=0.1)
+    target = ["--itl-target", "100ms"]
+    assert divided["flags"] == ["--power-limit", f"{limit / 2:.1f}W@100ms", *target]
     assert shared["flags"][0] == "--power-group"
-    assert shared["flags"][2:] == ["--group-limit", f"{limit:.1f}W@100ms"]
+    assert shared["flags"][2:] == ["--group-limit", f"{limit:.1f}W@100ms", *target]
     for run in figures["runs"]:
         assert run["latency"]["requests_failed"] == 0
         assert run["latency"]["requests_finished"] == unshaped["latency"]["requests_finished"] > 5
@@ -82,6 +84,18 @@ def test_the_comparison_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"https?://(?!www\.w3\.org/)", page)
     assert "server 1" in page
+
+
+def test_the_target_can_be_left_out(tmp_path: Path) -> None:
+    """Decodes then wait only as the limit asks."""
+    limit = PowerLimit(900.0, 0.1)
+    for word, flags in (("none", []), ("50ms", ["--itl-target", "50ms"])):
+        line = ["--itl-target", word, "--servers", "3", "--out", str(tmp_path)]
+        settings, _ = demo_rack._settings(line)
+        assert demo_rack.shaping(settings, demo_rack.DIVIDED, limit) == (
+            *("--power-limit", "300.0W@100ms"),
+            *flags,
+        )
 
 
 @pytest.mark.usefixtures("fake_shaper")

@@ -18,7 +18,7 @@ import pytest
 from bench.live_rack import sum_power
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, read_power_trace
-from shaper.traffic.figures import limit_figures
+from shaper.traffic.figures import STALL_SECONDS, limit_figures
 from tests.e2e.conftest import MODEL, START_SECONDS, Server, started_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -27,6 +27,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 LIMIT = PowerLimit(850.0, 0.1)
 GROUP = f"e2e-{os.getpid()}"
 FLAGS = ("--power-group", GROUP, "--group-limit", "850W@100ms")
+# A window holds as much more of a step as this host came late to end the one before. Where
+# it woke an emulated GPU over 2 ms late the window is left out (`unstalled`), so that a step's
+# 550 W above idle power count for 2 ms at the most.
+LATE_RATIO = 550.0 * STALL_SECONDS / (LIMIT.watts * LIMIT.window_seconds)
 KEY = "an-admin-key-of-a-test"
 PROMPT_TOKENS = 2000
 ANSWER_TOKENS = 24
@@ -132,8 +136,6 @@ def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
     pytest.importorskip("vllm")
     with two_servers(tmp_path) as (first, second):
         loads = [Load(first), Load(second)]
-        time.sleep(2.0)  # until both queue
-        start = time.monotonic()
         line = refused_start(tmp_path, "--power-group", GROUP, "--group-limit", "900W@100ms")
         assert GROUP in line
         assert "850 W" in line
@@ -142,7 +144,8 @@ def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
         assert group["name"] == GROUP  # type: ignore[index]
         assert first.metric("shaper_group_limit_watts") == LIMIT.watts
         assert 'shaper_group_engines{engine="0",state="alive"} 2.0' in first.metrics()
-        time.sleep(max(0.0, start + 8.0 - time.monotonic()))
+        start = time.monotonic()
+        time.sleep(8.0)
         killed = time.monotonic()
         second.kill()
         first.wait_for(
@@ -166,12 +169,12 @@ def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
     assert {tokens for load in loads for tokens in load.tokens} == {ANSWER_TOKENS}
 
     traces = [trace(tmp_path, index) for index in range(2)]
-    grids, total = sum_power(traces, start, killed)
+    _, total = sum_power(traces, start, killed)
     kept = limit_figures(total, LIMIT)
     means = [mean_watts(found, start, killed) for found in traces]
     assert sum(means) > 0.8 * LIMIT.watts, means
     assert kept.unstalled_windows > 0.2 * kept.windows
-    assert kept.unstalled_worst_ratio < 1.005, kept
+    assert kept.unstalled_worst_ratio < 1.005 + LATE_RATIO, kept
     assert max(means) < 1.25 * min(means), means
     # Its share is the other's within a second of the notice.
     assert noticed - killed < 5.0

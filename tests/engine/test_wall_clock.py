@@ -57,7 +57,7 @@ def test_a_clock_that_jumps_an_hour_and_back_moves_the_schedule_and_nothing_else
     offset_seconds = 0.0 if hours > 0 else HOUR_SECONDS
 
     def wall() -> float:
-        now = world.engine.now_seconds
+        now: float = world.engine.now_seconds
         jumped = JUMP_SECONDS <= now < BACK_SECONDS
         return HALF_PAST_NINE + now + offset_seconds + (hours * HOUR_SECONDS if jumped else 0.0)
 

@@ -26,6 +26,9 @@ from shaper.core.types import StepBatch
 # How much of the ITL target decodes wait. The rest is room for a chunk under the same
 # deadline: waiting for all of it saves little more energy and costs TTFT.
 SLACK_SHARE = 0.30
+# Without a target: in decode steps. Half the pace of the unshaped engine while it is calm is
+# still far from its slowest percent, the steps that carry a prompt.
+EASY_STEPS = 2.0
 # A cadence that is this near to the step itself is none.
 _LEAST_STRETCH = 1.05
 # What a decode step may take of its target; the rest is what it may come late.
@@ -37,10 +40,17 @@ _DECODE_SHARE = 0.9
 _CAP_EVERY_SECONDS = 0.1
 
 
+def slowest_seconds(view: PlanInput) -> float:
+    """The slowest cadence of decode steps."""
+    if view.targets.itl_seconds is not None:
+        return view.targets.itl_seconds * SLACK_SHARE
+    return EASY_STEPS * view.decodes.seconds if view.decodes is not None else 0.0
+
+
 def cadence_seconds(view: PlanInput) -> float | None:
     """Time between decode steps that the budget asks for; None: as fast as they go."""
-    target, decodes = view.targets.itl_seconds, view.decodes
-    if target is None or decodes is None or not view.room.bounded:
+    decodes = view.decodes
+    if decodes is None or not view.room.bounded:
         return None
     extra = decodes.joules - view.idle_watts * decodes.seconds
     available = min(
@@ -48,7 +58,7 @@ def cadence_seconds(view: PlanInput) -> float | None:
         view.room.paced_watts(view.burst_joules),
     )
     available -= view.idle_watts
-    slowest = target * SLACK_SHARE
+    slowest = slowest_seconds(view)
     cadence = extra / available if available > 0 else slowest
     if view.group is not None:
         cadence = max(cadence, view.group.cadence_seconds)

@@ -36,7 +36,7 @@ from __future__ import annotations
 import dataclasses
 
 from shaper.core.policy import Plan, PlanInput
-from shaper.core.policy.sustained import SLACK_SHARE, RunningCap, cadence_seconds
+from shaper.core.policy.sustained import RunningCap, cadence_seconds, slowest_seconds
 from shaper.core.types import (
     NOTHING,
     UNLIMITED,
@@ -273,12 +273,13 @@ def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
 
 def _slack_seconds(view: PlanInput) -> float:
     """How long decodes may go without a step where slack is spent."""
+    slowest = slowest_seconds(view)
     if view.itl_target_seconds is not None:
-        return view.itl_target_seconds * SLACK_SHARE
+        return slowest
     held = max(view.held_seconds, _others_held_seconds(view))
     if held < PATIENCE_SECONDS:
-        return 0.0
-    return min(PATIENCE_SHARE * held, MOST_PATIENT_SECONDS)
+        return slowest
+    return max(slowest, min(PATIENCE_SHARE * held, MOST_PATIENT_SECONDS))
 
 
 def _may_wait(view: PlanInput, seconds: float) -> bool:
