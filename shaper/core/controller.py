@@ -25,7 +25,7 @@ from shaper.core.group import HISTORY_SECONDS, Committed, EngineShare, PowerGrou
 from shaper.core.guard import Guard
 from shaper.core.ledger import Ledger
 from shaper.core.policy import Plan, PlanInput, Policy
-from shaper.core.policy.sustained import EASY_STEPS
+from shaper.core.policy.sustained import EASY_STEPS, slowest_seconds
 from shaper.core.room import UNBOUNDED, Run
 from shaper.core.standing import EngineDemand
 from shaper.core.types import (
@@ -233,7 +233,8 @@ class Controller:
             self._demand.wants(whole.prefill_tokens, self.predict(whole), decodes)
         else:
             self._demand.wants(0, None, decodes)
-        self._share = self._tells(decodes, load, now_seconds)
+        since = self._since_decode(load, start, in_flight)
+        self._share = self._tells(decodes, load, start - since, now_seconds)
         view = self._view(load, start, now_seconds, decodes, in_flight)
         # Waits count from when the device is free: behind a step in flight nothing is held back.
         self._plan = self._guard.check(self._policy.plan(view), load, start)
@@ -286,7 +287,11 @@ class Controller:
         )
 
     def _tells(
-        self, decodes: StepPrediction | None, load: EngineLoad, now_seconds: float
+        self,
+        decodes: StepPrediction | None,
+        load: EngineLoad,
+        decoded_seconds: float,
+        now_seconds: float,
     ) -> EngineShare:
         """What this engine says of itself."""
         easy = 0.0 if decodes is None else EASY_STEPS * decodes.seconds
@@ -298,6 +303,9 @@ class Controller:
         waits = bool(load.prefills) and not runs
         waiting = self._demand.waiting_since_seconds if waits else None
         extra = 0.0 if decodes is None else decodes.joules - self._idle_watts * decodes.seconds
+        due = None
+        if decodes is not None:
+            due = decoded_seconds + slowest_seconds(self._targets, decodes) - decodes.seconds
         return EngineShare(
             floor_watts=floor,
             decode_joules=extra,
@@ -305,6 +313,7 @@ class Controller:
             prefill_watts=self._demand.prefill_watts(now_seconds),
             burst_joules=self._demand.burst_joules,
             waiting_since_seconds=waiting,
+            decodes_due_seconds=due,
         )
 
     def _claims(

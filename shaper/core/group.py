@@ -43,6 +43,8 @@ class EngineShare:
     """What prompts that come together mostly take, above idle power."""
     waiting_since_seconds: float | None = None
     """When the first of the prompts that are held back began to wait; None where none is."""
+    decodes_due_seconds: float | None = None
+    """When its decodes should run at the latest; None where none is ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class GroupView:
     """The fair pace of decode steps; 0: as fast as they go, infinity: none is slow enough."""
     others_held_seconds: float = 0.0
     """For how long the prompts of another engine have been held back, at the most."""
+    others_due_seconds: float = math.inf
+    """When the decodes of another engine should run at the latest, the earliest of all."""
 
 
 @dataclass(frozen=True, slots=True)

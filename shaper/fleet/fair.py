@@ -68,3 +68,10 @@ def others_held_seconds(table: Table, own: int, now_seconds: float) -> float:
     since = np.where(heard(table, now_seconds), table["waiting_since_seconds"], math.nan)
     since[own] = math.nan
     return max(0.0, now_seconds - float(np.nanmin(since, initial=now_seconds)))
+
+
+def others_due_seconds(table: Table, own: int, now_seconds: float) -> float:
+    """When the decodes of another engine should run at the latest; infinity without any."""
+    due = np.where(heard(table, now_seconds), table["decodes_due_seconds"], math.nan)
+    due[own] = math.nan
+    return float(np.nanmin(due, initial=math.inf))

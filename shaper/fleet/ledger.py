@@ -9,7 +9,7 @@ import numpy as np
 
 from shaper.core.group import Committed, EngineShare, GroupView, Step
 from shaper.core.types import PowerLimit
-from shaper.fleet.fair import others_held_seconds, pace
+from shaper.fleet.fair import others_due_seconds, others_held_seconds, pace
 from shaper.fleet.rows import Rows, table_bytes
 
 
@@ -48,7 +48,9 @@ class GroupLedger:
         table = self._rows.table[used]
         own = int(used.searchsorted(self._row))
         cadence, sustained = pace(table, own, self.limits, kept_ratio, now_seconds)
-        return GroupView(parts, sustained, cadence, others_held_seconds(table, own, now_seconds))
+        held = others_held_seconds(table, own, now_seconds)
+        due = others_due_seconds(table, own, now_seconds)
+        return GroupView(parts, sustained, cadence, held, due)
 
     def tell(self, share: EngineShare, now_seconds: float) -> None:
         """See `PowerGroup.tell`."""

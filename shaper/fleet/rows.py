@@ -45,9 +45,10 @@ ROW = np.dtype(
         ("prefill_watts", np.float64),
         ("burst_joules", np.float64),
         ("waiting_since_seconds", np.float64),
+        ("decodes_due_seconds", np.float64),
     ]
 )
-"""`waiting_since_seconds` is NaN where no prompt is held back."""
+"""`waiting_since_seconds` and `decodes_due_seconds` are NaN where there is nothing of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,8 @@ class Rows:
         values["burst_joules"] = share.burst_joules
         since = share.waiting_since_seconds
         values["waiting_since_seconds"] = math.nan if since is None else since
+        due = share.decodes_due_seconds
+        values["decodes_due_seconds"] = math.nan if due is None else due
         values["entered_seconds"] = now_seconds
 
     def enter(self, row: int, committed: Committed, share: EngineShare, now: float) -> None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 
 from shaper.core.policy import PlanInput
-from shaper.core.types import StepBatch
+from shaper.core.types import LatencyTargets, StepBatch, StepPrediction
 
 # How much of the ITL target decodes wait. The rest is room for a chunk under the same
 # deadline: waiting for all of it saves little more energy and costs TTFT.
@@ -40,11 +40,11 @@ _DECODE_SHARE = 0.9
 _CAP_EVERY_SECONDS = 0.1
 
 
-def slowest_seconds(view: PlanInput) -> float:
+def slowest_seconds(targets: LatencyTargets, decodes: StepPrediction) -> float:
     """The slowest cadence of decode steps."""
-    if view.targets.itl_seconds is not None:
-        return view.targets.itl_seconds * SLACK_SHARE
-    return EASY_STEPS * view.decodes.seconds if view.decodes is not None else 0.0
+    if targets.itl_seconds is not None:
+        return targets.itl_seconds * SLACK_SHARE
+    return EASY_STEPS * decodes.seconds
 
 
 def cadence_seconds(view: PlanInput) -> float | None:
@@ -58,7 +58,7 @@ def cadence_seconds(view: PlanInput) -> float | None:
         view.room.paced_watts(view.burst_joules),
     )
     available -= view.idle_watts
-    slowest = slowest_seconds(view)
+    slowest = slowest_seconds(view.targets, decodes)
     cadence = extra / available if available > 0 else slowest
     if view.group is not None:
         cadence = max(cadence, view.group.cadence_seconds)

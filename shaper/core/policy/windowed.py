@@ -104,6 +104,8 @@ class WindowedPlanner:
                 return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view))
             if cadence is not None and _may_wait(view, cadence):
                 return Plan(NOTHING, Reason.CADENCE, cadence)
+        if _others_are_due(view):
+            return Plan(NOTHING, Reason.PAUSE)
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
         free = not (wanted.prefill_tokens and _yields(view))
@@ -261,6 +263,20 @@ def _yields(view: PlanInput) -> bool:
     return _others_held_seconds(view) > view.waiting_seconds and not view.turn
 
 
+def _others_are_due(view: PlanInput) -> bool:
+    """Whether the decodes of another engine of the group are late, and later than these."""
+    if view.group is None or view.turn:
+        return False
+    start = view.now_seconds
+    due = view.group.others_due_seconds
+    if due >= start:
+        return False
+    if view.decodes is None:
+        return True
+    own = start - view.since_decode_seconds + slowest_seconds(view.targets, view.decodes)
+    return due < own - view.decodes.seconds
+
+
 def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
     target = view.itl_target_seconds
@@ -273,7 +289,9 @@ def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
 
 def _slack_seconds(view: PlanInput) -> float:
     """How long decodes may go without a step where slack is spent."""
-    slowest = slowest_seconds(view)
+    if view.decodes is None:
+        return 0.0
+    slowest = slowest_seconds(view.targets, view.decodes)
     if view.itl_target_seconds is not None:
         return slowest
     held = max(view.held_seconds, _others_held_seconds(view))

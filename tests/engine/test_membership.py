@@ -1,0 +1,130 @@
+"""What an engine counts for in its group while nobody schedules by the ledger."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shaper.core.types import PowerBudget, PowerLimit
+from shaper.engine.membership import Membership, join
+from shaper.group_status import GroupStatus
+
+FREE_WATTS = 700.0
+STATIC = (PowerLimit(500.0, 0.1), PowerLimit(450.0, 1.0))
+
+
+class FakeHandle:
+    """A group of two, and what was asked of it."""
+
+    def __init__(self) -> None:
+        self.limits = (PowerLimit(1000.0, 0.1), PowerLimit(900.0, 1.0))
+        self.static_limits: tuple[PowerLimit, ...] = STATIC
+        self.epoch_changes = 0
+        self.broken = False
+        self.asked: list[tuple[Any, ...]] = []
+
+    def tick(self, now_seconds: float) -> None:
+        if self.broken:
+            raise OSError("the segment is gone")
+        self.asked.append(("tick", now_seconds))
+
+    def park(self, floor_watts: float, now_seconds: float) -> None:
+        self.asked.append(("park", floor_watts))
+
+    def snapshot(self, now_seconds: float) -> Any:
+        engine = SimpleNamespace(
+            **{"pid": 7, "state": "alive", "floor_watts": 150.0, "watts": 400.0, "refused": 3},
+            **{"waiting_seconds": None, "static_steps": 1, "lock_wait_seconds": 0.5},
+        )
+        return SimpleNamespace(
+            limits=self.limits,
+            used_watts=(800.0, 700.0),
+            engines=(engine, engine),
+            own=1,
+            epoch_changes=self.epoch_changes,
+        )
+
+    def leave(self) -> None:
+        self.asked.append(("leave",))
+
+
+@pytest.fixture
+def handle() -> FakeHandle:
+    return FakeHandle()
+
+
+@pytest.fixture
+def member(handle: FakeHandle) -> Membership:
+    return Membership(handle, FREE_WATTS, clock=lambda: 5.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "decides", "parked"),
+    [
+        ("on", True, []),
+        ("shadow", True, []),
+        ("on", False, [("park", 500.0)]),
+        ("shadow", False, [("park", FREE_WATTS)]),
+        ("off", False, [("park", FREE_WATTS)]),
+        # The controller is still there in the step after which the mode is off.
+        ("off", True, [("park", FREE_WATTS)]),
+    ],
+)
+def test_an_engine_without_a_controller_counts_for_the_most_it_may_draw(
+    handle: FakeHandle, member: Membership, mode: Any, decides: bool, parked: list[Any]
+) -> None:
+    """At every tick, because the scheduler's thread may have had the last word before."""
+    for _ in range(2):
+        handle.asked.clear()
+        member.tick(mode, decides=decides)
+        assert handle.asked == [("tick", 5.0), *parked]
+
+
+def test_the_safe_cap_keeps_the_static_share_too(handle: FakeHandle, member: Membership) -> None:
+    """Beside the engine's own limits, and as it is now."""
+    own = PowerLimit(600.0, 1.0)
+    assert member.capped(PowerBudget((own,), 300.0)) == PowerBudget((own, *STATIC), 300.0)
+    handle.static_limits = STATIC[:1]
+    assert member.capped(PowerBudget()) == PowerBudget(STATIC[:1])
+
+
+def test_a_share_that_changes_is_told_once(handle: FakeHandle, member: Membership) -> None:
+    """The first look is not a change."""
+    assert not member.tick("on", decides=True)
+    assert not member.tick("on", decides=True)
+    handle.epoch_changes = 4
+    assert member.tick("on", decides=True)
+    assert not member.tick("on", decides=True)
+
+
+def test_what_the_group_says_reaches_the_status_block(member: Membership) -> None:
+    """Counters are this engine's own, watts those of the shortest window."""
+    member.tick("on", decides=True)
+    found = GroupStatus.from_values(member.values())
+    assert found is not None
+    assert found.committed_watts == 800.0
+    assert (found.claims_refused, found.static_steps, found.lock_wait_seconds) == (3, 1, 0.5)
+    assert found.count("alive") == 2
+
+
+def test_a_tick_that_fails_is_counted_and_logged_once(
+    handle: FakeHandle, member: Membership, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine and its metrics go on with what was last known."""
+    member.tick("on", decides=True)
+    handle.broken = True
+    with caplog.at_level(logging.ERROR, logger="shaper"):
+        for _ in range(3):
+            assert not member.tick("on", decides=True)
+    assert len(caplog.records) == 1
+    found = GroupStatus.from_values(member.values())
+    assert found is not None
+    assert (found.errors, found.count("alive")) == (3, 2)
+
+
+def test_an_engine_that_names_no_group_joins_none() -> None:
+    """And nothing else is asked."""
+    assert join(None, None, None, "run/0") is None  # type: ignore[arg-type]
