@@ -18,12 +18,13 @@ MEMBER_STATES: tuple[MemberState, ...] = ("alive", "stalled", "gone")
 
 # From `GroupStatus`, in this order; gauges unless `_total`.
 GROUP_METRICS = (
-    ("shaper_group_committed_watts", "Mean power of all engines of the group, as committed."),
+    ("shaper_group_committed_watts", "Power of all engines, as committed for the last 100 ms."),
     ("shaper_group_floor_watts", "What this engine draws in its group whatever comes next."),
     ("shaper_group_oldest_wait_seconds", "How long the group's first held back prompt has waited."),
     ("shaper_group_claims_refused_total", "Steps that fitted no longer when they were claimed."),
     ("shaper_group_static_steps_total", "Steps on the static share: the lock was not to be had."),
     ("shaper_group_lock_wait_seconds_total", "Time that this engine waited for the group's lock."),
+    ("shaper_group_detached", "1: the group's file was removed; who joins now is not seen."),
     ("shaper_group_errors_total", "Failures to keep the group's heartbeat, or to read its state."),
 )
 # As many members as the block has room for, beside 32 limits.
@@ -39,7 +40,7 @@ class MemberStatus:
     state: MemberState
     floor_watts: float
     committed_watts: float
-    """Mean over the group's shortest window."""
+    """Mean of the last 100 ms."""
     waiting_seconds: float | None = None
     """Of its first held back prompt; None where none is."""
 
@@ -55,6 +56,7 @@ class GroupStatus:
     claims_refused: int = 0
     static_steps: int = 0
     lock_wait_seconds: float = 0.0
+    detached: bool = False
     errors: int = 0
 
     def count(self, state: MemberState) -> int:
@@ -66,8 +68,8 @@ class GroupStatus:
         waits = [m.waiting_seconds for m in self.members if m.waiting_seconds is not None]
         numbers: list[float] = [
             *(self.committed_watts, self.floor_watts, max(waits, default=0.0)),
-            *(self.claims_refused, self.static_steps, self.lock_wait_seconds, self.errors),
-            len(self.limits),
+            *(self.claims_refused, self.static_steps, self.lock_wait_seconds),
+            *(float(self.detached), self.errors, len(self.limits)),
         ]
         for limit in self.limits:
             numbers += (limit.watts, limit.window_seconds)
@@ -83,7 +85,7 @@ class GroupStatus:
         first = len(GROUP_METRICS) + 1
         if len(values) < first:
             return None
-        committed, floor, _, refused, static, waited, errors, count = values[:first]
+        committed, floor, _, refused, static, waited, detached, errors, count = values[:first]
         last = first + 2 * int(count)
         pairs = values[first:last]
         members = []
@@ -103,6 +105,7 @@ class GroupStatus:
             int(refused),
             int(static),
             waited,
+            bool(detached),
             int(errors),
         )
 

@@ -7,6 +7,7 @@ known is NaN. `shaper/metrics.py` shows them.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 from shaper.core.standing import AdmissionState, Cause, Standing
 from shaper.core.types import Decision, Reason
@@ -144,20 +145,18 @@ class SchedulerCounters:
         self._decisions[decision.reason] += 1
         self.held += decision.limits.binding
         self.forced += decision.reason is Reason.FORCED
+        tokens = decision.prefill_tokens
         # Under the safe cap a step runs without a prediction.
-        if decision.decode_requests or decision.prefill_tokens:
+        if tokens or decision.decode_requests:
             self.steps += 1
-        if decision.predicted.seconds:
-            self.predicted_watts = decision.predicted.watts
-            self.predicted_seconds = decision.predicted.seconds
-            self.predicted_joules += decision.predicted.joules
-        if decision.prefill_tokens:
-            bucket = next(
-                (i for i, top in enumerate(CHUNK_BUCKETS) if decision.prefill_tokens <= top),
-                len(CHUNK_BUCKETS),
-            )
-            self._chunks[bucket] += 1
-            self._chunk_tokens += decision.prefill_tokens
+        predicted = decision.predicted
+        if predicted.seconds:
+            self.predicted_watts = predicted.watts
+            self.predicted_seconds = predicted.seconds
+            self.predicted_joules += predicted.joules
+        if tokens:
+            self._chunks[bisect_left(CHUNK_BUCKETS, tokens)] += 1
+            self._chunk_tokens += tokens
 
     def values(self) -> list[float]:
         """The section, in the order of `SCHEDULER_METRICS`, decisions and chunks behind."""

@@ -110,6 +110,7 @@ group_statuses = st.builds(
     claims_refused=st.integers(0, 10**9),
     static_steps=st.integers(0, 10**9),
     lock_wait_seconds=_sums,
+    detached=st.booleans(),
     errors=st.integers(0, 10**9),
 )
 """What an engine says of its power group, as large as its block has room for."""

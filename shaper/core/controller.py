@@ -178,6 +178,14 @@ class Controller:
         return self._idle_watts
 
     @property
+    def quiet_until_seconds(self) -> float:
+        """Until then the last plan holds, a pause, unless work arrives, leaves or returns."""
+        until = self._plan.until_seconds
+        if until is None or self.shadow or self._plan.limits.run:
+            return -math.inf
+        return until
+
+    @property
     def demand(self) -> EngineDemand:
         """What there is to do, and how it goes; may be asked from another thread."""
         return self._demand.publish(self.estimator, self._kept_ratio, self._plan)

@@ -34,33 +34,34 @@ class EnergyCurve:
         self._left_out: list[tuple[float, float]] = []
         self._keep_seconds = keep_seconds
         self._spacing_seconds = spacing_seconds
-
-    @property
-    def end_seconds(self) -> float:
+        self.end_seconds = start_seconds
         """The last corner's time."""
-        return float(self.times[self.count - 1])
+        # Of the last corner and the one before, as floats: numpy's scalars are slow.
+        self._end_joules = 0.0
+        self._before_seconds = start_seconds
 
     def append(self, end_seconds: float, joules: float) -> None:
         """Go on to `end_seconds`, later than the present end, with `joules` spent until then."""
         count = self.count
-        total = self.joules[count - 1] + joules
-        if count > 2 and end_seconds - self.times[count - 2] <= self._spacing_seconds:
+        if count > 2 and end_seconds - self._before_seconds <= self._spacing_seconds:
             count -= 1
+            total = self._end_joules + joules
             self._leave_out(count, end_seconds, total)
-        elif count + _SPARE_CORNERS >= len(self.times):
-            self._compact()
-            count = self.count
-            total = self.joules[count - 1] + joules
-            self._left_out.clear()
         else:
+            if count + _SPARE_CORNERS >= len(self.times):
+                self._compact()
+                count = self.count
+            total = self._end_joules + joules
             self._left_out.clear()
+            self._before_seconds = self.end_seconds
         self.times[count] = end_seconds
         self.joules[count] = total
+        self.end_seconds, self._end_joules = end_seconds, total
         self.count = count + 1
 
     def _leave_out(self, index: int, end_seconds: float, total_joules: float) -> None:
         """Let the line from the corner before `index` to the new end pass over `index`."""
-        self._left_out.append((float(self.times[index]), float(self.joules[index])))
+        self._left_out.append((self.end_seconds, self._end_joules))
         time, joules = float(self.times[index - 1]), float(self.joules[index - 1])
         slope = (total_joules - joules) / (end_seconds - time)
         for left_seconds, left_joules in self._left_out:
@@ -73,13 +74,21 @@ class EnergyCurve:
         self._left_out.clear()
         if self._spacing_seconds and len(times) > 2:
             grid = np.arange(times[0], times[-1], self._spacing_seconds)
-            chosen = np.unique(np.concatenate((times.searchsorted(grid), (len(times) - 1,))))
+            # Without the last corner: rounding may let the grid end just behind it.
+            chosen = times[:-1].searchsorted(grid)
+            chosen = np.unique(np.concatenate((chosen, (len(times) - 1,))))
             above = np.interp(times, times[chosen], joules[chosen]) - joules
             self.merged_joules = float(above.max())
             times, joules = times[chosen], joules[chosen]
         size = 4 * _SPARE_CORNERS + 2 * len(times)
         self.times, self.joules, self.count = np.zeros(size), np.zeros(size), len(times)
         self.times[: self.count], self.joules[: self.count] = times, joules
+        self._know_end()
+
+    def _know_end(self) -> None:
+        last = self.count - 1
+        self.end_seconds, self._end_joules = float(self.times[last]), float(self.joules[last])
+        self._before_seconds = float(self.times[max(0, last - 1)])
 
     def _compact(self) -> None:
         oldest = self.end_seconds - self._keep_seconds
@@ -91,8 +100,8 @@ class EnergyCurve:
         times[:kept] = self.times[first : self.count]
         # Start from zero again, so that years of joules cost no precision.
         joules[:kept] = self.joules[first : self.count] - self.joules[first]
-        self._left_out.clear()
         self.times, self.joules, self.count = times, joules, kept
+        self._know_end()
 
     def between(self, start_seconds: float, end_seconds: float) -> float:
         """Joules of `[start, end]`; nothing is added after the last corner.

@@ -351,11 +351,7 @@ class EmulatedGpus:
 
 
 def check_power_cap(profile: GpuProfile, watts: float) -> None:
-    """Refuse an enforced limit that the driver would refuse.
-
-    Raises:
-        ConfigError: it is below the profile's smallest or above its default.
-    """
+    """Raises `ConfigError` for a cap below the profile's smallest or above its default."""
     power = profile.power
     if not power.min_limit_watts <= watts <= power.limit_watts:
         raise ConfigError(

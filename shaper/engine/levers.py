@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
-from shaper.core.types import StepLimits
+from shaper.core.types import UNLIMITED, StepLimits
 from shaper.engine.compat import admission_limit
 from shaper.engine.tally import RunningTally, is_ready_decode
 
@@ -85,7 +85,10 @@ class Levers:
             limits: of this step.
             ready_decodes: how many decodes would run, if that is known; else counted.
         """
-        self._put_back()  # whatever a step that was never run has left
+        if self._before:
+            self._put_back()  # whatever a step that was never run has left
+        if limits is UNLIMITED:
+            return self
         try:
             if not limits.run:
                 self._cap_tokens(0)

@@ -36,35 +36,40 @@ def engine_load(
     decodes = counts.decodes
     tokens = decodes * (1 + scheduler.num_spec_tokens)
     budget = scheduler.max_num_scheduled_tokens
-    prefills = [_demand(request) for request in counts.prefills]
+    prefills = [_demand(request) for request in counts.prefills] if counts.prefills else []
+    arrival = None
     head = next(waiting_requests(scheduler), None)
     if head is not None:
         _add_waiting(scheduler, prefills, budget - tokens)
-    config = scheduler.scheduler_config
-    return EngineLoad(
-        decode_requests=decodes,
-        decode_tokens=tokens,
-        decode_context_tokens=counts.context_tokens + tokens,
-        prefills=tuple(prefills),
-        token_budget=budget,
-        request_chunk_tokens=config.long_prefill_token_threshold,
-        splittable=config.enable_chunked_prefill,
-        returned_requests=counts.returned if copies_returned_requests(scheduler) else 0,
-        running_requests=len(scheduler.running),
-        running_prefills=len(counts.prefills),
-        waiting_requests=len(scheduler.waiting),
         # Stamped by the shaped scheduler: vLLM's own `arrival_time` is of the wall clock.
-        oldest_arrival_seconds=getattr(head, "shaper_arrival_seconds", None),
+        arrival = getattr(head, "shaper_arrival_seconds", None)
+    config = scheduler.scheduler_config
+    returned = counts.returned
+    # By position, in the order of its fields: with names the call takes half as long again.
+    return EngineLoad(
+        decodes,
+        tokens,
+        counts.context_tokens + tokens,
+        tuple(prefills),
+        budget,
+        config.long_prefill_token_threshold,
+        config.enable_chunked_prefill,
+        returned if returned and copies_returned_requests(scheduler) else 0,
+        len(scheduler.running),
+        len(counts.prefills),
+        len(scheduler.waiting),
+        arrival,
     )
 
 
 def _demand(request: Any) -> PrefillDemand:
     computed = request.num_computed_tokens
-    return PrefillDemand(max(1, request.num_tokens - computed), computed)
+    left = request.num_tokens - computed
+    return PrefillDemand(left if left > 1 else 1, computed)
 
 
 def _add_waiting(scheduler: Any, prefills: list[PrefillDemand], tokens: int) -> None:
-    tokens -= sum(demand.remaining_tokens for demand in prefills)
+    tokens -= sum([demand.remaining_tokens for demand in prefills])
     slots = min(admission_cap(scheduler) - len(scheduler.running), _MAX_PREFILLS)
     for request in islice(waiting_requests(scheduler), _MAX_LOOKED_AT):
         if tokens <= 0 or slots <= 0:

@@ -17,16 +17,14 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shaper.core.types import PowerBudget
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
+from shaper.fleet import GroupSnapshot, HostGroup, join_group
 from shaper.group_config import GroupTerms
 from shaper.group_status import GroupStatus, MemberStatus
-
-if TYPE_CHECKING:
-    from shaper.fleet import GroupSnapshot, HostGroup
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +46,12 @@ class Membership:
         self._free_watts = free_watts
         self._clock = clock
         self._errors = 0
-        self._epoch: int | None = None
+        self._static_limits = handle.static_limits
         self._status = GroupStatus(handle.limits, ())
 
     def capped(self, budget: PowerBudget) -> PowerBudget:
         """The budget and the engine's static share: what the safe cap has to keep."""
-        return dataclasses.replace(budget, limits=budget.limits + self.handle.static_limits)
+        return dataclasses.replace(budget, limits=budget.limits + self._static_limits)
 
     def tick(self, mode: Mode, *, decides: bool) -> bool:
         """Be heard, and look at the others.
@@ -63,7 +61,7 @@ class Membership:
             decides: whether there is a controller.
 
         Returns:
-            Whether the static share may be another one now.
+            Whether the static share is another one now: engines have joined or gone.
         """
         try:
             return self._tick(mode, decides)
@@ -77,16 +75,14 @@ class Membership:
     def _tick(self, mode: Mode, decides: bool) -> bool:
         now = self._clock()
         self.handle.tick(now)
+        before, self._static_limits = self._static_limits, self.handle.static_limits
         free = mode == "off" or (mode == "shadow" and not decides)
         if free or not decides:
-            # Each time: the scheduler's thread may have had the last word as it was parked.
-            share_watts = max(limit.watts for limit in self.handle.static_limits)
+            # Each time: the scheduler's thread may have spoken last.
+            share_watts = max(limit.watts for limit in self._static_limits)
             self.handle.park(self._free_watts if free else share_watts, now)
-        found = self.handle.snapshot(now)
-        self._status = _status(found)
-        changed = self._epoch is not None and found.epoch_changes != self._epoch
-        self._epoch = found.epoch_changes
-        return changed
+        self._status = _status(self.handle.snapshot(now))
+        return self._static_limits != before
 
     def values(self) -> list[float]:
         """The group's section of the status block, as of the last tick."""
@@ -111,8 +107,6 @@ def join(terms: GroupTerms | None, gpus: EngineGpus, model: Any, label: str) -> 
     """
     if terms is None:
         return None
-    from shaper.fleet import join_group
-
     handle = join_group(
         terms.name,
         terms.limits,
@@ -140,9 +134,10 @@ def _status(found: GroupSnapshot) -> GroupStatus:
             MemberStatus(each.pid, each.state, each.floor_watts, each.watts, each.waiting_seconds)
             for each in found.engines
         ),
-        committed_watts=found.used_watts[0],
+        committed_watts=sum(each.watts for each in found.engines),
         floor_watts=own.floor_watts,
         claims_refused=own.refused,
         static_steps=own.static_steps,
         lock_wait_seconds=own.lock_wait_seconds,
+        detached=found.detached,
     )

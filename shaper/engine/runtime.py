@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Set
@@ -49,6 +50,8 @@ _T = TypeVar("_T")
 RETRY_SECONDS = 5.0
 _DRAIN_SECONDS = 1.0
 _LOG_AGAIN_SECONDS = 60.0
+# A pause that the policy has dated is not asked about again until then, or for so long.
+_QUIET_SECONDS = 0.02
 # The meter's energy moves every 100 ms: over half a second its grain is a fifth.
 _MEASURED_SPAN_SECONDS = 0.5
 
@@ -129,10 +132,14 @@ class LiveShaper:
         self._logged_seconds: float | None = None
         self._launched_seconds = float("-inf")
         self._previous: Set[str] = frozenset()
+        self._quiet_until_seconds = -math.inf
+        self._quiet_at: tuple[int, ...] = ()
         self._load: EngineLoad | None = None
         self._limits: StepLimits | None = None
         self._flying: deque[_Flying] = deque()
         self._returned_seconds = float("-inf")
+        self._state: PowerState | None = None  # that `_told` was told last
+        self._told: Controller | None = None
         self._energy_start: tuple[float, float] | None = None
         self._busy_seconds = 0.0
 
@@ -152,13 +159,13 @@ class LiveShaper:
             )
         with applied:
             output = run()
-        self._guarded(lambda: self._record(output))
+        self._guarded(self._record, output)
         return output
 
     def returned(self, scheduler_output: Any) -> None:
         """A step's output is back."""
         if scheduler_output.total_num_scheduled_tokens:
-            self._guarded(lambda: self._finish(scheduler_output))
+            self._guarded(self._finish, scheduler_output)
 
     def close(self) -> None:
         """Stop the sampler, remove the status block, close the log."""
@@ -236,9 +243,16 @@ class LiveShaper:
         # An engine that was off starts a controller as one whose controller had failed.
 
     def _decide(self) -> StepLimits | None:
-        self._load = self._limits = None
         now = self.clock()
         wanted = self._wanted
+        if (
+            now < self._quiet_until_seconds
+            and wanted is self._applied
+            and self._work() == self._quiet_at
+        ):
+            return self._limits
+        self._load = self._limits = None
+        self._quiet_until_seconds = -math.inf
         if wanted is not self._applied:
             self._take_over(wanted, now)
         if wanted.mode == "off":
@@ -251,15 +265,24 @@ class LiveShaper:
                 return None
             controller = self._controller = self._new_controller(wanted.whole, now, True)
             controller.shadow = wanted.mode == "shadow"
-        state = self._sampler.latest if self._sampler else None
-        if state is not None:
+        state = None if self._sampler is None else self._sampler.latest
+        # Most steps come between two readings.
+        if state is not None and (state is not self._state or controller is not self._told):
+            self._state, self._told = state, controller
             controller.observe(state)
             self._measure(state)
             self.counters.seconds_gain = controller.estimator.seconds_gain_ratio
             self.counters.joules_gain = controller.estimator.joules_gain_ratio
         self._load = engine_load(self._scheduler, self._previous, self._tally)
         self._limits = controller.plan(self._load, now)
+        self._quiet_until_seconds = min(controller.quiet_until_seconds, now + _QUIET_SECONDS)
+        self._quiet_at = self._work()
         return self._limits
+
+    def _work(self) -> tuple[int, ...]:
+        """What changes when work arrives, leaves or returns."""
+        scheduler = self._scheduler
+        return len(scheduler.running), len(scheduler.waiting), len(self._flying)
 
     def _expected(self) -> StepBatch | None:
         """The step that the limits should give, where that is known before."""
@@ -296,8 +319,8 @@ class LiveShaper:
             decision = controller.launched(batch, now)
         self.counters.count(decision)
         if self._log is not None:
-            state = self._sampler.latest if self._sampler else None
-            self._log.add(decision, state.instant_watts if state else None)
+            state = None if self._sampler is None else self._sampler.latest
+            self._log.add(decision, None if state is None else state.instant_watts)
 
     def _finish(self, output: Any) -> None:
         now = self.clock()
@@ -335,9 +358,9 @@ class LiveShaper:
             self.counters.measured_watts = (state.energy_joules - before - gaps) / busy
         self._energy_start, self._busy_seconds = (state.sampled_seconds, state.energy_joules), 0
 
-    def _guarded(self, call: Callable[[], _T]) -> _T | None:
+    def _guarded(self, call: Callable[..., _T], *arguments: Any) -> _T | None:
         try:
-            return call()
+            return call(*arguments)
         # The boundary: whatever is wrong in the shaper, vLLM goes on.
         except Exception:
             now = self.clock()

@@ -9,6 +9,7 @@ or of `Scheduler` that this engine's configuration asks for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -69,7 +70,9 @@ class _Shaped:
         """vLLM's schedule() under the limits that the shaper decides."""
         self.deferral.before_schedule()
         run = super().schedule  # type: ignore[misc]
-        output: SchedulerOutput = self.shaper.schedule(lambda: run(*args, **kwargs))
+        if args or kwargs:
+            run = partial(run, *args, **kwargs)
+        output: SchedulerOutput = self.shaper.schedule(run)
         return output
 
     def update_from_output(

@@ -32,6 +32,7 @@ from shaper.engine.preflight import (
     engine_gpu_count,
 )
 from shaper.errors import ConfigError, GpuError
+from shaper.fleet import check_group
 from shaper.gpu.profiles import load_profile
 from shaper.group_config import check_group_idle
 from shaper.recording import finish_recordings
@@ -63,8 +64,6 @@ def main(argv: Sequence[str]) -> int:
     config = shaper_config(options)
     check_vllm()
     if config is not None and config.group is not None:
-        from shaper.fleet import check_group
-
         check_group(config.group.name, config.group.limits)
     check_port(*early_address(passed_on))
     profile = _check_gpus(options, config)

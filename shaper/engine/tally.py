@@ -153,9 +153,8 @@ class RunningTally:
         self._as_counted = batch.decode_requests == decodes == batch.decode_tokens
         if self._as_counted and self._kept and decodes:
             self._steps += 1
-            ending = self._ends.pop(self._steps, None)
-            if ending:
-                self._ending |= ending
+            if self._steps in self._ends:
+                self._ending |= self._ends.pop(self._steps)
 
     def _begin(self, previous: Set[str]) -> Counts:
         self._forget()
@@ -176,14 +175,20 @@ class RunningTally:
     def _follow(self, previous: Set[str]) -> Counts:
         if self._scheduler.running != self._running:
             self._reconcile()
-        new = self._look_again() if self._prefills or self._others or self._ending else []
+        new = self._look_again() if self._prefills or self._others or self._ending else ()
         decodes = len(self._offsets)
-        missing = sum(each.request_id not in previous for each in new)
-        returned = missing if previous else decodes
-        next_step = self._scheduler.current_step + 1
-        prefills = tuple(
-            [each for each in self._prefills if next_step >= each.next_decode_eligible_step]
-        )
+        if not previous:
+            returned = decodes
+        elif new:
+            returned = sum([each.request_id not in previous for each in new])
+        else:
+            returned = 0
+        prefills: tuple[Any, ...] = ()
+        if self._prefills:
+            next_step = self._scheduler.current_step + 1
+            prefills = tuple(
+                [each for each in self._prefills if next_step >= each.next_decode_eligible_step]
+            )
         contexts = self._offset_sum + decodes * self._steps
         return Counts(decodes, contexts, returned, prefills)
 
@@ -232,13 +237,17 @@ class RunningTally:
     def _look_again(self) -> list[Any]:
         """Sort requests whose kind may have changed. Returns those that are decodes now."""
         next_step = self._scheduler.current_step + 1
-        for request in [each for each in self._ending if not is_ready_decode(each, next_step)]:
-            self._uncount(request)
-            self._others.add(request)
-        started = [each for each in self._prefills if not each.is_prefill_chunk]
-        for request in started:
-            self._prefills.remove(request)
-        self._others.update(started)
+        if self._ending:
+            for request in [each for each in self._ending if not is_ready_decode(each, next_step)]:
+                self._uncount(request)
+                self._others.add(request)
+        if self._prefills:
+            started = [each for each in self._prefills if not each.is_prefill_chunk]
+            for request in started:
+                self._prefills.remove(request)
+            self._others.update(started)
+        if not self._others:
+            return []
         new = [each for each in self._others if is_ready_decode(each, next_step)]
         self._others.difference_update(new)
         self._count(new)

@@ -1,18 +1,15 @@
 """Engines of one host that share a power budget."""
 
+from shaper.fleet.host import HostGroup, check_group, join_group
 from shaper.fleet.ledger import GroupLedger, memory_groups
+from shaper.fleet.standing import EngineStanding, GroupSnapshot
 
-__all__ = ["GroupLedger", "memory_groups"]
-
-
-class HostGroup(GroupLedger):
-    """Placeholder until the host's ledger is in."""
-
-
-class GroupSnapshot:
-    """Placeholder until the host's ledger is in."""
-
-
-def join_group(*args: object, **kwargs: object) -> HostGroup:
-    """Placeholder until the host's ledger is in."""
-    raise NotImplementedError
+__all__ = [
+    "EngineStanding",
+    "GroupLedger",
+    "GroupSnapshot",
+    "HostGroup",
+    "check_group",
+    "join_group",
+    "memory_groups",
+]

@@ -1,16 +1,40 @@
-"""One engine's handle of a group: looks, claims and enters, over rows in any buffer."""
+"""One engine's handle of a group: looks, claims and enters, over rows in any buffer.
+
+Why no interleaving of engines goes over a limit. A claim is entered first, so that all
+others see it, and only then checked against what the others have entered; if it does not
+fit it is taken back before anything is launched. Of two engines that claim at the same time
+the one whose check comes last has seen both claims, so what both launch was found to fit by
+at least one of them. This needs no lock, and holds for engines that are stopped or killed
+between any two of these steps: what they entered stays counted.
+
+The lock of claims only keeps two engines from taking back both claims where one of them
+would have fitted. Who can't have it in time claims on its static share as well,
+
+    share = idle + (limit - sum(idle)) * GPUs / sum(GPUs)
+
+of each limit: all shares together are the limit, so that engines on their shares never
+refuse each other, and the visible sum binds only while somebody's draw beyond its share
+lies within the window.
+
+A claim that took so long that the engine must have been stopped on the way is taken back,
+too: the step would start later than was checked.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
+import numpy.typing as npt
 
 from shaper.core.group import Committed, EngineShare, GroupView, Step
+from shaper.core.room import WindowPart
 from shaper.core.types import PowerLimit
 from shaper.fleet.fair import others_due_seconds, others_held_seconds, pace
-from shaper.fleet.rows import Rows, table_bytes
+from shaper.fleet.locks import Gate
+from shaper.fleet.rows import Reading, Rows, table_bytes
+from shaper.fleet.sums import window_parts
 
 
 class GroupLedger:
@@ -20,54 +44,150 @@ class GroupLedger:
         rows: of the group.
         row: this engine's, open.
         limits: of the group.
-        lock: held while a claim is checked and entered.
+        gate: to the lock of claims; None where nobody else can claim meanwhile.
     """
 
     def __init__(
-        self,
-        rows: Rows,
-        row: int,
-        limits: Sequence[PowerLimit],
-        lock: AbstractContextManager[object] | None = None,
+        self, rows: Rows, row: int, limits: Sequence[PowerLimit], gate: Gate | None = None
     ) -> None:
-        self._rows, self._row = rows, row
+        self._rows, self._row, self._gate = rows, row, gate
         self.limits = tuple(limits)
-        self._lock = lock or nullcontext()
+        self._seen: npt.NDArray[np.int64] | None = None
+        self._missed_lock = False
+        self.claims = 0
+        """Claims that were entered."""
+        self.refused = 0
+        """Claims that were taken back."""
+        self.static_steps = 0
+        """Claims that were checked without the lock, on the static share; of either kind."""
+        self.lock_wait_seconds = 0.0
+        self.lock_wait_max_seconds = 0.0
+
+    @property
+    def static_limits(self) -> tuple[PowerLimit, ...]:
+        """This engine's part of each limit; all parts together are the limit.
+
+        It changes when engines join, and when the rows of those that left are freed.
+        """
+        table = self._rows.read().table
+        idle_watts = float(table["idle_watts"].sum())
+        own = self._rows.table[self._row]
+        part = float(own["gpu_count"]) / float(table["gpu_count"].sum())
+        return tuple(
+            PowerLimit(float(own["idle_watts"]) + (x.watts - idle_watts) * part, x.window_seconds)
+            for x in self.limits
+        )
 
     def look(
         self, start_seconds: float, now_seconds: float, share: EngineShare, kept_ratio: float
     ) -> GroupView:
         """See `PowerGroup.look`."""
-        parts = tuple(
-            self._rows.part(
-                limit, self._row, start_seconds, now_seconds, share.floor_watts, kept_ratio
-            )
-            for limit in self.limits
-        )
-        used = np.flatnonzero(self._rows.table["used"])
-        table = self._rows.table[used]
-        own = int(used.searchsorted(self._row))
+        parts, reading = self._parts(start_seconds, now_seconds, share, kept_ratio)
+        self._seen = reading.versions
+        if self._missed_lock:
+            # A plan that can't be claimed would be made again and again.
+            parts += self._static_parts(start_seconds, now_seconds, share, kept_ratio)
+        table = reading.table
+        own = int(reading.rows.searchsorted(self._row))
         cadence, sustained = pace(table, own, self.limits, kept_ratio, now_seconds)
         held = others_held_seconds(table, own, now_seconds)
         due = others_due_seconds(table, own, now_seconds)
         return GroupView(parts, sustained, cadence, held, due)
 
+    def _parts(
+        self,
+        start_seconds: float,
+        now_seconds: float,
+        share: EngineShare,
+        kept_ratio: float,
+        retracting: bool = False,
+    ) -> tuple[tuple[WindowPart, ...], Reading]:
+        watts = [limit.watts * kept_ratio for limit in self.limits]
+        times = start_seconds, now_seconds
+        return window_parts(
+            self._rows, watts, self._row, *times, share.floor_watts, retracting=retracting
+        )
+
+    def _static_parts(
+        self,
+        start_seconds: float,
+        now_seconds: float,
+        share: EngineShare,
+        kept_ratio: float,
+        retracting: bool = False,
+    ) -> tuple[WindowPart, ...]:
+        watts = [limit.watts * kept_ratio for limit in self.static_limits]
+        times = start_seconds, now_seconds
+        return window_parts(
+            self._rows,
+            watts,
+            self._row,
+            *times,
+            share.floor_watts,
+            alone=True,
+            retracting=retracting,
+        )[0]
+
     def tell(self, share: EngineShare, now_seconds: float) -> None:
         """See `PowerGroup.tell`."""
         self._rows.tell(self._row, share, now_seconds)
 
+    def park(self, floor_watts: float, now_seconds: float) -> None:
+        """After what was entered this engine draws up to `floor_watts`, until it says otherwise.
+
+        For an engine that runs on without asking. Takes no lock.
+        """
+        self._rows.tell(self._row, EngineShare(floor_watts), math.inf)
+
     def claim(
         self, committed: Committed, share: EngineShare, now_seconds: float, step: Step | None
     ) -> bool:
-        """See `PowerGroup.claim`."""
-        with self._lock:
+        """See `PowerGroup.claim`. False also where this engine was stopped on the way."""
+        gate = self._gate
+        held = gate is None or self._enter(gate)
+        try:
             self._rows.enter(self._row, committed, share, now_seconds)
+            fits = step is None or self._fits(step, share, now_seconds, held)
+            if not fits or (gate is not None and gate.late()):
+                self._rows.retract(self._row)
+                self.refused += 1
+                return False
+        finally:
+            if gate is not None:
+                gate.leave()
+        self.claims += 1
         return True
 
+    def _enter(self, gate: Gate) -> bool:
+        held = gate.enter()
+        self._missed_lock = not held
+        self.static_steps += not held
+        self.lock_wait_seconds += gate.waited_seconds
+        self.lock_wait_max_seconds = max(self.lock_wait_max_seconds, gate.waited_seconds)
+        return held
+
+    def _fits(self, step: Step, share: EngineShare, now_seconds: float, held: bool) -> bool:
+        """Whether a step that was entered fits beside what the others have entered by now."""
+        asked = step.start_seconds, now_seconds, share, step.kept_ratio
+        parts: tuple[WindowPart, ...] = ()
+        if self._others_entered():
+            parts += self._parts(*asked, retracting=True)[0]
+        if not held:
+            parts += self._static_parts(*asked, retracting=True)
+        seconds, watts = step.prediction.seconds, step.prediction.watts
+        return all(part.fits(seconds, watts) for part in parts)
+
+    def _others_entered(self) -> bool:
+        """Whether anything was entered since the last look, by others."""
+        if self._seen is None:
+            return True
+        versions = self._rows.versions.copy()
+        versions[self._row] = self._seen[self._row]
+        return versions.tobytes() != self._seen.tobytes()
+
     def enter(self, committed: Committed, share: EngineShare, now_seconds: float) -> None:
-        """See `PowerGroup.enter`."""
-        with self._lock:
-            self._rows.enter(self._row, committed, share, now_seconds)
+        """See `PowerGroup.enter`. It is what it is, so that no lock is needed."""
+        self._rows.enter(self._row, committed, share, now_seconds)
 
 
 def memory_groups(
@@ -80,7 +200,7 @@ def memory_groups(
     start_seconds: float = 0.0,
 ) -> list[GroupLedger]:
     """A group within one process: a handle for each of so many equal engines."""
-    rows = Rows(bytearray(table_bytes(engines)), engines)
+    rows = Rows(bytearray(table_bytes(engines, limits)), engines, limits)
     for row in range(engines):
         rows.open(row, idle_watts, rest_watts, rest_after_seconds, start_seconds)
     return [GroupLedger(rows, row, limits) for row in range(engines)]

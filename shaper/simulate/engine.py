@@ -57,24 +57,14 @@ def engine_config(model: str, gpu: str, **arguments: Any) -> Any:
     return EngineArgs(**(defaults | arguments)).create_engine_config()
 
 
-def uniform_kv_cache(config: Any, blocks: int) -> Any:
-    """vLLM's description of a KV cache of `blocks` blocks, one group for each kind of layer."""
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+def kv_cache(config: Any, model: StepModel, blocks: int | None) -> Any:
+    """vLLM's description of a KV cache.
 
-    from shaper.emulator.kv_cache import kv_cache_specs
-
-    groups: dict[Any, list[str]] = {}
-    for name, spec in kv_cache_specs(config, _shape(config)).items():
-        groups.setdefault(spec, []).append(name)
-    return KVCacheConfig(
-        num_blocks=blocks,
-        kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(names, spec) for spec, names in groups.items()],
-    )
-
-
-def largest_kv_cache(config: Any, model: StepModel) -> Any:
-    """The same for what the GPU's memory has room for, as vLLM lays it out.
+    Args:
+        config: of the engine.
+        model: of the same engine; knows its memory.
+        blocks: how many, with one group for each kind of layer. None: what the GPU's memory
+            has room for, as vLLM lays it out.
 
     Raises:
         ConfigError: the weights don't fit, or not one request of the model's length does.
@@ -83,15 +73,22 @@ def largest_kv_cache(config: Any, model: StepModel) -> Any:
         generate_scheduler_kv_cache_config,
         get_kv_cache_configs,
     )
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
 
+    specs = kv_cache_specs(config, _shape(config))
+    if blocks is not None:
+        groups: dict[Any, list[str]] = {}
+        for name, spec in specs.items():
+            groups.setdefault(spec, []).append(name)
+        kv_groups = [KVCacheGroupSpec(names, spec) for spec, names in groups.items()]
+        return KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=kv_groups)
     left_bytes = available_kv_bytes(
         model,
         config.cache_config.gpu_memory_utilization,
         config.scheduler_config.max_num_batched_tokens,
     )
-    specs = kv_cache_specs(config, _shape(config))
     if getattr(config.cache_config, "kv_cache_layout", "") is None:
         config.cache_config.kv_cache_layout = "LBNHC"  # the emulated executor's only one
     try:
@@ -105,15 +102,15 @@ def _shape(config: Any) -> ModelShape:
     return ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
 
 
-def new_scheduler(config: Any, kind: Callable[..., Any], kv_cache: Any) -> Any:
-    """A scheduler of `kind` for this configuration, with a KV cache as vLLM describes it."""
+def new_scheduler(config: Any, kind: Callable[..., Any], cache: Any) -> Any:
+    """A scheduler of `kind` for this configuration, with a KV cache from `kv_cache`."""
     from vllm.v1.structured_output import StructuredOutputManager
 
-    config.cache_config.num_gpu_blocks = kv_cache.num_blocks
+    config.cache_config.num_gpu_blocks = cache.num_blocks
     block_size = config.cache_config.block_size
     return kind(
         config,
-        kv_cache,
+        cache,
         StructuredOutputManager(config),
         block_size=block_size,
         hash_block_size=block_size,

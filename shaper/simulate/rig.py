@@ -21,12 +21,7 @@ from shaper.engine.work import engine_coefficients
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.reader import GpuReader
 from shaper.gpu.sampler import Sampler
-from shaper.simulate.engine import (
-    VirtualEngine,
-    largest_kv_cache,
-    new_scheduler,
-    uniform_kv_cache,
-)
+from shaper.simulate.engine import VirtualEngine, kv_cache, new_scheduler
 from shaper.simulate.plant import Plant
 
 # The sampler's own pace in a live engine.
@@ -91,7 +86,7 @@ def new_engine(
         limits: None is vLLM's own scheduler with no shaper at all.
         kv_blocks: blocks of the KV cache; None: what the GPU's memory has room for.
         log: gets every decision.
-        policy, max_pause_seconds, margin_ratio: the controller's.
+        policy, max_pause_seconds, margin_ratio, group: the controller's.
         ramp_watts_per_second: of its budget.
         itl_target_seconds, ttft_target_seconds, spend_slack: its latency targets.
         shadow: start in this mode.
@@ -99,10 +94,8 @@ def new_engine(
         plant: what the emulated GPUs do, if that is not what the controller's model says.
         exact_meter, meter_seed: whether the meters have no gain error, and which one.
         step_noise_ratio: standard deviation of a step's relative duration.
-        group: this engine's handle of the ledger that it shares with others.
         faults: puts itself between the meters and the sampler.
-        supervise: judge health, heat and, with `admission`, what may enter, as the live
-            engine does.
+        supervise: judge health, heat and, with `admission`, what may enter, as a live engine.
         ambient_celsius: of the emulated GPUs.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -113,7 +106,7 @@ def new_engine(
     profile = load_profile(gpu)
     model = StepModel(profile, engine_coefficients(config))
     gpus = EmulatedGpus(
-        plant.profile if plant else profile,
+        (plant or model).profile,
         plant or model,
         start_seconds=0.0,
         seed=meter_seed,
@@ -122,7 +115,6 @@ def new_engine(
         ambient_celsius=ambient_celsius,
     )
     asynchronous = bool(config.scheduler_config.async_scheduling)
-    shared: dict[str, Any] = {} if group is None else {"group": group}
     targets = LatencyTargets(itl_target_seconds, ttft_target_seconds, spend_slack)
     holder: list[VirtualEngine] = []
 
@@ -141,7 +133,7 @@ def new_engine(
             rest_watts=model.idle_watts,
             rest_after_seconds=profile.power.gap_hold_seconds,
             full=full,
-            **shared,
+            group=group,
         )
 
     def attach(scheduler: Any) -> LiveShaper:
@@ -169,14 +161,9 @@ def new_engine(
         return power_scheduler(*args, attach=attach, **kwargs)
 
     own = AsyncScheduler if asynchronous else Scheduler
-    kv_cache = (
-        largest_kv_cache(config, model)
-        if kv_blocks is None
-        else uniform_kv_cache(config, kv_blocks)
-    )
-    scheduler = new_scheduler(config, own if limits is None else shaped, kv_cache)
+    kind = own if limits is None else shaped
     engine = VirtualEngine(
-        scheduler,
+        new_scheduler(config, kind, kv_cache(config, model, kv_blocks)),
         gpus,
         asynchronous=asynchronous,
         on_output=on_output,

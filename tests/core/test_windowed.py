@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from shaper.core.ledger import Ledger
 from shaper.core.policy import PlanInput
-from shaper.core.policy.windowed import GENTLE_STEPS, SLACK_SHARE, WindowedPlanner  # type: ignore[attr-defined]
+from shaper.core.policy.sustained import EASY_STEPS, SLACK_SHARE
+from shaper.core.policy.windowed import GENTLE_STEPS, WindowedPlanner
 from shaper.core.types import (
     EngineLoad,
     LatencyTargets,
@@ -85,9 +86,19 @@ def test_decodes_run_alone_when_no_efficient_chunk_fits():
     """A window that the past has nearly filled leaves the decodes."""
     ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
-    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
+    easy = EASY_STEPS * predict(BOTH.batch(0)).seconds
+    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, since=easy))
     assert plan.reason is Reason.DECODE_ONLY
     assert plan.limits.prefill_tokens == 0
+
+
+def test_decodes_make_way_for_a_prompt_within_an_easy_pace():
+    """Without a target they leave the room to a prompt that waits, for a step's time."""
+    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
+    ledger.spend(0.0, 0.094, 0.094 * 506.0)
+    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
+    assert plan.reason is Reason.CADENCE
+    assert not plan.limits.run
 
 
 def test_it_pauses_when_nothing_fits():

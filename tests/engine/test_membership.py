@@ -22,7 +22,6 @@ class FakeHandle:
     def __init__(self) -> None:
         self.limits = (PowerLimit(1000.0, 0.1), PowerLimit(900.0, 1.0))
         self.static_limits: tuple[PowerLimit, ...] = STATIC
-        self.epoch_changes = 0
         self.broken = False
         self.asked: list[tuple[Any, ...]] = []
 
@@ -41,10 +40,9 @@ class FakeHandle:
         )
         return SimpleNamespace(
             limits=self.limits,
-            used_watts=(800.0, 700.0),
             engines=(engine, engine),
             own=1,
-            epoch_changes=self.epoch_changes,
+            detached=True,
         )
 
     def leave(self) -> None:
@@ -88,24 +86,25 @@ def test_the_safe_cap_keeps_the_static_share_too(handle: FakeHandle, member: Mem
     own = PowerLimit(600.0, 1.0)
     assert member.capped(PowerBudget((own,), 300.0)) == PowerBudget((own, *STATIC), 300.0)
     handle.static_limits = STATIC[:1]
+    member.tick("on", decides=True)
     assert member.capped(PowerBudget()) == PowerBudget(STATIC[:1])
 
 
 def test_a_share_that_changes_is_told_once(handle: FakeHandle, member: Membership) -> None:
-    """The first look is not a change."""
+    """As engines join and go."""
     assert not member.tick("on", decides=True)
-    assert not member.tick("on", decides=True)
-    handle.epoch_changes = 4
+    handle.static_limits = STATIC[:1]
     assert member.tick("on", decides=True)
     assert not member.tick("on", decides=True)
 
 
 def test_what_the_group_says_reaches_the_status_block(member: Membership) -> None:
-    """Counters are this engine's own, watts those of the shortest window."""
+    """Counters are this engine's own, watts those of all."""
     member.tick("on", decides=True)
     found = GroupStatus.from_values(member.values())
     assert found is not None
     assert found.committed_watts == 800.0
+    assert found.detached
     assert (found.claims_refused, found.static_steps, found.lock_wait_seconds) == (3, 1, 0.5)
     assert found.count("alive") == 2
 

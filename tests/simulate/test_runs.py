@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -200,3 +201,13 @@ def test_requests_that_do_not_fit_the_model_are_counted():
     assert len(result.engines[0].arrival_seconds) >= 1
     with pytest.raises(ConfigError, match="longer than its context"):
         run_rack(ALONE, Workload("long", (long,)))
+
+
+def test_the_documents_example_runs(capsys):
+    """What it prints is a latency and a share of the limit."""
+    text = (Path(__file__).parents[2] / "docs" / "simulate.md").read_text()
+    example = text.split("```python")[1].split("```")[0]
+    exec(compile(example, "docs/simulate.md", "exec"), {})
+    ttft, ratio = map(float, capsys.readouterr().out.split())
+    assert 0.0 < ttft < 3.0
+    assert 0.2 < ratio < 1.05

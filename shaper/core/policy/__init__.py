@@ -73,6 +73,8 @@ class Plan:
     reason: Reason
     cadence_seconds: float | None = None
     """Time between decode steps that the policy aims at, where it spaces them."""
+    until_seconds: float | None = None
+    """A pause that goes on until then, unless work arrives or leaves; None: ask each time."""
 
 
 class Policy(Protocol):

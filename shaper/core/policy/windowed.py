@@ -98,12 +98,13 @@ class WindowedPlanner:
             return Plan(UNLIMITED, Reason.IDLE)
         cadence = cadence_seconds(view)
         if decodes and not wanted.prefill_tokens:
-            if view.spend_slack and _may_wait(view, _slack_seconds(view)):
-                return Plan(NOTHING, Reason.SLACK)
-            if _others_held_seconds(view) and _may_wait(view, _slack_seconds(view)):
-                return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view))
+            slack = _slack_seconds(view)
+            if view.spend_slack and _may_wait(view, slack):
+                return _wait(view, Reason.SLACK, slack)
+            if _others_held_seconds(view) and _may_wait(view, slack):
+                return _wait(view, Reason.CADENCE, slack)
             if cadence is not None and _may_wait(view, cadence):
-                return Plan(NOTHING, Reason.CADENCE, cadence)
+                return _wait(view, Reason.CADENCE, cadence)
         if _others_are_due(view):
             return Plan(NOTHING, Reason.PAUSE)
         prediction = view.predict(wanted)
@@ -302,7 +303,16 @@ def _slack_seconds(view: PlanInput) -> float:
 
 def _may_wait(view: PlanInput, seconds: float) -> bool:
     """Whether decodes may wait another poll and still come `seconds` after the last ones."""
-    if view.decodes is None:
-        return False
-    step = view.decodes.seconds * _LATE_RATIO
-    return view.since_decode_seconds + step + _POLL_SECONDS < seconds
+    return view.decodes is not None and _waited_until(view, seconds) > view.now_seconds
+
+
+def _waited_until(view: PlanInput, seconds: float) -> float:
+    """The last moment to wait a poll more if decodes shall come `seconds` after the last ones."""
+    step = 0.0 if view.decodes is None else view.decodes.seconds * _LATE_RATIO
+    return view.now_seconds + seconds - view.since_decode_seconds - step - _POLL_SECONDS
+
+
+def _wait(view: PlanInput, reason: Reason, seconds: float) -> Plan:
+    """A pause of the decodes, who are alone."""
+    cadence = seconds if reason is Reason.CADENCE else None
+    return Plan(NOTHING, reason, cadence, _waited_until(view, seconds))

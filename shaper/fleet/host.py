@@ -1,0 +1,262 @@
+"""Engines of one host that share a power budget: joining, living and leaving.
+
+An engine that dies is noticed by the others at their next `tick`: the kernel has freed the
+byte that it held. From then on it counts with what it had launched and its idle power, and
+its row is freed when its last run has left the longest window. One that is stopped keeps
+its row, with its idle power; what it is allowed, others use meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from shaper.core.group import Committed, EngineShare, Step
+from shaper.core.types import PowerLimit
+from shaper.errors import FleetError
+from shaper.fleet.ledger import GroupLedger
+from shaper.fleet.locks import ALIVE, MEMBERSHIP, ByteLocks, Gate
+from shaper.fleet.rows import MAX_WINDOW_SECONDS
+from shaper.fleet.segment import CAPACITY, GroupFile, Segment, named
+from shaper.fleet.standing import GroupSnapshot, snapshot
+
+logger = logging.getLogger(__name__)
+
+# How often the file's name is looked at: it may be removed under a living group.
+_NAME_SECONDS = 1.0
+_HOSTED: weakref.WeakSet[HostGroup] = weakref.WeakSet()
+
+
+class HostGroup(GroupLedger):
+    """One engine's handle of a group of this host; made by `join_group`.
+
+    `look`, `tell`, `claim`, `enter` and `park` are for the thread that schedules, `tick` for
+    one other thread; the rest may be called from any.
+    """
+
+    def __init__(
+        self,
+        file: GroupFile,
+        segment: Segment,
+        row: int,
+        limits: Sequence[PowerLimit],
+        own: ByteLocks,
+        others: ByteLocks,
+        clock: Callable[[], float],
+    ) -> None:
+        super().__init__(segment.rows, row, limits, Gate(own, segment.gate, clock))
+        self._file, self._segment = file, segment
+        self._own_locks, self._others_locks = own, others
+        self._clock = clock
+        self._leaving = threading.Lock()
+        self._left = False
+        self._name_seconds = -math.inf
+        self.detached = False
+        """The file was removed or replaced: who joins now will not see this engine."""
+        _HOSTED.add(self)
+
+    def tell(self, share: EngineShare, now_seconds: float) -> None:
+        """See `PowerGroup.tell`."""
+        if not self._left:
+            super().tell(share, now_seconds)
+
+    def claim(
+        self, committed: Committed, share: EngineShare, now_seconds: float, step: Step | None
+    ) -> bool:
+        """See `PowerGroup.claim`. False where this engine was stopped on the way, or has left."""
+        return not self._left and super().claim(committed, share, now_seconds, step)
+
+    def enter(self, committed: Committed, share: EngineShare, now_seconds: float) -> None:
+        """See `PowerGroup.enter`."""
+        if not self._left:
+            super().enter(committed, share, now_seconds)
+
+    def tick(self, now_seconds: float) -> None:
+        """Say that this engine lives, and see who does not. Waits for nobody.
+
+        Some 20 ms apart, from a thread of its own.
+        """
+        with self._leaving:
+            if self._left:
+                return
+            mark = self._segment.marks[self._row]
+            mark["heartbeat_seconds"] = now_seconds
+            mark["claims"], mark["refused"] = self.claims, self.refused
+            mark["static_steps"] = self.static_steps
+            mark["lock_wait_seconds"] = self.lock_wait_seconds
+            mark["lock_wait_max_seconds"] = self.lock_wait_max_seconds
+            if self._dead() and self._others_locks.take(MEMBERSHIP):
+                try:
+                    self._bury(now_seconds)
+                finally:
+                    self._others_locks.give(MEMBERSHIP)
+            if now_seconds - self._name_seconds >= _NAME_SECONDS:
+                self._name_seconds = now_seconds
+                self._check_name()
+
+    def _dead(self) -> bool:
+        return any(not self._others_locks.held(ALIVE + row) for row in self._segment.members())
+
+    def _bury(self, now_seconds: float) -> None:
+        longest = max(limit.window_seconds for limit in self.limits)
+        for label in self._segment.bury(self._others_locks, longest, now_seconds):
+            logger.warning(
+                "power group %s: engine %s is gone; what it had launched stays counted for %g s",
+                *(self._file.name, label, longest),
+            )
+
+    def _check_name(self) -> None:
+        if not self.detached and not self._file.same_file(self._others_locks):
+            self.detached = True
+            logger.error(
+                "power group %s: %s was removed under its engines: they go on sharing, but an "
+                "engine that joins now will not see them; restart all of its servers",
+                *(self._file.name, self._file.path),
+            )
+
+    def snapshot(self, now_seconds: float) -> GroupSnapshot:
+        """How the group stands."""
+        return snapshot(self._segment, self._row, self.limits, self.detached, now_seconds)
+
+    def leave(self) -> None:
+        """Leave the group; the last one removes its file. Twice is fine.
+
+        What was launched stays counted until it has left the longest window.
+        """
+        with self._leaving:
+            if self._left:
+                return
+            self._left = True
+            super().tell(EngineShare(0.0), self._clock())
+            self._own_locks.free()
+        try:
+            with self._file.members() as locks:
+                ours = self._file.same_file(self._others_locks)
+                if ours and not locks.held(ALIVE, 0):
+                    self._file.remove()
+        except FileNotFoundError:
+            logger.info("power group %s: its file was gone before", self._file.name)
+        except FleetError as error:
+            logger.warning("left, but did not look whether others are left: %s", error)
+
+    def forked(self) -> None:
+        """Make this a handle of nothing, in a child that must not speak for its parent."""
+        self._left = True
+        self._own_locks.close()
+        self._others_locks.close()
+
+
+def _forked() -> None:
+    for group in list(_HOSTED):
+        group.forked()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def join_group(
+    name: str,
+    limits: Sequence[PowerLimit],
+    *,
+    idle_watts: float,
+    rest_watts: float,
+    rest_after_seconds: float,
+    label: str,
+    gpu_count: int = 1,
+    clock: Callable[[], float] = time.monotonic,
+    directory: Path | None = None,
+) -> HostGroup:
+    """Join a group of this host, or begin it.
+
+    Args:
+        name: of the group; letters, digits and dashes.
+        limits: of the GPUs of all its engines together; the same for all of them.
+        idle_watts: what this engine's GPUs draw between steps, all together.
+        rest_watts: what they draw when nothing ran for `rest_after_seconds`.
+        rest_after_seconds: see `rest_watts`.
+        label: names this engine to people; 64 bytes are kept.
+        gpu_count: of this engine; what its static share goes by.
+        clock: `CLOCK_MONOTONIC` in seconds, the one clock of all members.
+        directory: where groups lie, by default in `/dev/shm`.
+
+    Raises:
+        FleetError: the group has other limits, or they are below what its engines and this
+            one draw idle; it is full; its file is not to be believed, or can't be had.
+    """
+    _check(name, limits)
+    file = GroupFile(name, directory)
+    try:
+        with file.members(create=True) as locks:
+            in_use = file.prepare(locks, limits)
+            try:
+                segment = file.map(limits)
+                segment.bury(locks, max(x.window_seconds for x in limits), clock())
+                row = _free_row(file, segment, locks, limits, idle_watts)
+                own, others = file.open(), file.open()
+                own.take(ALIVE + row)
+                segment.mark(row, label, clock())
+                rest = rest_watts, rest_after_seconds
+                segment.rows.open(row, idle_watts, *rest, clock(), gpu_count)
+            except BaseException:
+                if not in_use:
+                    file.remove()
+                raise
+    except FileNotFoundError as error:
+        raise file.error(f"{file.path} was removed by somebody else: try again") from error
+    return HostGroup(file, segment, row, limits, own, others, clock)
+
+
+def _check(name: str, limits: Sequence[PowerLimit]) -> None:
+    if not limits:
+        raise FleetError(f"power group {name} has no limit: give one, like 4000W@100ms")
+    for limit in limits:
+        if not (0.0 < limit.watts < math.inf and 0.0 < limit.window_seconds <= MAX_WINDOW_SECONDS):
+            raise FleetError(
+                f"power group {name}: {named([limit])} is no limit; give watts above 0, and a "
+                f"window of at most {MAX_WINDOW_SECONDS:g} s"
+            )
+
+
+def _free_row(
+    file: GroupFile,
+    segment: Segment,
+    locks: ByteLocks,
+    limits: Sequence[PowerLimit],
+    idle_watts: float,
+) -> int:
+    """A row for an engine with this idle power."""
+    members = segment.members()
+    alive = [row for row in members if locks.held(ALIVE + row)]
+    floor_watts = idle_watts + float(segment.rows.table["idle_watts"][alive].sum())
+    for limit in limits:
+        if limit.watts <= floor_watts:
+            raise file.error(
+                f"its limit of {named([limit])} is not above what its {len(alive)} engine(s) and "
+                f"this one draw idle ({floor_watts:.0f} W): no schedule can keep it; give all of "
+                f"them more than {math.ceil(floor_watts)} W, or start fewer"
+            )
+    free = set(range(CAPACITY)) - set(members)
+    if not free:
+        raise file.error(f"it has {CAPACITY} engines already, and can hold no more: start another")
+    return min(free)
+
+
+def check_group(name: str, limits: Sequence[PowerLimit], *, directory: Path | None = None) -> None:
+    """Whether a group could be joined with these limits, without joining.
+
+    Raises:
+        FleetError: as from `join_group`, what idles apart.
+    """
+    _check(name, limits)
+    file = GroupFile(name, directory)
+    try:
+        with file.members() as locks:
+            file.check(locks, limits)
+    except FileNotFoundError:
+        return

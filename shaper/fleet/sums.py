@@ -1,0 +1,162 @@
+"""What the rows of a group leave and hold, summed over its engines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from shaper.core.curve import Array
+from shaper.core.room import MOST_FLOOR_RATIO, WindowPart
+from shaper.fleet.rows import BINS, HEARD_SECONDS, Grid, Reading, Rows, bins_of
+
+# A reader begins again when a row has changed under it, 40 us at a time; a row changes
+# some 200 times a second.
+_READ_TRIES = 8
+_INSTANT_SECONDS = 1e-6
+
+
+def window_parts(
+    rows: Rows,
+    watts: Sequence[float],
+    own: int,
+    start_seconds: float,
+    now_seconds: float,
+    floor_watts: float,
+    *,
+    alone: bool = False,
+    retracting: bool = False,
+) -> tuple[tuple[WindowPart, ...], Reading]:
+    """What the limits' windows leave for a step of row `own` that starts at `start_seconds`.
+
+    Args:
+        rows: of the group.
+        watts: what each limit's window may hold on the mean.
+        own, start_seconds, now_seconds, floor_watts: as for `PowerGroup.look`.
+        alone: count nothing of other engines.
+        retracting: as if what was entered last were taken back.
+    """
+    asked = np.array([own]) if alone else None
+    for _ in range(_READ_TRIES):
+        reading = rows.read(asked, own if retracting else None)
+        found: dict[int, WindowPart] = {}
+        for grid in rows.grids:
+            curve = _curve(grid, reading, own, start_seconds, now_seconds)
+            for index in grid.judged:
+                window, allowed = rows.windows[index], watts[index]
+                x, room = _room(curve.edges, curve.under(allowed), start_seconds, window)
+                room += allowed * window
+                found[index] = WindowPart(window, allowed, floor_watts, x, room)
+        if rows.versions.tobytes() == reading.versions.tobytes():
+            break
+    else:
+        rows.torn += 1
+    return tuple(found[index] for index in range(len(watts))), reading
+
+
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """What engines have spent and will spend, at the bins' edges."""
+
+    edges: Array
+    """[edges] seconds."""
+    joules: Array
+    """[edges] since the first edge, with idle power after each engine's runs."""
+    floors: Array
+    """[edges] the same of what their floors are above idle power."""
+    floor_watts: float
+    """Sum of what the floors are above idle power, the asking engine's too."""
+    idle_watts: float
+
+    def under(self, watts: float) -> Array:
+        """[edges] joules; floors above a limit are taken as a part of it, as one engine's are."""
+        most = max(MOST_FLOOR_RATIO * watts - self.idle_watts, 0.0)
+        if self.floor_watts <= most:
+            return self.joules + self.floors
+        return self.joules + most / self.floor_watts * self.floors
+
+
+def _curve(
+    grid: Grid, reading: Reading, own: int | None, start_seconds: float, now_seconds: float
+) -> _Curve:
+    """All rows, from a window before the start to one after it, or to the last run's end.
+
+    Of row `own` only what lies before the step counts.
+    """
+    length, reach = grid.bin_seconds, grid.reach_seconds
+    table = reading.table
+    end, idle = table["end_seconds"], table["idle_watts"]
+    first = math.floor((start_seconds - reach) / length)
+    last = math.ceil(max(start_seconds + reach, float(end.max())) / length)
+    last = min(last, first + BINS)
+    edges: Array = np.arange(first, last + 1) * length
+    spent = bins_of(grid.ring, reading.copies, first, last - first)
+    after = edges[:-1] > end[:, None]
+    np.copyto(spent, (idle * length)[:, None], where=after)
+    rest_from = end + table["rest_after_seconds"]
+    for row in np.flatnonzero(rest_from < edges[-1]).tolist():
+        begin = max(math.ceil(rest_from[row] / length) - first, 0)
+        spent[row, begin:] = table["rest_watts"][row] * length
+    now = max(math.floor(now_seconds / length) - first, 0)
+    heard = np.maximum(table["entered_seconds"], end) + HEARD_SECONDS >= now_seconds
+    floor = table["floor_watts"]
+    ahead = after[:, now:] & heard[:, None]
+    np.copyto(spent[:, now:], (np.minimum(floor, idle) * length)[:, None], where=ahead)
+    above = np.maximum(floor - idle, 0.0) * heard
+    above_watts = float(above.sum())
+    if own is not None:
+        mine = int(reading.rows.searchsorted(own))
+        spent[mine, max(math.ceil(start_seconds / length) - first, 0) :] = 0.0
+        above[mine] = 0.0
+    joules, floors = np.zeros(last - first + 1), np.zeros(last - first + 1)
+    np.add.accumulate(np.add.reduce(spent), out=joules[1:])
+    np.add.accumulate((above * length) @ ahead, out=floors[now + 1 :])
+    return _Curve(edges, joules, floors, above_watts, float(idle.sum()))
+
+
+def mean_watts(
+    rows: Rows, asked: Sequence[int], window_seconds: float, now_seconds: float
+) -> list[float]:
+    """Mean power of each row asked for until now, as entered.
+
+    Args:
+        rows: of the group.
+        asked: rows.
+        window_seconds: of a limit, or less.
+        now_seconds: now.
+    """
+    grid = next((g for g in rows.grids if window_seconds <= g.reach_seconds), rows.grids[-1])
+    window = min(window_seconds, grid.reach_seconds)
+    found = []
+    for row in asked:
+        curve = _curve(grid, rows.read(np.array([row])), None, now_seconds, now_seconds)
+        times = now_seconds - window, now_seconds
+        low, high = np.interp(times, curve.edges, curve.joules)
+        found.append(float(high - low) / window)
+    return found
+
+
+def _room(
+    edges: Array, total: Array, start_seconds: float, window_seconds: float
+) -> tuple[Array, Array]:
+    """Corners after the start, and minus what a window holds that ends there.
+
+    A window that ends more than its length after the start holds less of the step, but may
+    hold more of runs that others have committed so far ahead: the last corner stands for
+    the fullest of those.
+    """
+    first, last = edges.searchsorted(
+        (start_seconds + _INSTANT_SECONDS, start_seconds + window_seconds)
+    )
+    x = np.empty(last - first + 2)
+    x[0], x[-1] = 0.0, window_seconds
+    np.subtract(edges[first:last], start_seconds, out=x[1:-1])
+    room = np.interp(x + (start_seconds - window_seconds), edges, total)
+    room -= np.interp(x + start_seconds, edges, total)
+    later = edges[last:]
+    if len(later) > 1:
+        full = np.interp(later, edges, total) - np.interp(later - window_seconds, edges, total)
+        room[-1] = min(room[-1], -float(full.max()))
+    return x, room
