@@ -154,7 +154,7 @@ class _Watched:
         controller = self._shaper._controller if self._shaper else None
         if controller is None or now_seconds < SEEN_SECONDS:
             return run
-        flight = controller._flights[-1]
+        flight = controller._flights._queue[-1]
         self.disagreed += controller.estimator.disagrees
         joules = run.joules * self._gain
 

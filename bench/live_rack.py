@@ -151,6 +151,8 @@ def run_rack(
         for server in servers:
             server.check_alive()
         time.sleep(_TRACE_FLUSH_SECONDS)
+        for index, server in enumerate(servers):
+            (settings.out / f"{name}-{index}.metrics").write_text(server.metrics())
         progress.next()
     start = min(each.started_seconds for each in replays)
     end = max(each.finished_seconds for each in replays)

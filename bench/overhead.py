@@ -1,6 +1,7 @@
 """What the shaper costs: microseconds it adds to `schedule()` plus `update_from_output()`.
 
-    python -m bench.overhead [--sizes 1,64,256,1024] [--steps 300] [--json FILE]
+    python -m bench.overhead [--quick] [--sizes 1,64,256,1024] [--steps 300] [--json FILE]
+    python -m bench.overhead --memory [--steps 1000000]
 
 Each size is run in three states of the shaper: no limit, limits that don't bind, and a
 limit that binds (prompts wait, so that the planner looks for a chunk at every step). All
@@ -13,6 +14,8 @@ the other view: the whole calls, less those of an unshaped engine that takes ste
 with it. It also has what the limits make vLLM do (copy token ids after a pause), and the
 noise of two schedulers in different memory: `twins` says how far two unshaped ones differ.
 `poll` is a call that schedules nothing, while work is held back: about one a millisecond.
+
+`--memory` is another question, and needs no vLLM: see `bench.overhead_memory`.
 """
 
 from __future__ import annotations
@@ -20,15 +23,16 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.overhead_memory import show
+from bench.overhead_timers import PARTS, Parts, Timed, own_methods_timed, timer_microseconds
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, ShaperError
 
@@ -38,12 +42,10 @@ STATES: dict[str, tuple[PowerLimit, ...]] = {
     "loose limits": (PowerLimit(5000.0, 0.1), PowerLimit(4000.0, 1.0)),
     "binding limit": (PowerLimit(640.0, 0.1), PowerLimit(600.0, 1.0)),
 }
-PARTS = {"decide": "_shape", "record": "_record", "return": "_finish"}
 # The aim: at most so many microseconds, or this part of vLLM's own, whichever is larger.
 AIM_MICROSECONDS, AIM_RATIO = 60.0, 0.03
 _WARM_UP_STEPS = 30
 _PROMPT_TOKENS = 64
-_CLOCK = time.thread_time_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,88 +72,6 @@ class Cost:
         return self.added_microseconds <= max(AIM_MICROSECONDS, AIM_RATIO * self.own_microseconds)
 
 
-@dataclass(slots=True)
-class _Step:
-    """Nanoseconds of one step's two calls, all of them and vLLM's own; None before they came."""
-
-    schedule: tuple[int, int]
-    update: tuple[int, int] | None = None
-
-
-class _Timed:
-    """Times a scheduler's two calls from outside and, by `own_methods`, from inside."""
-
-    def __init__(self, scheduler: Any) -> None:
-        self._inside = 0
-        self.steps: list[_Step] = []
-        self.polls: list[int] = []
-        self._flying: dict[int, _Step] = {}
-        schedule, update = scheduler.schedule, scheduler.update_from_output
-
-        def timed_schedule(*args: Any, **kwargs: Any) -> Any:
-            self._inside = 0
-            start = _CLOCK()
-            output = schedule(*args, **kwargs)
-            whole = _CLOCK() - start
-            if output.total_num_scheduled_tokens:
-                self._flying[id(output)] = step = _Step((whole, self._inside))
-                self.steps.append(step)
-            else:
-                self.polls.append(whole - self._inside)
-            return output
-
-        def timed_update(output: Any, *args: Any, **kwargs: Any) -> Any:
-            self._inside = 0
-            start = _CLOCK()
-            answer = update(output, *args, **kwargs)
-            whole = _CLOCK() - start
-            step = self._flying.pop(id(output), None)
-            if step is not None:
-                step.update = whole, self._inside
-            return answer
-
-        self._scheduler, self._plain = scheduler, (schedule, update)
-        scheduler.schedule, scheduler.update_from_output = timed_schedule, timed_update
-
-    def remove(self) -> None:
-        """Time no more."""
-        self._scheduler.schedule, self._scheduler.update_from_output = self._plain
-
-    def inner(self, nanoseconds: int) -> None:
-        """vLLM's own part of the call that goes on."""
-        self._inside += nanoseconds
-
-    def whole(self) -> list[float]:
-        """Microseconds of each step's calls."""
-        return [(s.schedule[0] + s.update[0]) / 1e3 for s in self.steps if s.update]
-
-    def own(self) -> list[float]:
-        """The part of vLLM's own methods in them."""
-        return [(s.schedule[1] + s.update[1]) / 1e3 for s in self.steps if s.update]
-
-
-@contextmanager
-def _own_methods_timed(timed: dict[int, _Timed]) -> Iterator[None]:
-    """vLLM's methods tell the `_Timed` of their scheduler how long they took."""
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    def around(method: Any) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            start = _CLOCK()
-            returned = method(self, *args, **kwargs)
-            timed[id(self)].inner(_CLOCK() - start)
-            return returned
-
-        return call
-
-    kept = Scheduler.schedule, Scheduler.update_from_output
-    Scheduler.schedule, Scheduler.update_from_output = map(around, kept)
-    try:
-        yield
-    finally:
-        Scheduler.schedule, Scheduler.update_from_output = kept
-
-
 class _Published:
     """A sampler that ticks between the timed calls, as the live one does in its thread."""
 
@@ -162,36 +82,6 @@ class _Published:
     def tick(self) -> None:
         """Publish what there is by now."""
         self.latest = self._sampler.latest
-
-
-@dataclass(slots=True)
-class _Parts:
-    """Times methods of a shaper, one sample a call."""
-
-    shaper: Any
-    nanoseconds: dict[str, list[int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for part, name in PARTS.items():
-            samples = self.nanoseconds.setdefault(part, [])
-            setattr(self.shaper, name, self._timed(getattr(self.shaper, name), samples))
-
-    def remove(self) -> None:
-        for name in PARTS.values():
-            delattr(self.shaper, name)
-
-    @staticmethod
-    def _timed(method: Callable[..., Any], samples: list[int]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            start = _CLOCK()
-            returned = method(*args)
-            samples.append(_CLOCK() - start)
-            return returned
-
-        return call
-
-    def medians(self) -> dict[str, float]:
-        return {k: statistics.median(v) / 1e3 if v else 0.0 for k, v in self.nanoseconds.items()}
 
 
 def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, steps: int) -> Any:
@@ -221,17 +111,6 @@ def _run(engine: Any, steps: int) -> None:
         engine.step()
 
 
-def _timer_microseconds() -> float:
-    """What a pair of timers inside another shows of itself."""
-    samples = []
-    for _ in range(2000):
-        start = _CLOCK()
-        inner = _CLOCK()
-        inner = _CLOCK() - inner
-        samples.append(_CLOCK() - start - inner)
-    return statistics.median(samples) / 1e3
-
-
 def measure(running: int, steps: int) -> list[Cost]:
     """Costs at `running` decodes, from `steps` steps of each state."""
     from shaper.simulate.engine import engine_config
@@ -244,11 +123,11 @@ def measure(running: int, steps: int) -> list[Cost]:
         gc.collect()
         gc.disable()  # a collection in the middle would be counted as the shaper's
         try:
-            timed = _Timed(engine.scheduler)
-            with _own_methods_timed({id(engine.scheduler): timed}):
+            timed = Timed(engine.scheduler)
+            with own_methods_timed({id(engine.scheduler): timed}):
                 _run(engine, steps)
             timed.remove()
-            parts = _Parts(engine.scheduler.shaper)
+            parts = Parts(engine.scheduler.shaper)
             _run(engine, steps)
             parts.remove()
             beside = _by_turns([engine, *unshaped], steps)
@@ -260,7 +139,7 @@ def measure(running: int, steps: int) -> list[Cost]:
 
 def _by_turns(engines: Sequence[Any], steps: int) -> list[list[float]]:
     """Microseconds of the engines' calls, step by step beside each other."""
-    timed = [_Timed(engine.scheduler) for engine in engines]
+    timed = [Timed(engine.scheduler) for engine in engines]
     for _ in range(steps):
         for engine in engines:
             _run(engine, 1)
@@ -272,13 +151,13 @@ def _by_turns(engines: Sequence[Any], steps: int) -> list[list[float]]:
 def _cost(
     running: int,
     name: str,
-    timed: _Timed,
+    timed: Timed,
     parts: dict[str, float],
     beside: Sequence[Sequence[float]],
 ) -> Cost:
     whole, own = timed.whole(), timed.own()
     # Two calls a step, each with a timer inside a timer.
-    timers = 2 * _timer_microseconds()
+    timers = 2 * timer_microseconds()
     added = [a - b - timers for a, b in zip(whole, own, strict=True)]
     shaped, unshaped, twin = beside
     return Cost(
@@ -332,18 +211,30 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
+def _steps(given: int | None, usual: int, most: int) -> int:
+    steps = usual if given is None else given
+    if not 1 <= steps <= most:
+        raise ConfigError(f"--steps {steps}: give 1 to {most}")
+    return steps
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0, or 2 for wrong input."""
     parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
-    parser.add_argument("--sizes", default="1,64,256,1024", help="running requests")
-    parser.add_argument("--steps", type=int, default=300, help="steps per state and size")
+    parser.add_argument("--sizes", help="running requests (default 1,64,256,1024)")
+    parser.add_argument("--steps", type=int, help="steps per state and size, or of --memory")
+    parser.add_argument("--quick", action="store_true", help="1 and 64 requests, 60 steps")
+    parser.add_argument("--memory", action="store_true", help="memory over many steps instead")
     parser.add_argument("--json", metavar="FILE", help="write the costs here, too")
     options = parser.parse_args(argv)
     try:
-        sizes = _sizes(options.sizes)
-        if not 1 <= options.steps <= 5000:
-            raise ConfigError(f"--steps {options.steps}: give 1 to 5000")
-        costs = [cost for size in sizes for cost in measure(size, options.steps)]
+        if options.memory:
+            show(_steps(options.steps, 1_000_000, 10_000_000))
+            return 0
+        sizes = _sizes(options.sizes or ("1,64" if options.quick else "1,64,256,1024"))
+        steps = _steps(options.steps, 60 if options.quick else 300, 5000)
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
+        costs = [cost for size in sizes for cost in measure(size, steps)]
     except ShaperError as error:
         print(f"bench.overhead: error: {error}", file=sys.stderr)
         return 2

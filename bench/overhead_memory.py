@@ -4,29 +4,30 @@ A live shaper (controller, ledger, estimator, tally, levers, decision log) takes
 stub in the place of vLLM's scheduler, in virtual time and one after the other: no model, no
 GPU and no vLLM. What could grow is stirred all the time: each request has an id of its own,
 some are aborted, budgets and modes change, the controller fails now and then, clocks move,
-the sensor is lost and comes back. Python's own allocations are traced (`tracemalloc`).
+the sensor is lost and comes back. Objects are counted, not traced: `tracemalloc` makes the
+steps six times as long.
 """
 
 from __future__ import annotations
 
-import enum
 import gc
 import json
 import logging
 import os
 import random
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
+from bench.stub_scheduler import StubOutput, StubRequest, StubScheduler
 from shaper.core.controller import Controller
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
 from shaper.core.shape import ModelShape
-from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState, StepBatch
+from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.models import model_directory
 from shaper.engine.runtime import LiveShaper
@@ -37,122 +38,21 @@ from shaper.gpu.profiles import load_profile
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
 # Shares of the run at which memory is told.
 CHECKPOINTS = (0.1, 0.25, 0.5, 0.75, 1.0)
-_RUNNING = 12
+_RUNNING = 8
 _METER_SECONDS = 0.1
 # Each holds for so many steps; all of them come by in the first tenth of a run of 50,000.
 _PHASE_STEPS = 600
-_FAILURE_STEPS = 2500
+_FAILURE_STEPS = 10_000
 _PHASES: tuple[tuple[str, PowerBudget], ...] = (
-    ("on", PowerBudget((PowerLimit(430.0, 0.1), PowerLimit(400.0, 1.0)))),
+    ("on", PowerBudget((PowerLimit(620.0, 0.1), PowerLimit(600.0, 1.0)))),
     ("on", PowerBudget((PowerLimit(5000.0, 0.1),))),
     ("on", PowerBudget()),
-    ("on", PowerBudget((PowerLimit(420.0, 0.05),), ramp_watts_per_second=300.0)),
+    ("on", PowerBudget((PowerLimit(640.0, 0.05),), ramp_watts_per_second=500.0)),
     ("shadow", PowerBudget((PowerLimit(450.0, 0.5),))),
     ("off", PowerBudget((PowerLimit(450.0, 0.5),))),
-    ("on", PowerBudget((PowerLimit(410.0, 2.0),))),
+    ("on", PowerBudget((PowerLimit(600.0, 2.0),))),
 )
 _CLOCKS_HERTZ = (1.98e9, 1.83e9, 1.71e9)
-
-
-class _Status(enum.Enum):
-    WAITING = 1
-    RUNNING = 2
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """The fields of vLLM's request that the shaper reads."""
-
-    request_id: str
-    num_prompt_tokens: int
-    max_tokens: int
-    shaper_arrival_seconds: float
-    num_tokens: int = 0
-    num_computed_tokens: int = 0
-    num_output_placeholders: int = 0
-    next_decode_eligible_step: int = 0
-    is_prefill_chunk: bool = False
-    status: _Status = _Status.WAITING
-
-    def __post_init__(self) -> None:
-        self.num_tokens = self.num_prompt_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    num_scheduled_tokens: dict[str, int]
-    total_num_scheduled_tokens: int
-
-
-@dataclass(slots=True)
-class StubScheduler:
-    """vLLM's asynchronous scheduler as far as the shaper sees it: no KV cache, no tokens."""
-
-    running: list[_Request] = field(default_factory=list)
-    waiting: list[_Request] = field(default_factory=list)
-    requests: dict[str, _Request] = field(default_factory=dict)
-    current_step: int = 0
-    num_spec_tokens: int = 0
-    max_num_scheduled_tokens: int = 8192
-    max_num_active_reqs: int = 256
-    max_num_running_reqs: int = 256
-    scheduler_config: Any = field(
-        default_factory=lambda: SimpleNamespace(
-            long_prefill_token_threshold=0, enable_chunked_prefill=True
-        )
-    )
-
-    def add(self, request: _Request) -> None:
-        """A request arrives."""
-        self.requests[request.request_id] = request
-        self.waiting.append(request)
-
-    def abort(self, request: _Request) -> None:
-        """Its client hangs up."""
-        del self.requests[request.request_id]
-        (self.running if request in self.running else self.waiting).remove(request)
-
-    def schedule(self) -> _Output:
-        """The next step: running requests first, then waiting ones, while tokens last."""
-        self.current_step += 1
-        budget, scheduled = self.max_num_scheduled_tokens, {}
-        for request in self.running:
-            budget -= self._take(request, budget, scheduled)
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_active_reqs:
-            request = self.waiting.pop(0)
-            request.status = _Status.RUNNING
-            self.running.append(request)
-            budget -= self._take(request, budget, scheduled)
-        return _Output(scheduled, sum(scheduled.values()))
-
-    def _take(self, request: _Request, budget: int, scheduled: dict[str, int]) -> int:
-        computed, placeholders = request.num_computed_tokens, request.num_output_placeholders
-        last = request.num_prompt_tokens + request.max_tokens
-        if placeholders and computed + 2 - placeholders >= last:
-            return 0
-        if self.current_step < request.next_decode_eligible_step:
-            return 0
-        tokens = min(request.num_tokens + placeholders - computed, budget)
-        if tokens <= 0:
-            return 0
-        scheduled[request.request_id] = tokens
-        request.num_computed_tokens = computed = computed + tokens
-        request.is_prefill_chunk = computed < request.num_tokens + placeholders
-        if not request.is_prefill_chunk:
-            request.num_output_placeholders += 1
-        return tokens
-
-    def update(self, output: _Output) -> None:
-        """A step is back: each request that was past its prompt has one more token."""
-        for name in output.num_scheduled_tokens:
-            request = self.requests.get(name)
-            if request is None or not request.num_output_placeholders:
-                continue
-            request.num_output_placeholders -= 1
-            request.num_tokens += 1
-            if request.num_tokens - request.num_prompt_tokens >= request.max_tokens:
-                del self.requests[name]
-                self.running.remove(request)
 
 
 class SyntheticEngine:
@@ -166,11 +66,11 @@ class SyntheticEngine:
         self._random = random.Random(seed)
         self.scheduler = StubScheduler()
         self.now_seconds = 0.0
-        self.steps = self._polls = self._requests = 0
+        self.steps = self.arrived = 0
         self._joules = self._metered_seconds = 0.0
         self.latest: PowerState | None = None
         self.log = DecisionLog(os.devnull)
-        self._flying: list[tuple[_Output, float]] = []
+        self._flying: list[tuple[StubOutput, float]] = []
         self._busy_until_seconds = 0.0
         self._fails_at = _FAILURE_STEPS
         self.shaper = LiveShaper(
@@ -192,6 +92,10 @@ class SyntheticEngine:
             targets=LatencyTargets(itl_seconds=0.05, ttft_seconds=1.0),
             full=full,
         )
+
+    def close(self) -> None:
+        """Let go of the log's file."""
+        self.log.close()
 
     def run(self, steps: int) -> None:
         """Go on until so many steps with tokens have been launched."""
@@ -241,12 +145,12 @@ class SyntheticEngine:
     def _stir(self) -> None:
         rng, scheduler = self._random, self.scheduler
         while len(scheduler.requests) < _RUNNING:
-            self._requests += 1
+            self.arrived += 1
             scheduler.add(
-                _Request(
-                    f"request-{self._requests}",
-                    rng.randint(20, 600),
-                    rng.randint(5, 60),
+                StubRequest(
+                    f"request-{self.arrived}",
+                    64 * rng.randint(1, 10),
+                    rng.randint(5, 120),
                     self.now_seconds,
                 )
             )
@@ -269,8 +173,79 @@ class _Broken:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What Python holds after some steps of a run."""
+    """What is held after some steps of a run."""
 
     steps: int
     virtual_seconds: float
-    traced_bytes: int
+    requests: int
+    failures: int
+    held_bytes: int
+    """By all that can be reached from the shaper and its stub."""
+    blocks: int
+    """Of the whole process, as Python's allocator counts them."""
+
+
+def measure(steps: int) -> Iterator[Memory]:
+    """Memory at each of the `CHECKPOINTS` of a run of so many steps, as soon as it is there."""
+    with _silent(), closing(SyntheticEngine()) as engine:
+        for share in CHECKPOINTS:
+            engine.run(round(share * steps))
+            gc.collect()
+            yield Memory(
+                engine.steps,
+                engine.now_seconds,
+                engine.arrived,
+                engine.shaper.counters.errors,
+                held_bytes(engine),
+                sys.getallocatedblocks(),
+            )
+
+
+def held_bytes(root: Any) -> int:
+    """Bytes of all objects that can be reached from `root`, without code, types and modules."""
+    seen, left, total = {id(root)}, [root], 0
+    while left:
+        each = left.pop()
+        total += sys.getsizeof(each)
+        if isinstance(each, FunctionType):
+            referents = list(each.__closure__ or ())
+        else:
+            referents = gc.get_referents(each)
+        for one in referents:
+            if id(one) not in seen and not isinstance(one, type | ModuleType | BuiltinFunctionType):
+                seen.add(id(one))
+                left.append(one)
+    return total
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The failures on purpose are counted; their log lines would be all that one sees."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def show(steps: int) -> None:
+    """Print the memory of a run as Markdown, and what it gained in its second half."""
+    print("| steps | virtual seconds | requests | failures | held kB | blocks |")
+    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    memories = []
+    for one in measure(steps):
+        memories.append(one)
+        print(
+            f"| {one.steps:,} | {one.virtual_seconds:,.0f} | {one.requests:,} | {one.failures} "
+            f"| {one.held_bytes / 1e3:,.0f} | {one.blocks:,} |",
+            flush=True,
+        )
+    held, blocks = grown(memories)
+    print(f"\nfrom half of the steps to their end: {held / 1e3:+,.0f} kB, {blocks:+,} blocks")
+
+
+def grown(memories: Sequence[Memory]) -> tuple[int, int]:
+    """Bytes and blocks held at the end more than at half of the run."""
+    half, last = memories[CHECKPOINTS.index(0.5)], memories[-1]
+    return last.held_bytes - half.held_bytes, last.blocks - half.blocks

@@ -166,6 +166,18 @@ class Server:
         """
         return served_model(self.command.url)
 
+    def metrics(self) -> str:
+        """What `/metrics` says now.
+
+        Raises:
+            ServerError: it does not answer.
+        """
+        try:
+            with _OPENER.open(f"{self.command.url}/metrics", timeout=10) as response:
+                return str(response.read().decode())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ServerError(self._message(f"shows no metrics: {error}")) from error
+
     def stop(self) -> None:
         """SIGTERM, then SIGKILL for whatever is left of the group. May be called twice."""
         process, self._process = self._process, None

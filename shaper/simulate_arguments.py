@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from shaper.budget_config import parse_power_limit
+from shaper.budget_config import LimitConfig, parse_power_limit
 from shaper.config import ShaperConfig
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
+from shaper.group_config import group_terms
+from shaper.simulate.arrivals import check_count
 from shaper.simulate.router import ROUTERS
 from shaper.simulate.setup import NO_ERRORS, Errors, RackSetup
-from shaper.traffic.synthetic import synthesise
+from shaper.traffic.synthetic import load_summary, synthesise
 from shaper.traffic.traces import TRACE_FORMATS, load_trace
 from shaper.traffic.workload import Workload
 from shaper.units import parse_duration, parse_hertz, parse_seconds, parse_watts
@@ -116,6 +118,13 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
         "--duration", type=_quantity(_duration), default=600.0, metavar="TIME", help="(600s)"
     )
     group.add_argument(
+        "--warm-up",
+        type=_warm_up,
+        metavar="TIME",
+        help="of the run's start, left out of latency, throughput and cost, but not of limits and "
+        "peaks (a sixth of the run, at most 20s)",
+    )
+    group.add_argument(
         "--router",
         type=_one_of("router", tuple(ROUTERS)),
         default="split",
@@ -126,6 +135,10 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
 
 def _duration(value: object) -> object:
     return float(value) if isinstance(value, str) and _is_number(value) else parse_duration(value)
+
+
+def _warm_up(text: str) -> float:
+    return 0.0 if text in ("0", "0s") else _quantity(_duration)(text)
 
 
 def _is_number(text: str) -> bool:
@@ -190,6 +203,16 @@ def _add_power(group: argparse._ArgumentGroup) -> None:
         metavar="WATTS@WINDOW",
         help="of all engines together, like 4000W@100ms; may be given several times",
     )
+    group.add_argument(
+        "--host-overhead",
+        type=_quantity(parse_watts),
+        metavar="WATTS",
+        help="group limits are of the server at the wall, and this is what it draws behind its "
+        "power supplies besides its GPUs, like 1800W; with --psu-efficiency",
+    )
+    group.add_argument(
+        "--psu-efficiency", type=_number, metavar="RATIO", help="of its power supplies, like 0.94"
+    )
     group.add_argument("--ttft-target", type=_quantity(parse_seconds), metavar="TIME")
     group.add_argument("--itl-target", type=_quantity(parse_seconds), metavar="TIME")
     group.add_argument(
@@ -224,9 +247,22 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _limits(texts: Sequence[str]) -> tuple[PowerLimit, ...]:
+def _limits(texts: Sequence[str]) -> list[LimitConfig]:
     parts = [part for text in texts for part in text.split(",") if part.strip()]
-    return tuple(parse_power_limit(part).as_limit() for part in parts)
+    return [parse_power_limit(part) for part in parts]
+
+
+def _group_limits(arguments: argparse.Namespace) -> tuple[PowerLimit, ...]:
+    """Of the GPUs, from what is given of them or of the server."""
+    given = _limits(arguments.group_limit)
+    wall = (arguments.host_overhead, arguments.psu_efficiency)
+    if not given and wall == (None, None):
+        return ()
+    try:
+        terms = group_terms("rack" if given else None, given, *wall)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return () if terms is None else terms.limits
 
 
 def setup_of(arguments: argparse.Namespace) -> RackSetup:
@@ -234,8 +270,12 @@ def setup_of(arguments: argparse.Namespace) -> RackSetup:
 
     A group's limit is kept by the shared ledger, which only the predictive policy asks; the
     reactive one gets an even share of it as a limit of its own.
+
+    Raises:
+        ConfigError: a limit is none, or limits contradict each other.
     """
-    limits, group_limits = _limits(arguments.power_limit), _limits(arguments.group_limit)
+    limits = tuple(limit.as_limit() for limit in _limits(arguments.power_limit))
+    group_limits = _group_limits(arguments)
     if arguments.policy == "reactive" and not limits:
         limits = tuple(
             PowerLimit(limit.watts / arguments.engines, limit.window_seconds)
@@ -247,6 +287,9 @@ def setup_of(arguments: argparse.Namespace) -> RackSetup:
         tensor_parallel=arguments.tensor_parallel,
         engines=arguments.engines,
         duration_seconds=arguments.duration,
+        warm_up_seconds=(
+            min(20.0, arguments.duration / 6.0) if arguments.warm_up is None else arguments.warm_up
+        ),
         rate_scale=arguments.rate_scale,
         router=arguments.router,
         seed=arguments.seed,
@@ -271,10 +314,12 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     """The traffic that the arguments ask for.
 
     Raises:
+        ConfigError: it would be too much.
         TraceError: the file can't be read.
     """
     if arguments.trace != CONVERSATION:
         return load_trace(Path(arguments.trace), arguments.format, arguments.seed)
     # A segment of its own for each engine.
     seconds = arguments.duration * arguments.engines * arguments.rate_scale
+    check_count(seconds * load_summary().rate_hertz)
     return synthesise(seconds, seed=arguments.seed)

@@ -13,19 +13,19 @@ same object.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
 
+from shaper.core.claims import Claims, planned_batch
 from shaper.core.demand import DemandMeter
 from shaper.core.estimator import Estimator
-from shaper.core.group import HISTORY_SECONDS, Committed, EngineShare, PowerGroup, Step
+from shaper.core.flights import Flights
+from shaper.core.group import PowerGroup, Step
 from shaper.core.guard import Guard
 from shaper.core.ledger import Ledger
+from shaper.core.margin import Margin
 from shaper.core.policy import Plan, PlanInput, Policy
-from shaper.core.policy.sustained import EASY_STEPS, slowest_seconds
+from shaper.core.policy.sustained import EASY_STEPS
+from shaper.core.predictor import StepPredictor
 from shaper.core.room import UNBOUNDED, Run
 from shaper.core.standing import EngineDemand
 from shaper.core.types import (
@@ -47,53 +47,11 @@ from shaper.core.types import (
 # The sampler reads every 20 ms and meters refresh every 100 ms: a state this old
 # means that the sensor is gone.
 STALE_SECONDS = 1.0
-# What a blind controller keeps free on top: about the mean error of the H100 and B200
-# profiles on published serving power (`python -m bench.fidelity`).
-BLIND_MARGIN_RATIO = 0.05
-# The margin grows no faster than a window's past can make room for it without a stop, and
-# shrinks slowly, so that neither the loss of a sensor nor its return is a jump.
-_MARGIN_RISE_PER_WINDOW = 0.3
-_MARGIN_FALL_PER_SECOND = 0.05
-# The most that is ever kept free.
-MAX_MARGIN_RATIO = 0.2
-
-
 # A busy host sees a step's end some milliseconds late. Entered as seen, a window would
 # miss that much of it at full power: 3 ms at 700 W are 3% of a limit over 100 ms.
 HOST_LATE_SECONDS = 0.005
 # A clock that sags under way makes a step of 40 ms 1.4 ms longer, at full power.
 OWN_LATE_RATIO = 0.05
-
-
-class StepPredictor(Protocol):
-    """The part of `power_model.StepModel` that the controller needs."""
-
-    @property
-    def gap_watts(self) -> float:
-        """Power between steps, all GPUs of the engine."""
-        ...
-
-    def predict(
-        self,
-        batch: StepBatch,
-        *,
-        sm_clock_hertz: float | None = None,
-        temperature_celsius: float | None = None,
-    ) -> StepPrediction:
-        """Seconds and joules of a step, all GPUs of the engine."""
-        ...
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step that was launched and is not back."""
-
-    launched_seconds: float
-    queued: bool
-    """It was launched behind another one, so it starts when that one ends."""
-    batch: StepBatch
-    raw: StepPrediction
-    prediction: StepPrediction
 
 
 class Controller:
@@ -135,7 +93,7 @@ class Controller:
         self._policy = policy
         self.shadow = shadow
         self._targets = targets
-        self._margin_ratio = margin_ratio
+        self._margin = Margin(margin_ratio, start_seconds)
         self._idle_watts = model.gap_watts
         self._ledger = Ledger(
             budget,
@@ -145,23 +103,18 @@ class Controller:
             rest_after_seconds=rest_after_seconds,
             full=full,
         )
-        self._group = group
-        self._share = EngineShare(self._idle_watts)
-        self._claimed: StepPrediction | None = None
         self._guard = Guard(max_pause_seconds, targets)
         self._decode_deadline_seconds = targets.itl_seconds or max_pause_seconds
         self.estimator = Estimator(self._idle_watts)
         self._demand = DemandMeter(self._idle_watts, start_seconds)
-        self._flights: deque[_Flight] = deque()
+        self._claims = None
+        if group is not None:
+            self._claims = Claims(group, self._ledger, self._demand, targets, self._idle_watts)
+        self._flights = Flights()
         self._returned_seconds = -math.inf
-        self._queues = False
-        self._decode_end_seconds = -math.inf
-        self._decodes_since = math.inf
         self._state: PowerState | None = None
         self._clock_hertz: float | None = None
         self._celsius: float | None = None
-        self._margin_seconds = start_seconds
-        self._kept_ratio = margin_ratio + BLIND_MARGIN_RATIO  # until the first reading
         self._predictions: dict[StepBatch, tuple[StepPrediction, StepPrediction]] = {}
         self._room = UNBOUNDED
         self._plan = Plan(UNLIMITED, Reason.IDLE)
@@ -188,7 +141,7 @@ class Controller:
     @property
     def demand(self) -> EngineDemand:
         """What there is to do, and how it goes; may be asked from another thread."""
-        return self._demand.publish(self.estimator, self._kept_ratio, self._plan)
+        return self._demand.publish(self.estimator, self._margin.kept_ratio, self._plan)
 
     def set_budget(self, budget: PowerBudget, now_seconds: float) -> None:
         """Put another budget in force, from the next step on.
@@ -227,9 +180,8 @@ class Controller:
     def plan(self, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits that the engine shall apply to its next step."""
         self._predictions.clear()
-        self._claimed = None
         self._wanted_prefill_tokens = sum(demand.remaining_tokens for demand in load.prefills)
-        if self._ledger.budget.empty and self._targets.empty and self._group is None:
+        if self._ledger.budget.empty and self._targets.empty and self._claims is None:
             self._plan = Plan(UNLIMITED, Reason.OFF)
             self._demand.planned(load, self._plan, now_seconds, None, 0.0, math.inf)
             return UNLIMITED
@@ -241,126 +193,101 @@ class Controller:
             self._demand.wants(whole.prefill_tokens, self.predict(whole), decodes)
         else:
             self._demand.wants(0, None, decodes)
-        since = self._since_decode(load, start, in_flight)
-        self._share = self._tells(decodes, load, start - since, now_seconds)
-        view = self._view(load, start, now_seconds, decodes, in_flight)
-        # Waits count from when the device is free: behind a step in flight nothing is held back.
-        self._plan = self._guard.check(self._policy.plan(view), load, start)
-        if self._group is not None and not self._claims(self._group, view, start, in_flight):
-            # Others were faster: once more with what they left, and then not at all.
-            view = self._view(load, start, now_seconds, decodes, in_flight)
-            self._plan = self._guard.check(self._policy.plan(view), load, start)
-            if not self._claims(self._group, view, start, in_flight):
-                self._plan = self._guard.check(Plan(NOTHING, Reason.PAUSE), load, start)
-                self._claims(self._group, view, start, in_flight)
+        view = self._decide(load, start, now_seconds, decodes, in_flight)
         least_watts = self._paced_watts(decodes, self._decode_deadline_seconds)
         self._demand.planned(
             load, self._plan, now_seconds, decodes, least_watts, view.room.sustained_watts
         )
         return UNLIMITED if self.shadow else self._plan.limits
 
+    def _decide(
+        self,
+        load: EngineLoad,
+        start: float,
+        now: float,
+        decodes: StepPrediction | None,
+        in_flight: list[Run],
+    ) -> PlanInput:
+        """Find the plan; returns what it was found from."""
+        easy = 0.0 if decodes is None else EASY_STEPS * decodes.seconds
+        floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or easy)
+        since = self._flights.since_decode(load, start, in_flight)
+        claims = self._claims
+        if claims is not None:
+            prompts_run = self._flights.holds_prompts
+            claims.stand(load, decodes, floor_watts, start - since, prompts_run, now)
+
+        def look() -> PlanInput:
+            view = self._view(load, start, now, decodes, in_flight, floor_watts, since)
+            # Waits count from when the device is free: behind a step nothing is held back.
+            self._plan = self._guard.check(self._policy.plan(view), load, start)
+            return view
+
+        view = look()
+        if claims is None or self._claimed(claims, load, start, now, in_flight):
+            return view
+        # Others were faster: once more with what they left, and then not at all.
+        view = look()
+        if not self._claimed(claims, load, start, now, in_flight):
+            self._plan = self._guard.check(Plan(NOTHING, Reason.PAUSE), load, start)
+            self._claimed(claims, load, start, now, in_flight)
+        return view
+
     def _view(
         self,
         load: EngineLoad,
         start: float,
-        now_seconds: float,
+        now: float,
         decodes: StepPrediction | None,
         in_flight: list[Run],
+        floor_watts: float,
+        since_decode_seconds: float,
     ) -> PlanInput:
         """What the policy sees."""
-        margin_ratio = self._margin(now_seconds)
-        room = self._ledger.ask(start, self._share.floor_watts, in_flight, margin_ratio)
+        state, claims = self._state, self._claims
+        blind = state is None or state.age_seconds(now) > STALE_SECONDS
+        longest = max((x.window_seconds for x in self._ledger.budget.limits), default=0.0)
+        if claims is not None:
+            longest = max(longest, claims.longest_window_seconds)
+        margin_ratio = self._margin.follow(self.estimator.margin_ratio, blind, longest or 1.0, now)
+        room = self._ledger.ask(start, floor_watts, in_flight, margin_ratio)
         group = None
-        if self._group is not None:
-            group = self._group.look(start, now_seconds, self._share, 1.0 - margin_ratio)
+        if claims is not None:
+            group = claims.look(start, now, 1.0 - margin_ratio)
             room = room.beside(group.parts, group.sustained_watts)
         self._room = room
         return PlanInput(
             load=load,
             room=room,
             predict=self.predict,
-            now_seconds=now_seconds,
-            state=self._state,
+            now_seconds=now,
+            state=state,
             targets=self._targets,
             decodes=decodes,
             decode_deadline_seconds=self._decode_deadline_seconds,
-            since_decode_seconds=self._since_decode(load, start, in_flight),
+            since_decode_seconds=since_decode_seconds,
             turn=self._guard.turn(load, start),
             idle_watts=self._idle_watts,
-            prefill_watts=self._demand.prefill_watts(now_seconds),
+            prefill_watts=self._demand.prefill_watts(now),
             burst_joules=self._demand.burst_joules,
-            held_seconds=self._demand.held_seconds(now_seconds),
-            waiting_seconds=self._demand.waiting_seconds(now_seconds),
+            held_seconds=self._demand.held_seconds(now),
+            waiting_seconds=self._demand.waiting_seconds(now),
             group=group,
         )
 
-    def _tells(
-        self,
-        decodes: StepPrediction | None,
-        load: EngineLoad,
-        decoded_seconds: float,
-        now_seconds: float,
-    ) -> EngineShare:
-        """What this engine says of itself."""
-        easy = 0.0 if decodes is None else EASY_STEPS * decodes.seconds
-        floor = self._paced_watts(decodes, self._targets.itl_seconds or easy)
-        if self._group is None:
-            return EngineShare(floor)
-        # While a chunk runs, the next one is not what others wait for.
-        runs = any(flight.batch.prefill_tokens for flight in self._flights)
-        waits = bool(load.prefills) and not runs
-        waiting = self._demand.waiting_since_seconds if waits else None
-        extra = 0.0 if decodes is None else decodes.joules - self._idle_watts * decodes.seconds
-        due = None
-        if decodes is not None:
-            due = decoded_seconds + slowest_seconds(self._targets, decodes) - decodes.seconds
-        return EngineShare(
-            floor_watts=floor,
-            decode_joules=extra,
-            decode_seconds=0.0 if decodes is None else decodes.seconds,
-            prefill_watts=self._demand.prefill_watts(now_seconds),
-            burst_joules=self._demand.burst_joules,
-            waiting_since_seconds=waiting,
-            decodes_due_seconds=due,
-        )
-
-    def _claims(
-        self, group: PowerGroup, view: PlanInput, start: float, in_flight: list[Run]
+    def _claimed(
+        self, claims: Claims, load: EngineLoad, start: float, now: float, in_flight: list[Run]
     ) -> bool:
-        """Whether the planned step is entered with the others, or there is none to enter."""
-        load, limits, now = view.load, self._plan.limits, view.now_seconds
-        batch = _planned_batch(load, limits) if limits.run and not self.shadow else None
+        """Whether the planned step is entered with the group's, or none is planned."""
+        limits = self._plan.limits
+        batch = planned_batch(load, limits) if limits.run and not self.shadow else None
         if batch is None or not batch.requests:
-            group.tell(self._share, now)
+            claims.nothing(now)
             return True
-        prediction = self.predict(batch)
-        runs = [*in_flight, (start, start + prediction.seconds, prediction.joules)]
-        step = Step(start, prediction, 1.0 - self._kept_ratio)
+        step = Step(start, self.predict(batch), 1.0 - self._margin.kept_ratio)
         # What the guard forces runs whether it fits or not, and is counted.
-        free = self._plan.reason is Reason.FORCED
-        if not group.claim(self._committed(runs), self._share, now, None if free else step):
-            return False
-        self._claimed = prediction
-        return True
-
-    def _committed(self, in_flight: list[Run], final_seconds: float | None = None) -> Committed:
-        final = self._ledger.end_seconds if final_seconds is None else final_seconds
-        times, joules = self._ledger.corners(final - HISTORY_SECONDS, in_flight)
-        return Committed(final, times, joules)
-
-    def _since_decode(self, load: EngineLoad, start_seconds: float, in_flight: list[Run]) -> float:
-        """From the last decode step's end, or from when there were decodes again, to `start`."""
-        if not load.decode_requests:
-            self._decodes_since = math.inf
-            return 0.0
-        self._decodes_since = min(self._decodes_since, start_seconds)
-        ends = [
-            end
-            for flight, (_, end, _) in zip(self._flights, in_flight, strict=True)
-            if flight.batch.decode_tokens
-        ]
-        last = ends[-1] if ends else self._decode_end_seconds
-        return start_seconds - max(last, self._decodes_since)
+        whatever = self._plan.reason is Reason.FORCED
+        return claims.claim(in_flight, step, now, whatever=whatever)
 
     def _paced_watts(self, decodes: StepPrediction | None, cadence_seconds: float) -> float:
         """What the decodes draw when they go on alone, a step each `cadence_seconds` at most."""
@@ -369,31 +296,8 @@ class Controller:
         cadence = max(decodes.seconds, cadence_seconds)
         return self._idle_watts + (decodes.joules - self._idle_watts * decodes.seconds) / cadence
 
-    def _margin(self, now_seconds: float) -> float:
-        state = self._state
-        blind = state is None or state.age_seconds(now_seconds) > STALE_SECONDS
-        wanted = self._margin_ratio + self.estimator.margin_ratio
-        wanted = min(MAX_MARGIN_RATIO, wanted + (BLIND_MARGIN_RATIO if blind else 0.0))
-        elapsed = max(0.0, now_seconds - self._margin_seconds)
-        self._margin_seconds = now_seconds
-        longest = max((x.window_seconds for x in self._ledger.budget.limits), default=1.0)
-        rise = elapsed * _MARGIN_RISE_PER_WINDOW / longest
-        fall = elapsed * _MARGIN_FALL_PER_SECOND
-        self._kept_ratio = min(max(wanted, self._kept_ratio - fall), self._kept_ratio + rise)
-        return self._kept_ratio
-
     def _in_flight(self, now_seconds: float) -> list[Run]:
-        """Launched steps as `(start, end, joules)`; one that is overdue ends now."""
-        runs: list[Run] = []
-        free = self._ledger.end_seconds
-        for index, flight in enumerate(self._flights):
-            start = max(free, flight.launched_seconds)
-            end = start + flight.prediction.seconds
-            if index == 0:
-                end = max(end, now_seconds)
-            runs.append((start, end, flight.prediction.joules))
-            free = end
-        return runs
+        return self._flights.runs(self._ledger.end_seconds, now_seconds)
 
     def launched(self, batch: StepBatch, now_seconds: float) -> Decision:
         """Enter a step that the engine scheduled; one without tokens is only recorded."""
@@ -402,15 +306,12 @@ class Controller:
         self._guard.launched(batch)
         if batch.decode_tokens or batch.prefill_tokens:
             raw, prediction = self._predict(batch)
-            queued = bool(self._flights)
-            self._queues = self._queues or queued
-            self._flights.append(_Flight(now_seconds, queued, batch, raw, prediction))
+            self._flights.launch(now_seconds, batch, raw, prediction)
             self._demand.launched(batch, prediction, now_seconds)
             headroom = self._room.headroom_watts(prediction)
-        if self._group is not None and (prediction if batch.tokens else None) != self._claimed:
-            # The engine ran something else than what was planned.
-            committed = self._committed(self._in_flight(now_seconds))
-            self._group.enter(committed, self._share, now_seconds)
+        if self._claims is not None:
+            ran = prediction if batch.tokens else None
+            self._claims.launched(ran, self._in_flight(now_seconds), now_seconds)
         return Decision(
             at_seconds=now_seconds,
             reason=self._plan.reason,
@@ -433,7 +334,7 @@ class Controller:
         """
         if not self._flights:
             return
-        flight = self._flights.popleft()
+        flight = self._flights.land()
         seen = now_seconds - max(self._returned_seconds, flight.launched_seconds)
         self._returned_seconds = now_seconds
         start = max(self._ledger.end_seconds, flight.launched_seconds)
@@ -445,7 +346,7 @@ class Controller:
         if end <= start:
             return
         # Only a queued step's time is free of the host's, if this engine queues steps.
-        measured = seen if flight.queued or not self._queues else None
+        measured = seen if flight.queued or not self._flights.queues else None
         self.estimator.observe_run(flight.batch, flight.raw, start, end, measured)
         # Early, or late beyond its own: the work is the same, and the rest of the time idle.
         rest_seconds = end - predicted_end - own_late
@@ -453,23 +354,6 @@ class Controller:
         final = self._ledger.end_seconds
         self._ledger.spend(start, end, joules)
         if flight.batch.decode_tokens:
-            self._decode_end_seconds = end
-        if self._group is not None:
-            committed = self._committed(self._in_flight(now_seconds), final)
-            self._group.enter(committed, self._share, now_seconds)
-
-
-def _planned_batch(load: EngineLoad, limits: StepLimits) -> StepBatch:
-    """The step that the engine will make of these limits."""
-    if limits.running_requests is not None:
-        load = load.capped(limits.running_requests)
-    batch = load.batch(limits.prefill_tokens)
-    if limits.decode_requests is None:
-        return batch
-    share = limits.decode_requests / max(1, load.decode_requests)
-    return dataclasses.replace(
-        batch,
-        decode_requests=limits.decode_requests,
-        decode_tokens=round(batch.decode_tokens * share),
-        decode_context_tokens=round(batch.decode_context_tokens * share),
-    )
+            self._flights.decoded(end)
+        if self._claims is not None:
+            self._claims.finished(final, self._in_flight(now_seconds), now_seconds)

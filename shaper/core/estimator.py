@@ -35,7 +35,7 @@ _FAR_RATIO = 0.05
 _SPAN_SECONDS = 1.0
 # A GPU that rests for long draws less than between steps: a span with more rest than this
 # would say something about rest, not about steps.
-_BUSY_RATIO = 0.9
+_BUSY_RATIO = 0.25
 # A move is dated by the reading that shows it, if the one before is this recent.
 _EDGE_SECONDS = 0.05
 # A gain this near to 1 is the meter's grain, not a fault of the model.

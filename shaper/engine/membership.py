@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,9 @@ from shaper.group_config import GroupTerms
 from shaper.group_status import GroupStatus, MemberStatus
 
 logger = logging.getLogger(__name__)
+
+# A look at all members takes the interpreter, which schedules meanwhile, some milliseconds.
+LOOK_SECONDS = 0.5
 
 
 class Membership:
@@ -46,6 +50,7 @@ class Membership:
         self._free_watts = free_watts
         self._clock = clock
         self._errors = 0
+        self._looked_seconds = -math.inf
         self._static_limits = handle.static_limits
         self._status = GroupStatus(handle.limits, ())
 
@@ -81,11 +86,13 @@ class Membership:
             # Each time: the scheduler's thread may have spoken last.
             share_watts = max(limit.watts for limit in self._static_limits)
             self.handle.park(self._free_watts if free else share_watts, now)
-        self._status = _status(self.handle.snapshot(now))
+        if now - self._looked_seconds >= LOOK_SECONDS:
+            self._looked_seconds = now
+            self._status = _status(self.handle.snapshot(now))
         return self._static_limits != before
 
     def values(self) -> list[float]:
-        """The group's section of the status block, as of the last tick."""
+        """The group's section of the status block, as last looked at."""
         return dataclasses.replace(self._status, errors=self._errors).values()
 
     def leave(self) -> None:

@@ -245,39 +245,42 @@ class LiveShaper:
     def _decide(self) -> StepLimits | None:
         now = self.clock()
         wanted = self._wanted
-        if (
-            now < self._quiet_until_seconds
-            and wanted is self._applied
-            and self._work() == self._quiet_at
-        ):
-            return self._limits
-        self._load = self._limits = None
-        self._quiet_until_seconds = -math.inf
         if wanted is not self._applied:
+            self._quiet_until_seconds = -math.inf
             self._take_over(wanted, now)
         if wanted.mode == "off":
+            self._load = self._limits = None
             return None
         controller = self._controller
         if controller is None:
+            self._load = self._limits = None
             # A step that the cap launched is not in a new controller's books.
             wait = RETRY_SECONDS + (_DRAIN_SECONDS if self._flying else 0.0)
             if now - self._failed_seconds < wait:
                 return None
             controller = self._controller = self._new_controller(wanted.whole, now, True)
             controller.shadow = wanted.mode == "shadow"
-        state = None if self._sampler is None else self._sampler.latest
-        # Most steps come between two readings.
-        if state is not None and (state is not self._state or controller is not self._told):
-            self._state, self._told = state, controller
-            controller.observe(state)
-            self._measure(state)
-            self.counters.seconds_gain = controller.estimator.seconds_gain_ratio
-            self.counters.joules_gain = controller.estimator.joules_gain_ratio
+        self._observe(controller)
+        if now < self._quiet_until_seconds and self._work() == self._quiet_at:
+            return self._limits
+        self._quiet_until_seconds = -math.inf
+        self._load = self._limits = None
         self._load = engine_load(self._scheduler, self._previous, self._tally)
         self._limits = controller.plan(self._load, now)
         self._quiet_until_seconds = min(controller.quiet_until_seconds, now + _QUIET_SECONDS)
         self._quiet_at = self._work()
         return self._limits
+
+    def _observe(self, controller: Controller) -> None:
+        state = None if self._sampler is None else self._sampler.latest
+        # Most steps come between two readings.
+        if state is None or (state is self._state and controller is self._told):
+            return
+        self._state, self._told = state, controller
+        controller.observe(state)
+        self._measure(state)
+        self.counters.seconds_gain = controller.estimator.seconds_gain_ratio
+        self.counters.joules_gain = controller.estimator.joules_gain_ratio
 
     def _work(self) -> tuple[int, ...]:
         """What changes when work arrives, leaves or returns."""
@@ -364,6 +367,7 @@ class LiveShaper:
         # The boundary: whatever is wrong in the shaper, vLLM goes on.
         except Exception:
             now = self.clock()
+            self._quiet_until_seconds = -math.inf
             if self._controller is not None:
                 self._controller, self._cap_since_seconds = None, now
             self._failed_seconds = now

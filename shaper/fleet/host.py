@@ -36,8 +36,8 @@ _HOSTED: weakref.WeakSet[HostGroup] = weakref.WeakSet()
 class HostGroup(GroupLedger):
     """One engine's handle of a group of this host; made by `join_group`.
 
-    `look`, `tell`, `claim`, `enter` and `park` are for the thread that schedules, `tick` for
-    one other thread; the rest may be called from any.
+    `look`, `tell`, `claim` and `enter` are for the thread that schedules, `tick` for one other
+    thread; the rest may be called from any.
     """
 
     def __init__(
@@ -65,6 +65,11 @@ class HostGroup(GroupLedger):
         """See `PowerGroup.tell`."""
         if not self._left:
             super().tell(share, now_seconds)
+
+    def park(self, floor_watts: float, now_seconds: float) -> None:
+        """See `GroupLedger.park`."""
+        if not self._left:
+            super().park(floor_watts, now_seconds)
 
     def claim(
         self, committed: Committed, share: EngineShare, now_seconds: float, step: Step | None
@@ -176,7 +181,8 @@ def join_group(
 
     Args:
         name: of the group; letters, digits and dashes.
-        limits: of the GPUs of all its engines together; the same for all of them.
+        limits: of the GPUs of all its engines together; the same for all of them. The handle
+            has them in the order of their windows.
         idle_watts: what this engine's GPUs draw between steps, all together.
         rest_watts: what they draw when nothing ran for `rest_after_seconds`.
         rest_after_seconds: see `rest_watts`.
@@ -190,6 +196,7 @@ def join_group(
             one draw idle; it is full; its file is not to be believed, or can't be had.
     """
     _check(name, limits)
+    limits = tuple(sorted(limits, key=lambda limit: limit.window_seconds))
     file = GroupFile(name, directory)
     try:
         with file.members(create=True) as locks:

@@ -23,6 +23,7 @@ too: the step would start later than was checked.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,6 +55,7 @@ class GroupLedger:
         self.limits = tuple(limits)
         self._seen: npt.NDArray[np.int64] | None = None
         self._missed_lock = False
+        self._writing = threading.Lock()
         self.claims = 0
         """Claims that were entered."""
         self.refused = 0
@@ -130,31 +132,44 @@ class GroupLedger:
 
     def tell(self, share: EngineShare, now_seconds: float) -> None:
         """See `PowerGroup.tell`."""
-        self._rows.tell(self._row, share, now_seconds)
+        with self._writing:
+            self._rows.tell(self._row, share, now_seconds)
 
     def park(self, floor_watts: float, now_seconds: float) -> None:
-        """After what was entered this engine draws up to `floor_watts`, until it says otherwise.
+        """Count this engine at `floor_watts` after what it has entered, until it says otherwise.
 
-        For an engine that runs on without asking. Takes no lock.
+        For an engine that runs on without asking, called again and again while it does,
+        from any thread: the time since the last call becomes what it drew. Takes no lock of
+        the group.
         """
-        self._rows.tell(self._row, EngineShare(floor_watts), math.inf)
+        with self._writing:
+            row, share = self._row, EngineShare(floor_watts)
+            end, values = self._rows.end_seconds(row), self._rows.table[row]
+            if end < now_seconds:
+                parked = values["entered_seconds"] == math.inf
+                watts = floor_watts if parked else float(values["idle_watts"])
+                drawn = np.array([0.0, watts * (now_seconds - end)])
+                times = np.array([end, now_seconds])
+                self._rows.enter(row, Committed(end, times, drawn), share, now_seconds)
+            self._rows.tell(row, share, math.inf)
 
     def claim(
         self, committed: Committed, share: EngineShare, now_seconds: float, step: Step | None
     ) -> bool:
         """See `PowerGroup.claim`. False also where this engine was stopped on the way."""
         gate = self._gate
-        held = gate is None or self._enter(gate)
-        try:
-            self._rows.enter(self._row, committed, share, now_seconds)
-            fits = step is None or self._fits(step, share, now_seconds, held)
-            if not fits or (gate is not None and gate.late()):
-                self._rows.retract(self._row)
-                self.refused += 1
-                return False
-        finally:
-            if gate is not None:
-                gate.leave()
+        with self._writing:
+            held = gate is None or self._enter(gate)
+            try:
+                self._rows.enter(self._row, committed, share, now_seconds)
+                fits = step is None or self._fits(step, share, now_seconds, held)
+                if not fits or (gate is not None and gate.late()):
+                    self._rows.retract(self._row)
+                    self.refused += 1
+                    return False
+            finally:
+                if gate is not None:
+                    gate.leave()
         self.claims += 1
         return True
 
@@ -186,8 +201,9 @@ class GroupLedger:
         return versions.tobytes() != self._seen.tobytes()
 
     def enter(self, committed: Committed, share: EngineShare, now_seconds: float) -> None:
-        """See `PowerGroup.enter`. It is what it is, so that no lock is needed."""
-        self._rows.enter(self._row, committed, share, now_seconds)
+        """See `PowerGroup.enter`. It is what it is, so that no lock of the group is needed."""
+        with self._writing:
+            self._rows.enter(self._row, committed, share, now_seconds)
 
 
 def memory_groups(

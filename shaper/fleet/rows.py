@@ -184,7 +184,15 @@ class Rows:
         return float(values["rest_watts" if resting else "idle_watts"])
 
     def tell(self, row: int, share: EngineShare, now_seconds: float) -> None:
-        """What the engine says of itself."""
+        """What the engine says of itself.
+
+        Raises:
+            LedgerError: a number is none.
+        """
+        _check(share)
+        self._say(row, share, now_seconds)
+
+    def _say(self, row: int, share: EngineShare, now_seconds: float) -> None:
         values = self.table[row]
         values["floor_watts"] = share.floor_watts
         values["decode_joules"] = share.decode_joules
@@ -205,10 +213,9 @@ class Rows:
         """
         times, joules = committed.times, committed.joules
         end = float(times[-1])
-        if not math.isfinite(end + float(joules[-1]) + share.floor_watts):
-            raise LedgerError(
-                f"{joules[-1]} J until {end} s, and {share.floor_watts} W, can't be entered"
-            )
+        if not math.isfinite(end + float(joules[-1])):
+            raise LedgerError(f"{joules[-1]} J until {end} s can't be entered")
+        _check(share)
         version = int(self.versions[row])
         old, new = 2 * row + version % 2, 2 * row + (version + 1) % 2
         before = float(self._ends[old])
@@ -237,7 +244,7 @@ class Rows:
             _put(grid.ring[new], first, spent)
             self._written[row][index] = first, last + 1
         self._ends[new] = entered
-        self.tell(row, share, now if entered == end else end)
+        self._say(row, share, now if entered == end else end)
         _fence()
         self.versions[row] = version + 1
         _fence()
@@ -256,7 +263,7 @@ class Rows:
             retracting: of this row, what it held before what was entered last.
         """
         if rows is None:
-            rows = np.flatnonzero(self.table["used"])
+            rows = self.table["used"].nonzero()[0]
         versions = self.versions.copy()
         copies = 2 * rows + (versions[rows] & 1)
         if retracting is not None:
@@ -264,6 +271,13 @@ class Rows:
         table = self.table[rows]
         table["end_seconds"] = self._ends[copies]
         return Reading(versions, rows, copies, table)
+
+
+def _check(share: EngineShare) -> None:
+    """One engine's fault must not become that of all who sum."""
+    total = share.floor_watts + share.decode_joules + share.decode_seconds
+    if not math.isfinite(total + share.prefill_watts + share.burst_joules):
+        raise LedgerError(f"{share} can't be told to others")
 
 
 def bins_of(ring: Array, copies: npt.NDArray[np.intp], first: int, count: int) -> Array:

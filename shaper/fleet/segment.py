@@ -266,8 +266,9 @@ class GroupFile:
             return None
         if not in_use and boot != _boot():
             return None
-        pairs = [_LIMIT.unpack_from(data, _FIXED.size + i * _LIMIT.size) for i in range(count)]
-        valid = 0 < count <= MAX_LIMITS and all(
+        listed = range(count if count <= MAX_LIMITS else 0)
+        pairs = [_LIMIT.unpack_from(data, _FIXED.size + i * _LIMIT.size) for i in listed]
+        valid = bool(pairs) and all(
             0.0 < watts < math.inf and 0.0 < window <= 60.0 for watts, window in pairs
         )
         limits = tuple(PowerLimit(*pair) for pair in pairs) if valid else ()

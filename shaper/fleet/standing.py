@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from shaper.core.types import PowerLimit
 from shaper.fleet.segment import Segment, label_of
 from shaper.fleet.sums import mean_watts
@@ -78,8 +80,9 @@ def snapshot(
     rows = segment.rows
     # Its own row may be free already, when it has left.
     members = sorted({own, *segment.members()})
-    used = [sum(mean_watts(rows, members, x.window_seconds, now_seconds)) for x in limits]
-    recent = mean_watts(rows, members, _RECENT_SECONDS, now_seconds)
+    reading = rows.read(np.array(members))
+    used = [float(mean_watts(rows, reading, x.window_seconds, now_seconds).sum()) for x in limits]
+    recent = mean_watts(rows, reading, _RECENT_SECONDS, now_seconds).tolist()
     return GroupSnapshot(
         limits,
         tuple(used),

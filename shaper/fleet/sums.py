@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from shaper.core.curve import Array
 from shaper.core.room import MOST_FLOOR_RATIO, WindowPart
@@ -78,64 +79,92 @@ class _Curve:
         return self.joules + most / self.floor_watts * self.floors
 
 
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """Bins of all rows over some time, with what follows each row's runs."""
+
+    edges: Array
+    """[bins + 1] seconds."""
+    joules: Array
+    """[rows, bins]"""
+    after: npt.NDArray[np.bool_]
+    """[rows, bins] whether a bin lies after the row's runs."""
+    heard: npt.NDArray[np.bool_]
+    """[rows] whether what the engine said last still counts."""
+
+
+def _spent(
+    grid: Grid, reading: Reading, begin_seconds: float, until_seconds: float, now_seconds: float
+) -> _Spent:
+    """After its runs an engine is idle, then at rest; a parked one stays at its floor."""
+    length, table = grid.bin_seconds, reading.table
+    end = table["end_seconds"]
+    first = math.floor(begin_seconds / length)
+    last = min(math.ceil(until_seconds / length), first + BINS)
+    edges: Array = np.arange(first, last + 1, dtype=np.float64) * length
+    joules = bins_of(grid.ring, reading.copies, first, last - first)
+    after = edges[:-1] > end[:, None]
+    said = np.maximum(table["entered_seconds"], end)
+    parked = said == np.inf
+    quiet = np.where(
+        parked, np.maximum(table["floor_watts"], table["idle_watts"]), table["idle_watts"]
+    )
+    np.copyto(joules, (quiet * length)[:, None], where=after)
+    heard = said >= now_seconds - HEARD_SECONDS
+    rest_from = end + table["rest_after_seconds"]
+    if rest_from.min() < edges[-1]:
+        now = max(math.floor(now_seconds / length) - first, 0)
+        for row in np.flatnonzero((rest_from < edges[-1]) & ~parked).tolist():
+            begin = max(math.ceil(rest_from[row] / length) - first, 0)
+            # Who has said lately what it will draw is not at rest for long.
+            until = now if heard[row] else None
+            joules[row, begin:until] = table["rest_watts"][row] * length
+    return _Spent(edges, joules, after, heard)
+
+
 def _curve(
-    grid: Grid, reading: Reading, own: int | None, start_seconds: float, now_seconds: float
+    grid: Grid, reading: Reading, own: int, start_seconds: float, now_seconds: float
 ) -> _Curve:
     """All rows, from a window before the start to one after it, or to the last run's end.
 
     Of row `own` only what lies before the step counts.
     """
-    length, reach = grid.bin_seconds, grid.reach_seconds
-    table = reading.table
-    end, idle = table["end_seconds"], table["idle_watts"]
+    length, reach, table = grid.bin_seconds, grid.reach_seconds, reading.table
+    idle = table["idle_watts"]
+    until = max(start_seconds + reach, float(table["end_seconds"].max()))
+    found = _spent(grid, reading, start_seconds - reach, until, now_seconds)
+    edges, spent = found.edges, found.joules
     first = math.floor((start_seconds - reach) / length)
-    last = math.ceil(max(start_seconds + reach, float(end.max())) / length)
-    last = min(last, first + BINS)
-    edges: Array = np.arange(first, last + 1) * length
-    spent = bins_of(grid.ring, reading.copies, first, last - first)
-    after = edges[:-1] > end[:, None]
-    np.copyto(spent, (idle * length)[:, None], where=after)
-    rest_from = end + table["rest_after_seconds"]
-    for row in np.flatnonzero(rest_from < edges[-1]).tolist():
-        begin = max(math.ceil(rest_from[row] / length) - first, 0)
-        spent[row, begin:] = table["rest_watts"][row] * length
-    now = max(math.floor(now_seconds / length) - first, 0)
-    heard = np.maximum(table["entered_seconds"], end) + HEARD_SECONDS >= now_seconds
-    floor = table["floor_watts"]
-    ahead = after[:, now:] & heard[:, None]
-    np.copyto(spent[:, now:], (np.minimum(floor, idle) * length)[:, None], where=ahead)
-    above = np.maximum(floor - idle, 0.0) * heard
+    above = np.maximum(table["floor_watts"] - idle, 0.0) * found.heard
     above_watts = float(above.sum())
-    if own is not None:
-        mine = int(reading.rows.searchsorted(own))
-        spent[mine, max(math.ceil(start_seconds / length) - first, 0) :] = 0.0
-        above[mine] = 0.0
-    joules, floors = np.zeros(last - first + 1), np.zeros(last - first + 1)
+    mine = int(reading.rows.searchsorted(own))
+    spent[mine, max(math.ceil(start_seconds / length) - first, 0) :] = 0.0
+    # A parked one is at its floor already.
+    above[mine] = 0.0
+    above[table["entered_seconds"] == np.inf] = 0.0
+    now = max(math.floor(now_seconds / length) - first, 0)
+    joules, floors = np.zeros(len(edges)), np.zeros(len(edges))
     np.add.accumulate(np.add.reduce(spent), out=joules[1:])
-    np.add.accumulate((above * length) @ ahead, out=floors[now + 1 :])
+    np.add.accumulate((above * length) @ found.after[:, now:], out=floors[now + 1 :])
     return _Curve(edges, joules, floors, above_watts, float(idle.sum()))
 
 
-def mean_watts(
-    rows: Rows, asked: Sequence[int], window_seconds: float, now_seconds: float
-) -> list[float]:
-    """Mean power of each row asked for until now, as entered.
+def mean_watts(rows: Rows, reading: Reading, window_seconds: float, now_seconds: float) -> Array:
+    """[engines] mean power of each until now, as entered.
 
     Args:
         rows: of the group.
-        asked: rows.
+        reading: of the engines asked about.
         window_seconds: of a limit, or less.
         now_seconds: now.
     """
     grid = next((g for g in rows.grids if window_seconds <= g.reach_seconds), rows.grids[-1])
     window = min(window_seconds, grid.reach_seconds)
-    found = []
-    for row in asked:
-        curve = _curve(grid, rows.read(np.array([row])), None, now_seconds, now_seconds)
-        times = now_seconds - window, now_seconds
-        low, high = np.interp(times, curve.edges, curve.joules)
-        found.append(float(high - low) / window)
-    return found
+    begin = now_seconds - window
+    found = _spent(grid, reading, begin, now_seconds, now_seconds)
+    low, high = np.clip(found.edges[:-1], begin, None), np.clip(found.edges[1:], None, now_seconds)
+    watts: Array = found.joules @ ((high - low) / (grid.bin_seconds * window))
+    return watts
 
 
 def _room(

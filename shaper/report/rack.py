@@ -34,8 +34,9 @@ def _stacked(result: RackResult) -> go.Figure:
 def rack_page(result: RackResult, figures: RackFigures) -> str:
     """One self-contained HTML page."""
     setup = result.setup
-    ttft = np.concatenate([ttft_seconds(x, setup.duration_seconds) for x in result.engines])
-    itl = np.concatenate([engine.itl_seconds for engine in result.engines])
+    warm = setup.warm_up_seconds
+    ttft = np.concatenate([ttft_seconds(x, setup.duration_seconds, warm) for x in result.engines])
+    itl = np.concatenate([engine.gaps(warm) for engine in result.engines])
     latencies = (
         ("Time to first token", ttft, "time to first token (s)", False),
         ("Time between tokens", itl, "time between two tokens (s)", True),
@@ -85,6 +86,7 @@ def _setup(result: RackResult) -> list[tuple[str, str]]:
         ("ITL target", _seconds(setup.itl_target_seconds)),
         ("TTFT target", _seconds(setup.ttft_target_seconds)),
         ("batched tokens, sequences", f"{setup.max_num_batched_tokens}, {setup.max_num_seqs}"),
+        ("warm-up", _seconds(setup.warm_up_seconds)),
         ("rate scale, seed", f"{setup.rate_scale:g}, {setup.seed}"),
         (
             "unknown to the shaper",

@@ -15,7 +15,11 @@ import bisect
 import random
 from dataclasses import dataclass
 
+from shaper.errors import ConfigError
 from shaper.traffic.workload import TimedRequest, Workload
+
+# A day of eight engines at the conversation trace's rate is four millions.
+MAX_ARRIVALS = 5_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,19 @@ def loop_seconds(workload: Workload, rate_scale: float = 1.0) -> float:
     return workload.span_seconds * count / (count - 1) / rate_scale
 
 
+def check_count(expected: float) -> None:
+    """Refuse more arrivals than this machine's memory should be asked to hold.
+
+    Raises:
+        ConfigError: they are more than `MAX_ARRIVALS`.
+    """
+    if expected > MAX_ARRIVALS:
+        raise ConfigError(
+            f"{expected:,.0f} requests would arrive, over {MAX_ARRIVALS:,}: take fewer engines, a "
+            "shorter run or a lower rate"
+        )
+
+
 def segments(
     workload: Workload,
     engines: int,
@@ -56,6 +73,7 @@ def segments(
         rate_scale: the trace runs so many times as fast.
 
     Raises:
+        ConfigError: they are too many.
         ValueError: there is no request, or a number is not above 0.
     """
     for name, value in (
@@ -68,6 +86,7 @@ def segments(
     if not workload.requests:
         raise ValueError("the workload holds no request")
     period = loop_seconds(workload, rate_scale)
+    check_count(len(workload.requests) * engines * duration_seconds / period)
     shift = random.Random(f"segments {seed}").random() * period if seed else 0.0
     times = [request.arrival_seconds / rate_scale for request in workload.requests]
     found: list[Arrival] = []

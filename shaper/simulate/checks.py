@@ -12,6 +12,9 @@ from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.setup import RackSetup
 
+# An engine's tables take some tens of megabytes.
+MAX_ENGINES = 256
+
 
 def shaper_config(setup: RackSetup) -> ShaperConfig:
     """The settings that each engine of this rack would be started with.
@@ -45,12 +48,17 @@ def check_setup(setup: RackSetup) -> None:
     """
     profile = load_profile(setup.gpu)
     shape = load_shape(setup.model)
-    if setup.engines < 1 or setup.tensor_parallel < 1:
-        raise ConfigError("a rack has at least one engine, and an engine one GPU")
+    if not 1 <= setup.engines <= MAX_ENGINES or setup.tensor_parallel < 1:
+        raise ConfigError(f"a rack has 1 to {MAX_ENGINES} engines, and an engine at least a GPU")
     if not 0.0 < setup.rate_scale < float("inf"):
         raise ConfigError(f"rate scale {setup.rate_scale:g} is not above 0")
     if not 1.0 <= setup.duration_seconds <= 86_400.0:
         raise ConfigError(f"a run of {setup.duration_seconds:g} s is outside 1 s to a day")
+    if not 0.0 <= setup.warm_up_seconds <= setup.duration_seconds - 1.0:
+        raise ConfigError(
+            f"a warm-up of {setup.warm_up_seconds:g} s leaves less than a second of a run of "
+            f"{setup.duration_seconds:g} s"
+        )
     try:
         WorkCoefficients.from_shape(shape, setup.tensor_parallel)
     except ValueError as error:

@@ -11,7 +11,10 @@
 | goodput | finished requests a second with TTFT, and mean ITL, within their targets |
 | tokens per joule | output tokens over all true joules of the run, idle ones too |
 
-Power is the emulated GPUs' alone. NaN stands where nothing was measured.
+Power is the emulated GPUs' alone. After a warm-up, which peaks, limits, counts of requests, KV
+cache and preemptions take in: latencies are of requests that came, and of tokens made, since
+then; rates are over the time since then. A run begins empty, so that slower decodes make less
+in its first seconds and nothing less later. NaN stands where nothing was measured.
 """  # noqa: E501 - a table's row is one line
 
 from __future__ import annotations
@@ -77,16 +80,20 @@ class RackFigures:
     engines: tuple[Figures, ...]
 
 
-def ttft_seconds(engine: EngineResult, duration_seconds: float) -> FloatArray:
-    """[requests] time to first token; what still waits counts with what it has waited."""
+def ttft_seconds(
+    engine: EngineResult, duration_seconds: float, from_seconds: float = 0.0
+) -> FloatArray:
+    """[requests] time to first token of those that came since `from_seconds`; what still waits
+    counts with what it has waited."""
     first = engine.first_token_seconds
     ends = np.where(np.isnan(first), duration_seconds, first)
-    return np.asarray(ends - engine.arrival_seconds, dtype=np.float64)
+    waited = ends - engine.arrival_seconds
+    return np.asarray(waited[engine.arrival_seconds >= from_seconds], dtype=np.float64)
 
 
 def _good(engine: EngineResult, setup: RackSetup) -> int:
-    """Finished requests within their targets."""
-    good = ~np.isnan(engine.last_token_seconds)
+    """Requests that finished after the warm-up, and within their targets."""
+    good = engine.last_token_seconds >= setup.warm_up_seconds
     if setup.ttft_target_seconds is not None:
         good &= engine.first_token_seconds - engine.arrival_seconds <= setup.ttft_target_seconds
     if setup.itl_target_seconds is not None:
@@ -103,35 +110,38 @@ def figures_of(
     Args:
         engines: at least one.
         limits: of their sum.
-        setup: for the targets and the duration.
+        setup: for the targets, the duration and the warm-up.
     """
-    seconds = setup.duration_seconds
+    warm = setup.warm_up_seconds
+    seconds = setup.duration_seconds - warm
     true = PowerGrid(0.0, np.asarray(sum(x.watts for x in engines), dtype=np.float64))
     shown = sum(x.watts * x.metered_ratio for x in engines)
     metered = PowerGrid(0.0, np.asarray(shown, dtype=np.float64))
     power = power_figures(true)
-    tokens = int(sum(x.output_tokens.sum() for x in engines))
-    served = sum(x.prompt_tokens[~np.isnan(x.first_token_seconds)].sum() for x in engines)
-    last = np.concatenate([x.last_token_seconds - x.arrival_seconds for x in engines])
-    last = last[~np.isnan(last)]
+    mean_watts = float(true.watts[round(warm / GRID_SECONDS) :].mean())
+    tokens = sum(int((x.token_seconds >= warm).sum()) for x in engines)
+    served = sum(int(x.prompt_tokens[x.first_token_seconds >= warm].sum()) for x in engines)
+    ttft = [ttft_seconds(x, setup.duration_seconds, warm) for x in engines]
+    e2el = [(x.last_token_seconds - x.arrival_seconds)[x.arrival_seconds >= warm] for x in engines]
+    ended = np.concatenate(e2el)
     return Figures(
         peak_watts=power.peak_watts,
         p999_watts=power.p999_watts,
-        mean_watts=power.mean_watts,
+        mean_watts=mean_watts,
         metered_peak_watts=power_figures(metered).peak_watts,
         limits=tuple(
             LimitOutcome(limit, limit_figures(true, limit), limit_figures(metered, limit))
             for limit in limits
         ),
-        ttft_seconds=quantiles(np.concatenate([ttft_seconds(x, seconds) for x in engines])),
-        itl_seconds=quantiles(np.concatenate([x.itl_seconds for x in engines])),
-        e2el_seconds=quantiles(last),
+        ttft_seconds=quantiles(np.concatenate(ttft)),
+        itl_seconds=quantiles(np.concatenate([x.gaps(warm) for x in engines])),
+        e2el_seconds=quantiles(ended[~np.isnan(ended)]),
         output_tokens_per_second=tokens / seconds,
-        prompt_tokens_per_second=float(served) / seconds,
+        prompt_tokens_per_second=served / seconds,
         requests_arrived=sum(len(x.arrival_seconds) for x in engines),
-        requests_finished=len(last),
+        requests_finished=sum(int((~np.isnan(x.last_token_seconds)).sum()) for x in engines),
         goodput_requests_per_second=sum(_good(x, setup) for x in engines) / seconds,
-        tokens_per_joule=tokens / (float(true.watts.sum()) * GRID_SECONDS),
+        tokens_per_joule=tokens / (mean_watts * seconds),
         kv_mean_ratio=sum(x.kv_mean_ratio for x in engines) / len(engines),
         kv_peak_ratio=max(x.kv_peak_ratio for x in engines),
         preemptions=sum(x.preemptions for x in engines),

@@ -143,10 +143,14 @@ def run_rack(
     prompts: dict[str, int] = {}
     start = time.perf_counter()
 
+    told_seconds = 0.0
+
     def run_until(seconds: float) -> None:
-        while progress is not None and rack.now_seconds + _TOLD_SECONDS < seconds:
-            rack.run_until(rack.now_seconds + _TOLD_SECONDS)
-            progress(RackProgress(rack.now_seconds, setup.duration_seconds, len(prompts)))
+        nonlocal told_seconds
+        while progress is not None and told_seconds + _TOLD_SECONDS <= seconds:
+            told_seconds += _TOLD_SECONDS
+            rack.run_until(told_seconds)
+            progress(RackProgress(told_seconds, setup.duration_seconds, len(prompts)))
         rack.run_until(seconds)
 
     # The engines' blocks and tables are some million objects that no collection need look at.

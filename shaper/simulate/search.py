@@ -15,6 +15,7 @@ so that a reader sees where it was not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -121,21 +122,26 @@ def _judge(
 ) -> Probe:
     found, before = figures.group, unshaped.group
     itl_bound = max(factors.itl * before.itl_seconds.p99, setup.itl_target_seconds or 0.0)
-    throughput_ratio = found.output_tokens_per_second / before.output_tokens_per_second
+    throughput_ratio = _ratio(found.output_tokens_per_second, before.output_tokens_per_second)
     metered = found.limits[0].metered.worst_ratio
-    failed = {
-        "ttft": found.ttft_seconds.p99 > factors.ttft * before.ttft_seconds.p99,
-        "itl": found.itl_seconds.p99 > itl_bound,
-        "throughput": throughput_ratio < THROUGHPUT_RATIO,
-        "limit": metered > OVER_LIMIT_RATIO,
+    # Written so that NaN, where nothing was measured, is not kept.
+    kept = {
+        "ttft": found.ttft_seconds.p99 <= factors.ttft * before.ttft_seconds.p99,
+        "itl": found.itl_seconds.p99 <= itl_bound,
+        "throughput": throughput_ratio >= THROUGHPUT_RATIO,
+        "limit": metered <= OVER_LIMIT_RATIO,
     }
     return Probe(
         limit=limit,
         peak_ratio=limit.watts / before.peak_watts,
-        ttft_ratio=found.ttft_seconds.p99 / before.ttft_seconds.p99,
-        itl_ratio=found.itl_seconds.p99 / before.itl_seconds.p99,
+        ttft_ratio=_ratio(found.ttft_seconds.p99, before.ttft_seconds.p99),
+        itl_ratio=_ratio(found.itl_seconds.p99, before.itl_seconds.p99),
         itl_seconds=found.itl_seconds.p99,
         throughput_ratio=throughput_ratio,
         metered_window_ratio=metered,
-        failed=tuple(name for name, broken in failed.items() if broken),
+        failed=tuple(name for name, holds in kept.items() if not holds),
     )
+
+
+def _ratio(value: float, base: float) -> float:
+    return value / base if base > 0.0 else math.nan

@@ -130,7 +130,6 @@ class Seat:
         """What it did in the first so many milliseconds."""
         engine = self.engine
         records = list(engine.requests.values())
-        empty = np.empty(0)
         shaper = getattr(engine.scheduler, "shaper", None)
         return EngineResult(
             watts=_grid(engine.gpus, milliseconds),
@@ -142,7 +141,7 @@ class Seat:
             last_token_seconds=np.array(
                 [np.nan if r.finished_seconds is None else r.finished_seconds for r in records]
             ),
-            itl_seconds=np.concatenate([empty, *(np.diff(r.token_seconds) for r in records)]),
+            token_seconds=np.array([at for r in records for at in r.token_seconds]),
             steps=engine.steps,
             kv_mean_ratio=self.kv_sum / max(1, engine.steps),
             kv_peak_ratio=self.kv_peak,

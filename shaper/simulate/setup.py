@@ -59,6 +59,8 @@ class RackSetup:
     """GPUs of each engine."""
     engines: int = 8
     duration_seconds: float = 120.0
+    warm_up_seconds: float = 0.0
+    """Of the start, which latency, throughput and cost leave out. Limits and peaks don't."""
     rate_scale: float = 1.0
     router: str = "split"
     seed: int = 0
@@ -97,9 +99,9 @@ class RackSetup:
 class EngineResult:
     """What one engine did.
 
-    `watts` [n] is its true mean power of each millisecond from 0 on, all its GPUs. The
-    other arrays [r] are by request in the order of arrival; NaN where there was no token
-    or no end in time. `itl_seconds` holds all gaps between tokens of all requests.
+    `watts` [n] is its true mean power of each millisecond from 0 on, all its GPUs;
+    `token_seconds` [t] when each token was made, request by request. The other arrays [r] are
+    by request in the order of arrival; NaN where there was no token or no end in time.
     """
 
     watts: FloatArray
@@ -112,7 +114,7 @@ class EngineResult:
     first_token_seconds: FloatArray
     last_token_seconds: FloatArray
     """Of finished requests."""
-    itl_seconds: FloatArray
+    token_seconds: FloatArray
     steps: int
     kv_mean_ratio: float
     """Used share of the KV cache, over the steps."""
@@ -122,6 +124,18 @@ class EngineResult:
     """Decisions by reason, the most frequent first."""
     shaper_errors: int
     """Times that the shaper failed and vLLM went on under the safe cap."""
+
+    def gaps(self, from_seconds: float = 0.0) -> FloatArray:
+        """Seconds between two tokens of one request, the later one made since `from_seconds`."""
+        firsts = np.zeros(len(self.token_seconds) + 1, dtype=bool)
+        firsts[np.concatenate(([0], np.cumsum(self.output_tokens)))] = True
+        later = ~firsts[1:-1] & (self.token_seconds[1:] >= from_seconds)
+        return np.asarray(np.diff(self.token_seconds)[later], dtype=np.float64)
+
+    @property
+    def itl_seconds(self) -> FloatArray:
+        """All of them."""
+        return self.gaps()
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ class FakeServer:
         self.arrivals: list[float] = []
         self.app = web.Application(client_max_size=64 * 1024 * 1024)
         self.app.router.add_get("/health", self._health)
+        self.app.router.add_get("/metrics", self._health)
         self.app.router.add_get("/v1/models", self._models)
         self.app.router.add_post("/v1/completions", self._completions)
 

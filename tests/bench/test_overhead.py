@@ -37,9 +37,13 @@ def test_it_measures_every_state(tmp_path):
     ]
     assert all(cost["own_microseconds"] > 0 for cost in costs)
     assert done.stdout.count("\n| 8 |") == 3
+    assert all(line.startswith("|") for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("arguments", [("--sizes", "0"), ("--sizes", "many"), ("--steps", "0")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--sizes", "0"), ("--sizes", "many"), ("--steps", "0"), ("--steps", "0", "--memory")],
+)
 def test_wrong_input_is_one_line(arguments):
     """Exit code 2 and the flag's name."""
     done = run(*arguments)

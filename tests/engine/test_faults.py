@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shaper.core.controller import BLIND_MARGIN_RATIO, STALE_SECONDS
+from shaper.core.controller import STALE_SECONDS
+from shaper.core.margin import BLIND_MARGIN_RATIO
 from shaper.core.types import PowerBudget, PowerLimit, Reason
 from shaper.engine.runtime import RETRY_SECONDS
 from tests.engine.attack import SEAMS, SENSOR_FAULTS, Sabotage

@@ -23,6 +23,7 @@ class FakeHandle:
         self.limits = (PowerLimit(1000.0, 0.1), PowerLimit(900.0, 1.0))
         self.static_limits: tuple[PowerLimit, ...] = STATIC
         self.broken = False
+        self.looks = 0
         self.asked: list[tuple[Any, ...]] = []
 
     def tick(self, now_seconds: float) -> None:
@@ -34,6 +35,7 @@ class FakeHandle:
         self.asked.append(("park", floor_watts))
 
     def snapshot(self, now_seconds: float) -> Any:
+        self.looks += 1
         engine = SimpleNamespace(
             **{"pid": 7, "state": "alive", "floor_watts": 150.0, "watts": 400.0, "refused": 3},
             **{"waiting_seconds": None, "static_steps": 1, "lock_wait_seconds": 0.5},
@@ -107,6 +109,16 @@ def test_what_the_group_says_reaches_the_status_block(member: Membership) -> Non
     assert found.detached
     assert (found.claims_refused, found.static_steps, found.lock_wait_seconds) == (3, 1, 0.5)
     assert found.count("alive") == 2
+
+
+def test_the_others_are_looked_at_now_and_then(handle: FakeHandle) -> None:
+    """Twice a second: the interpreter that schedules pays for it."""
+    times = iter(0.02 * tick for tick in range(100))
+    member = Membership(handle, FREE_WATTS, clock=lambda: next(times))  # type: ignore[arg-type]
+    for _ in range(100):
+        member.tick("on", decides=True)
+    assert handle.looks == 4
+    assert len(handle.asked) == 100
 
 
 def test_a_tick_that_fails_is_counted_and_logged_once(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import cast
 
 from hypothesis import Phase, note, settings
-from hypothesis import Phase, strategies as st
+from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from shaper.core.group import Committed, EngineShare, Step
@@ -182,7 +182,8 @@ class Interleavings(RuleBasedStateMachine):
         engine = self.some(data, "finishes")
         device = engine.device
         if device.flying and device.flying[0][0] < self.now:
-            if early or device.flying[0][1] <= self.now:
+            over = device.flying[0][1] <= self.now
+            if over or early:
                 device.finish(self.now)
                 engine.group.enter(device.committed(), engine.share, self.now)
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shaper.errors import ConfigError
 from shaper.simulate.arrivals import loop_seconds, segments
 from shaper.traffic.workload import TimedRequest, Workload
 
@@ -50,6 +51,12 @@ def test_the_seed_moves_where_the_segments_begin():
 def test_requests_that_all_come_at_once_are_no_endless_loop():
     """A trace without a length of its own takes a second."""
     assert len(segments(workload(0.0, 0.0), 2, 3.0)) == 12
+
+
+def test_more_arrivals_than_memory_holds_are_refused():
+    """Before they are made."""
+    with pytest.raises(ConfigError, match="would arrive"):
+        segments(EVEN, 8, 60.0, rate_scale=1e6)
 
 
 @settings(max_examples=60, deadline=None)

@@ -25,7 +25,7 @@ def engine(watts: np.ndarray, metered: float = 1.0, **changes: object) -> Engine
         "output_tokens": np.array([3, 2, 0]),
         "first_token_seconds": np.array([0.2, 0.6, NAN]),
         "last_token_seconds": np.array([0.3, NAN, NAN]),
-        "itl_seconds": np.array([0.05, 0.05, 0.3]),
+        "token_seconds": np.array([0.2, 0.25, 0.3, 0.6, 0.9]),
         "steps": 5,
         "kv_mean_ratio": 0.1,
         "kv_peak_ratio": 0.2,
@@ -103,6 +103,27 @@ def test_work_and_cost():
     assert found.goodput_requests_per_second == 2.0
 
 
+def test_gaps_are_between_tokens_of_one_request():
+    """From one request's last token to the next one's first is no time between tokens."""
+    assert engine(np.full(1000, 200.0)).itl_seconds == pytest.approx([0.05, 0.05, 0.3])
+    assert engine(np.full(1000, 200.0)).gaps(0.5) == pytest.approx([0.3])
+    assert len(engine(np.full(1000, 200.0), output_tokens=np.array([1, 1, 3])).gaps()) == 2
+
+
+def test_a_warm_up_is_left_out_but_for_limits_and_peaks():
+    """What a start from nothing does to rates and latencies says nothing about the policy."""
+    result = rack(engine(burst(200.0, 800.0, 100, 200)), warm_up_seconds=0.15)
+    found, whole = rack_figures(result).group, rack_figures(rack(*result.engines)).group
+    assert found.peak_watts == whole.peak_watts == pytest.approx(800.0)
+    assert found.limits == whole.limits
+    assert found.mean_watts == pytest.approx((50 * 800.0 + 800 * 200.0) / 850)
+    assert found.output_tokens_per_second == pytest.approx(5 / 0.85)
+    assert found.ttft_seconds.max == pytest.approx(0.4)
+    assert found.ttft_seconds.p50 == pytest.approx(0.25)
+    assert found.requests_finished == whole.requests_finished == 1
+    assert found.goodput_requests_per_second == pytest.approx(1 / 0.85)
+
+
 @pytest.mark.parametrize(("targets", "good"), [((0.1, 0.05), 1.0), ((0.09, 0.05), 0.0),
                                                ((0.1, 0.04), 0.0)])  # fmt: skip
 def test_goodput_asks_for_both_targets(targets, good):
@@ -125,7 +146,7 @@ def test_the_json_has_its_keys_and_no_nan():
         output_tokens=np.empty(0, dtype=int),
         first_token_seconds=np.empty(0),
         last_token_seconds=np.empty(0),
-        itl_seconds=np.empty(0),
+        token_seconds=np.empty(0),
     )
     result = rack(engine(burst(200.0, 600.0)), idle, limits=(PowerLimit(500.0, 1.0),))
     text = json.dumps(rack_dict(result, rack_figures(result)), allow_nan=False)

@@ -193,6 +193,17 @@ def test_a_slower_clock_and_a_cap_take_watts():
     assert capped < 0.95 * free
 
 
+def test_progress_is_told_however_many_requests_come():
+    """Twice a second of the run, and it changes nothing."""
+    told: list[runs.RackProgress] = []
+    result = run_rack(ALONE, TRAFFIC, told.append)
+    assert [each.now_seconds for each in told] == [0.5 * k for k in range(1, 7)]
+    arrived = [each.arrived_requests for each in told]
+    assert arrived == sorted(arrived)
+    assert arrived[-1] == len(result.engines[0].arrival_seconds)
+    assert same(result, run_rack(ALONE, TRAFFIC))
+
+
 def test_requests_that_do_not_fit_the_model_are_counted():
     """They are left out, and if none fits the run is refused in one line."""
     short, long = TimedRequest(0.1, 20, 5), TimedRequest(0.2, 200_000, 5)

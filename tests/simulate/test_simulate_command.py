@@ -40,11 +40,17 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--group-limit", "1000W@100ms"], "floor: the group of 8 engines draws 1120 W"),
         (["--engines", "1", "--power-limit", "140W@100ms"], "floor: an engine draws 140 W"),
         (["--group-limit", "4000W"], "no window"),
+        (["--group-limit", "4kW@100ms,5kW@100ms"], "twice"),
+        (["--group-limit", "4kW@1s", "--host-overhead", "1800W"], "no efficiency"),
+        (["--psu-efficiency", "0.94"], "there is no group"),
         (["--gpu-clock", "9GHz"], "MHz"),
         (["--gpu-power-cap", "5W"], "power cap 5 W is outside"),
         (["--duration", "0s"], "not above 0"),
+        (["--warm-up", "2s"], "leaves less than a second"),
         (["--rate-scale", "0"], "not above 0"),
         (["--engines", "0"], "whole number"),
+        (["--engines", "1000"], "1 to 256 engines"),
+        (["--rate-scale", "1e9"], "requests would arrive"),
         (["--policy", "static"], "no cap"),
         (["--policy", "reactive"], "no limit to react to"),
         (["--objective", "efficiency"], "ITL target"),
@@ -71,7 +77,7 @@ def test_a_broken_trace_names_its_line(capsys, tmp_path):
 def test_the_flags_are_the_setup():
     """Each reaches the rack in the unit of its name."""
     line = (
-        "--engines 4 --gpu h100-sxm --model qwen3-8b --rate-scale 0.5 --duration 2min "
+        "--engines 4 --gpu h100-sxm --model qwen3-8b --rate-scale 0.5 --duration 2min --warm-up 5s "
         "--policy predictive --power-limit 500W@100ms --group-limit 1.9kW@100ms,1800W@1s "
         "--gpu-power-cap 500W --gpu-clock 1200MHz --ttft-target 1s --itl-target 50ms --seed 3 "
         "--router headroom --objective efficiency --max-num-batched-tokens 2048 "
@@ -84,6 +90,7 @@ def test_the_flags_are_the_setup():
         tensor_parallel=2,
         engines=4,
         duration_seconds=120.0,
+        warm_up_seconds=5.0,
         rate_scale=0.5,
         router="headroom",
         seed=3,
@@ -98,6 +105,13 @@ def test_the_flags_are_the_setup():
         gpu_clock_hertz=1.2e9,
         errors=NO_ERRORS,
     )
+
+
+def test_a_limit_at_the_wall_is_taken_to_the_gpus():
+    """As a live server does it."""
+    line = "--group-limit 6kW@100ms --host-overhead 1800W --psu-efficiency 0.95"
+    (limit,) = setup_of(build_parser().parse_args(line.split())).group_limits
+    assert limit == PowerLimit(3900.0, 0.1)
 
 
 def test_a_reactive_engine_gets_its_share_of_the_group():
@@ -165,7 +179,11 @@ def test_no_limit_may_be_good():
         result = known(setup)
         if not setup.shaped:
             return result
-        one = replace(result.engines[0], output_tokens=np.array([1, 1, 0]))
+        one = replace(
+            result.engines[0],
+            output_tokens=np.array([1, 1, 0]),
+            token_seconds=np.array([0.3, 0.4]),
+        )
         return replace(result, engines=(one,))
 
     found = search_limit(
@@ -181,8 +199,10 @@ def test_an_itl_target_is_the_bound_where_it_is_the_higher_one():
 
     def spent(setup: RackSetup) -> RackResult:
         result = known(setup)
-        itl = np.full(3, 0.09 if setup.shaped else 0.03)
-        return replace(result, engines=(replace(result.engines[0], itl_seconds=itl),))
+        gaps = np.full(5, 0.09 if setup.shaped else 0.03)
+        counts = np.array([5, 0, 0])
+        one = replace(result.engines[0], token_seconds=np.cumsum(gaps), output_tokens=counts)
+        return replace(result, engines=(one,))
 
     strict, spending = (
         search_limit(
@@ -201,8 +221,8 @@ def test_the_found_limit_is_printed(capsys, monkeypatch, tmp_path):
     """Each probe as it comes, then the answer; the JSON has both."""
     monkeypatch.setattr(simulate_command, "_run", lambda setup, workload, bar: known(setup))
     out = tmp_path / "o.json"
-    assert cli.main(["simulate", "--engines", "1", "--search-limit", "--duration", "2s",
-                     "--json", str(out)]) == 0  # fmt: skip
+    line = f"simulate --engines 1 --search-limit --duration 2s --warm-up 0 --json {out}"
+    assert cli.main(line.split()) == 0
     printed = capsys.readouterr().out
     assert "lowest good limit: 80" in printed
     data = json.loads(out.read_text())["search"]
@@ -210,7 +230,14 @@ def test_the_found_limit_is_printed(capsys, monkeypatch, tmp_path):
     assert len(data["probes"]) == printed.count("of the unshaped peak)")
 
 
-def test_a_limit_that_nobody_can_write_is_refused(tmp_path):
+def test_latency_that_was_not_measured_is_not_good():
+    """A run in which no request got a token after the warm-up proves nothing."""
+    found = search(warm_up_seconds=1.0)  # all requests of `known` come at 0
+    assert found.lowest is None
+    assert all("ttft" in probe.failed for probe in found.probes)
+
+
+def test_a_path_that_nobody_can_write_is_refused(tmp_path):
     """A directory is no file."""
     with pytest.raises(ConfigError, match="can't be written"):
         simulate_command._check_output(Path(tmp_path), "--json")

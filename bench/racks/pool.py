@@ -1,0 +1,159 @@
+"""Runs in processes side by side, and searches that ask for runs as they go.
+
+A search is a generator: it yields the runs that it needs next, is sent their outcomes in that
+order, and returns what it found. Many of them go on at once, so that no core waits for the
+longest; a run that two of them ask for is done once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from bench.racks.outcome import Outcome, run_one
+from bench.racks.store import Store, run_name
+from shaper.errors import EngineError
+from shaper.simulate.setup import RackSetup
+from shaper.traffic.workload import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A rack, and what it is called while it runs."""
+
+    name: str
+    setup: RackSetup
+
+
+T = TypeVar("T")
+Search = Generator[Sequence[Run], Sequence[Outcome], T]
+
+_workload: list[Workload] = []
+
+
+def _start_worker(workload: Workload) -> None:
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+    # A process for each core; a pool of threads in each would only get in the way.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _workload.append(workload)
+
+
+def _run(setup: RackSetup) -> Outcome:
+    return run_one(setup, _workload[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A run that is over, for who follows along."""
+
+    name: str
+    outcome: Outcome
+    done: int
+    known: int
+    """Runs that were asked for until now; searches may ask for more."""
+    kept: bool
+    """It was done by an earlier command."""
+
+
+class Runner:
+    """Runs racks under one workload; a context manager that ends its processes.
+
+    Mutable state: the outcomes so far, and the processes, which start with the first run.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        store: Store,
+        processes: int,
+        tell: Callable[[Told], None] = lambda told: None,
+    ) -> None:
+        self._workload, self._store, self._tell = workload, store, tell
+        self._processes = processes
+        self._outcomes: dict[str, Outcome] = {}
+        self._pending: dict[Future[Outcome], tuple[str, str]] = {}
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=error is None, cancel_futures=True)
+
+    def drive(self, searches: Iterable[Search[T]]) -> list[T]:
+        """Let searches go on until each has found its answer; the answers in their order.
+
+        Raises:
+            ConfigError: a rack can't be run.
+            EngineError: a process was killed.
+        """
+        left = dict(enumerate(searches))
+        asked: dict[int, list[str]] = {}
+        answers: dict[int, T] = {}
+
+        def go_on(index: int, outcomes: Sequence[Outcome] | None) -> None:
+            try:
+                runs = left[index].send(outcomes)  # type: ignore[arg-type]  # None starts it
+            except StopIteration as stop:
+                answers[index] = stop.value
+                del left[index]
+                return
+            asked[index] = [self._ask(run) for run in runs]
+
+        for index in list(left):
+            go_on(index, None)
+        while left:
+            ready = [i for i in left if all(name in self._outcomes for name in asked[i])]
+            for index in ready:
+                go_on(index, [self._outcomes[name] for name in asked[index]])
+            if not ready:
+                self._wait()
+        return [answers[index] for index in sorted(answers)]
+
+    def _ask(self, run: Run) -> str:
+        name = run_name(run.setup, self._workload)
+        waiting = {each for each, _ in self._pending.values()}
+        if name in self._outcomes or name in waiting:
+            return name
+        kept = self._store.load(name)
+        if kept is not None:
+            self._over(name, run.name, kept, True)
+            return name
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(
+                self._processes, context, _start_worker, (self._workload,)
+            )
+        self._pending[self._pool.submit(_run, run.setup)] = (name, run.name)
+        return name
+
+    def _wait(self) -> None:
+        done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            name, shown = self._pending.pop(future)
+            try:
+                outcome = future.result()
+            except BrokenProcessPool as error:
+                raise EngineError(
+                    "a process that ran a rack was killed, for want of memory perhaps; the same "
+                    "command goes on where it stopped, with fewer --processes if need be"
+                ) from error
+            self._store.save(name, outcome)
+            self._over(name, shown, outcome, False)
+
+    def _over(self, name: str, shown: str, outcome: Outcome, kept: bool) -> None:
+        self._outcomes[name] = outcome
+        done = len(self._outcomes)
+        self._tell(Told(shown, outcome, done, done + len(self._pending), kept))

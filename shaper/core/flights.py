@@ -1,0 +1,93 @@
+"""Steps that were launched and are not back: they run one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from shaper.core.room import Run
+from shaper.core.types import EngineLoad, StepBatch, StepPrediction
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """One of them."""
+
+    launched_seconds: float
+    queued: bool
+    """It was launched behind another one, so it starts when that one ends."""
+    batch: StepBatch
+    raw: StepPrediction
+    """As the model says."""
+    prediction: StepPrediction
+    """The same, corrected by what was measured."""
+
+
+class Flights:
+    """All of them, in their order. Stateful fields: the queue, and when decodes ran last."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Flight] = deque()
+        self._decode_end_seconds = -math.inf
+        self._decodes_since = math.inf
+        self.queues = False
+        """Whether a step was ever launched behind another one."""
+
+    def __bool__(self) -> bool:
+        return bool(self._queue)
+
+    @property
+    def holds_prompts(self) -> bool:
+        """Whether any of them computes prompts."""
+        return any(flight.batch.prefill_tokens for flight in self._queue)
+
+    def launch(
+        self, now_seconds: float, batch: StepBatch, raw: StepPrediction, prediction: StepPrediction
+    ) -> None:
+        """Another one is launched."""
+        queued = bool(self._queue)
+        self.queues = self.queues or queued
+        self._queue.append(Flight(now_seconds, queued, batch, raw, prediction))
+
+    def land(self) -> Flight:
+        """The oldest is back. There must be one."""
+        return self._queue.popleft()
+
+    def decoded(self, end_seconds: float) -> None:
+        """A step with decodes ended."""
+        self._decode_end_seconds = end_seconds
+
+    def runs(self, free_seconds: float, now_seconds: float) -> list[Run]:
+        """When they run, as `(start, end, joules)`; one that is overdue ends now.
+
+        Args:
+            free_seconds: when the last step that is back ended.
+            now_seconds: now.
+        """
+        runs: list[Run] = []
+        for flight in self._queue:
+            start = max(free_seconds, flight.launched_seconds)
+            free_seconds = start + flight.prediction.seconds
+            if not runs:
+                free_seconds = max(free_seconds, now_seconds)
+            runs.append((start, free_seconds, flight.prediction.joules))
+        return runs
+
+    def since_decode(self, load: EngineLoad, start_seconds: float, runs: list[Run]) -> float:
+        """From the last decode step's end, or from when there were decodes again, to `start`.
+
+        Args:
+            load: with the decodes that are ready.
+            start_seconds: when the next step can start.
+            runs: of these flights.
+        """
+        if not load.decode_requests:
+            self._decodes_since = math.inf
+            return 0.0
+        self._decodes_since = min(self._decodes_since, start_seconds)
+        last = self._decode_end_seconds
+        for flight, (_, end, _) in zip(self._queue, runs, strict=True):
+            if flight.batch.decode_tokens:
+                last = end
+        return start_seconds - max(last, self._decodes_since)
