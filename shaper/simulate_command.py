@@ -24,6 +24,9 @@ from shaper.traffic.workload import Workload
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
 
+    Returns:
+        Its exit code; 130 when it is interrupted.
+
     Raises:
         ConfigError: a wrong argument, or a rack that can't be built.
         TraceError: the trace can't be read.
@@ -38,13 +41,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     check_setup(setup)
     search = None
-    with ProgressBar(sys.stderr, not arguments.quiet) as bar:
-        if arguments.search_limit:
-            factors = Factors(arguments.ttft_factor, arguments.itl_factor)
-            search = _search(setup, workload, factors, arguments.search_window, bar)
-            result = search.result
-        else:
-            result = _run(setup, workload, bar)
+    try:
+        with ProgressBar(sys.stderr, not arguments.quiet) as bar:
+            if arguments.search_limit:
+                factors = Factors(arguments.ttft_factor, arguments.itl_factor)
+                search = _search(setup, workload, factors, arguments.search_window, bar)
+                result = search.result
+            else:
+                result = _run(setup, workload, bar)
+    except KeyboardInterrupt:
+        print("shaper: interrupted: nothing is written", file=sys.stderr)
+        return 130  # as a shell counts a death by SIGINT
     figures = rack_figures(result)
     print(rack_text(result, figures))
     if search is not None:

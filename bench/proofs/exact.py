@@ -10,7 +10,7 @@ from bench.proofs.traffic import conversation
 from bench.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 
-SECONDS, QUICK_SECONDS = 40.0, 30.0
+SECONDS, QUICK_SECONDS = 30.0, 20.0
 RATE_HERTZ = 6.0
 BUDGETS: tuple[tuple[PowerLimit, ...], ...] = (
     (PowerLimit(650.0, 0.01),),

@@ -23,7 +23,6 @@ CLIENTS = 64
 # decode step is where in a step it happened to arrive.
 NORMAL_RATIO, NORMAL_SECONDS = 1.1, 0.01
 BUDGETS: tuple[tuple[tuple[PowerLimit, ...], float | None], ...] = (
-    ((PowerLimit(500.0, 0.1),), None),
     ((PowerLimit(430.0, 0.1),), None),
     ((PowerLimit(560.0, 0.1), PowerLimit(480.0, 1.0)), None),
     ((PowerLimit(480.0, 1.0),), 0.05),
@@ -33,7 +32,7 @@ BUDGETS: tuple[tuple[tuple[PowerLimit, ...], float | None], ...] = (
 def jobs(quick: bool) -> list[Job]:
     """One for each budget."""
     seconds = QUICK_SECONDS if quick else SATURATED_SECONDS
-    return [Job(recover, (*each, seconds)) for each in (BUDGETS[::2] if quick else BUDGETS)]
+    return [Job(recover, (*each, seconds)) for each in BUDGETS[:: 2 if quick else 1]]
 
 
 def recover(

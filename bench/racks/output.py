@@ -59,7 +59,7 @@ class Report:
             (
                 "traffic",
                 f"{self.traffic}, {self.rate_hertz:g} requests/s an engine, router {rack.router}, "
-                f"{rack.duration_seconds:g} s with {rack.warm_up_seconds:g} s of warm-up",
+                f"{rack.duration_seconds:g} s with {rack.warm_up_seconds:.3g} s of warm-up",
             ),
             ("seeds", ", ".join(map(str, found.seeds))),
             (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -23,7 +24,9 @@ from shaper.report.style import COLOURS, base
 
 # The limit at which power and latencies are drawn, if it is there: the first aim's.
 _DRAWN_RATIO = 0.70
-_DASHES = ("solid", "dash", "dot")
+# Those that the comparison is about are solid and thick, in colours of their own.
+_SHARED_COLOURS, _OTHER_COLOURS = COLOURS[:3], COLOURS[3:]
+_DASHES = ("dash", "dot")
 
 
 def table_block(shown: FigureTable) -> Block:
@@ -75,9 +78,7 @@ def _power(comparison: Comparison, drawn: Sequence[Entry]) -> Plot:
 def _latency(comparison: Comparison, drawn: Sequence[Entry]) -> list[Plot]:
     reference = comparison.references[min(comparison.references)]
     named: list[tuple[str, Outcome]] = [(policies.UNSHAPED, reference.unshaped)]
-    if reference.small is not None:
-        named.append((policies.SMALL, reference.small))
-    kept = (policies.CAP, policies.ALONE)
+    kept = (policies.CAP, policies.CLOCK, policies.ALONE)
     named += [
         (x.policy, x.outcome)
         for x in drawn
@@ -92,10 +93,29 @@ def _latency(comparison: Comparison, drawn: Sequence[Entry]) -> list[Plot]:
     ttft = samples([x.arrays.ttft_seconds for _, x in named])
     itl = samples([x.arrays.itl_seconds for _, x in named])
     return [
-        Plot("TTFT", distribution(names, ttft, "time to first token (ms)"), wide=False),
-        Plot("ITL, the tail", distribution(names, itl, "between two tokens (ms)", tail=True),
-             wide=False),
-    ]  # fmt: skip
+        Plot(
+            "TTFT",
+            distribution(names, ttft, "time to first token (ms)"),
+            height_pixels=460,
+            wide=False,
+        ),
+        Plot(
+            "ITL, the tail",
+            distribution(names, itl, "between two tokens (ms)", tail=True),
+            height_pixels=460,
+            wide=False,
+        ),
+    ]
+
+
+def _line(policy: str) -> dict[str, Any]:
+    """Colour, width and dash of a policy's curve."""
+    shared = [name for name in policies.ORDER if name.startswith(policies.SHARED)]
+    if policy in shared:
+        return {"color": _SHARED_COLOURS[shared.index(policy)], "width": 3}
+    others = [name for name in policies.ORDER if name not in shared]
+    dash, colour = divmod(others.index(policy), len(_OTHER_COLOURS))
+    return {"color": _OTHER_COLOURS[colour], "width": 1.5, "dash": _DASHES[dash]}
 
 
 def curves(comparison: Comparison, key: str, title: str) -> go.Figure:
@@ -106,11 +126,10 @@ def curves(comparison: Comparison, key: str, title: str) -> go.Figure:
         for x in comparison.entries
         if x.outcome is not None and not math.isnan(x.limit_ratio)
     ]
-    for index, policy in enumerate(policies.ORDER):
+    for policy in policies.ORDER:
         own = [(x, found) for x, found in rows if x.policy == policy]
         if not own:
             continue
-        colour = COLOURS[index % len(COLOURS)]
         symbols = ["circle-open" if f["over_metered_share"] > 0.0 else "circle" for _, f in own]
         figure.add_trace(
             go.Scatter(
@@ -118,7 +137,7 @@ def curves(comparison: Comparison, key: str, title: str) -> go.Figure:
                 y=[found[key] for _, found in own],
                 mode="lines+markers",
                 name=policy,
-                line={"color": colour, "width": 2, "dash": _DASHES[index // len(COLOURS)]},
+                line=_line(policy),
                 marker={"size": 9, "symbol": symbols, "line": {"width": 2}},
                 hovertemplate="%{x:.2f}: %{y:.3f}",
             )

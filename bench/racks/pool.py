@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +39,8 @@ _workload: list[Workload] = []
 
 
 def _start_worker(workload: Workload) -> None:
+    # Ctrl-C reaches all processes; these end without a word, and the command says it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     # A process for each core; a pool of threads in each would only get in the way.
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -16,9 +16,9 @@ from shaper.core.types import PowerLimit
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.setup import RackSetup
 
-# From a weight read's worth of tokens to half of vLLM's default of 8,192; from a batch that
-# queues to one that never does at this load.
-STATIC_TOKENS = (256, 512, 1024, 4096)
+# From chunks whose weight reads take longer than their arithmetic to an eighth of vLLM's default
+# of 8,192; from a batch that queues to one that hardly does at this load.
+STATIC_TOKENS = (64, 128, 256, 1024)
 STATIC_SEQUENCES = (4, 8, 16)
 # Equal steps between the GPU's lowest clock and its highest.
 CLOCK_STEPS = 16

@@ -52,6 +52,8 @@ STALE_SECONDS = 1.0
 HOST_LATE_SECONDS = 0.005
 # A clock that sags under way makes a step of 40 ms 1.4 ms longer, at full power.
 OWN_LATE_RATIO = 0.05
+# Between two steps and two readings few are asked about.
+_KEPT_PREDICTIONS = 256
 
 
 class Controller:
@@ -162,15 +164,18 @@ class Controller:
         self._clock_hertz = None if idle else state.sm_clock_hertz
         self._celsius = state.temperature_celsius
         self.estimator.observe_power(state)
+        self._predictions.clear()
 
     def predict(self, batch: StepBatch) -> StepPrediction:
         """A step at the present clock and temperature, corrected by what was measured."""
         return self._predict(batch)[1]
 
     def _predict(self, batch: StepBatch) -> tuple[StepPrediction, StepPrediction]:
-        """As the model says, and corrected. A plan asks about some steps several times."""
+        """As the model says, and corrected. Plans ask about some steps again and again."""
         found = self._predictions.get(batch)
         if found is None:
+            if len(self._predictions) >= _KEPT_PREDICTIONS:
+                self._predictions.clear()
             raw = self._model.predict(
                 batch, sm_clock_hertz=self._clock_hertz, temperature_celsius=self._celsius
             )
@@ -179,7 +184,6 @@ class Controller:
 
     def plan(self, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits that the engine shall apply to its next step."""
-        self._predictions.clear()
         self._wanted_prefill_tokens = sum(demand.remaining_tokens for demand in load.prefills)
         if self._ledger.budget.empty and self._targets.empty and self._claims is None:
             self._plan = Plan(UNLIMITED, Reason.OFF)
@@ -188,11 +192,9 @@ class Controller:
         in_flight = self._in_flight(now_seconds)
         start = max(now_seconds, in_flight[-1][1]) if in_flight else now_seconds
         decodes = self.predict(load.batch(0)) if load.decode_requests else None
-        whole = load.batch() if load.prefills else None
-        if whole is not None:
-            self._demand.wants(whole.prefill_tokens, self.predict(whole), decodes)
-        else:
-            self._demand.wants(0, None, decodes)
+        whole = load.batch() if load.prefills else StepBatch()
+        wanted = self.predict(whole) if load.prefills else None
+        self._demand.wants(whole.prefill_tokens, wanted, decodes)
         view = self._decide(load, start, now_seconds, decodes, in_flight)
         least_watts = self._paced_watts(decodes, self._decode_deadline_seconds)
         self._demand.planned(
@@ -246,10 +248,11 @@ class Controller:
         """What the policy sees."""
         state, claims = self._state, self._claims
         blind = state is None or state.age_seconds(now) > STALE_SECONDS
-        longest = max((x.window_seconds for x in self._ledger.budget.limits), default=0.0)
+        longest = self._ledger.longest_window_seconds
         if claims is not None:
             longest = max(longest, claims.longest_window_seconds)
-        margin_ratio = self._margin.follow(self.estimator.margin_ratio, blind, longest or 1.0, now)
+        asked = self.estimator.margin_ratio
+        margin_ratio = self._margin.follow(asked, blind, longest, now)
         room = self._ledger.ask(start, floor_watts, in_flight, margin_ratio)
         group = None
         if claims is not None:
@@ -335,6 +338,7 @@ class Controller:
         if not self._flights:
             return
         flight = self._flights.land()
+        self._predictions.clear()  # the estimator learns
         seen = now_seconds - max(self._returned_seconds, flight.launched_seconds)
         self._returned_seconds = now_seconds
         start = max(self._ledger.end_seconds, flight.launched_seconds)
@@ -349,8 +353,8 @@ class Controller:
         measured = seen if flight.queued or not self._flights.queues else None
         self.estimator.observe_run(flight.batch, flight.raw, start, end, measured)
         # Early, or late beyond its own: the work is the same, and the rest of the time idle.
-        rest_seconds = end - predicted_end - own_late
-        joules = prediction.joules + own_late * prediction.watts + rest_seconds * self._idle_watts
+        rest_joules = (end - predicted_end - own_late) * self._idle_watts
+        joules = prediction.joules + own_late * prediction.watts + rest_joules
         final = self._ledger.end_seconds
         self._ledger.spend(start, end, joules)
         if flight.batch.decode_tokens:

@@ -15,7 +15,16 @@ from __future__ import annotations
 import dataclasses
 
 from shaper.core.policy import Plan
-from shaper.core.types import NO_TARGETS, EngineLoad, LatencyTargets, Reason, StepBatch, StepLimits
+from shaper.core.types import (
+    NO_TARGETS,
+    NOTHING,
+    UNLIMITED,
+    EngineLoad,
+    LatencyTargets,
+    Reason,
+    StepBatch,
+    StepLimits,
+)
 
 # Just above the least efficient chunk of a dense model with no decodes beside it.
 _FORCED_TOKENS = 512
@@ -56,7 +65,11 @@ class Guard:
 
     def check(self, plan: Plan, load: EngineLoad, now_seconds: float) -> Plan:
         """The plan itself, or one that keeps the promises."""
-        limits = self._uncapped(_clamped(plan.limits, load), load, now_seconds)
+        limits = plan.limits
+        if limits is UNLIMITED or limits is NOTHING:
+            self._capped_since = None
+        else:
+            limits = self._uncapped(_clamped(limits, load), load, now_seconds)
         if not load.decode_requests:
             self._decode_since = None
         if not load.prefills:
@@ -75,7 +88,7 @@ class Guard:
             elif now_seconds - self._prefill_since >= 2 * self._max_pause_seconds:
                 self._granted = True
                 return Plan(self._forced_prefill(load), Reason.FORCED)
-        if limits == plan.limits:
+        if limits is plan.limits or limits == plan.limits:
             return plan
         return dataclasses.replace(plan, limits=limits)
 

@@ -98,6 +98,8 @@ class Ledger:
             window.begin(times[max(0, first) :], joules[max(0, first) :], in_flight)
         self._windows = tuple(windows)
         self._lowest_watts = min((x.watts for x in budget.limits), default=math.inf)
+        windows_seconds = (x.window_seconds for x in budget.limits)
+        self.longest_window_seconds = max(windows_seconds, default=0.0)
         self.budget = budget
 
     def spend(self, start_seconds: float, end_seconds: float, joules: float) -> None:
@@ -108,8 +110,9 @@ class Ledger:
         """
         if not (math.isfinite(joules) and math.isfinite(end_seconds)):
             raise LedgerError(f"a run of {joules} J until {end_seconds} s can't be entered")
-        for run in self._idle(self._end_seconds, start_seconds, self._busy_end_seconds):
-            self._enter(*run)
+        if start_seconds > self._end_seconds:
+            for run in self._idle(self._end_seconds, start_seconds, self._busy_end_seconds):
+                self._enter(*run)
         start_seconds = self._end_seconds
         if end_seconds > start_seconds:
             self._enter(start_seconds, end_seconds, max(0.0, joules))
@@ -125,9 +128,15 @@ class Ledger:
         """The idle time `[begin, end]` after a run that ended at `busy_end`."""
         if end <= begin:
             return []
-        change = min(max(busy_end + self._rest_after_seconds, begin), end)
-        runs = [(begin, change, self._idle_watts), (change, end, self._rest_watts)]
-        return [(a, b, watts * (b - a)) for a, b, watts in runs if b > a]
+        change = busy_end + self._rest_after_seconds
+        if change >= end:
+            return [(begin, end, self._idle_watts * (end - begin))]
+        if change <= begin:
+            return [(begin, end, self._rest_watts * (end - begin))]
+        return [
+            (begin, change, self._idle_watts * (change - begin)),
+            (change, end, self._rest_watts * (end - change)),
+        ]
 
     def joules_between(self, start_seconds: float, end_seconds: float) -> float:
         """Energy entered for `[start, end]`; idle after the last entry.
@@ -171,12 +180,13 @@ class Ledger:
         runs: list[Run] = []
         time, busy_end = self._end_seconds, self._busy_end_seconds
         for begin, end, joules in in_flight:
-            runs += self._idle(time, begin, busy_end)
-            time = max(time, begin)
+            if begin > time:
+                runs += self._idle(time, begin, busy_end)
+                time = begin
             if end > time:
                 runs.append((time, end, joules))
                 time = busy_end = end
-        return runs + self._idle(time, until_seconds, busy_end)
+        return runs + self._idle(time, until_seconds, busy_end) if until_seconds > time else runs
 
     def corners(self, since_seconds: float, in_flight: Sequence[Run] = ()) -> tuple[Array, Array]:
         """Times and joules since some zero, from `since_seconds` or before to the last run's end.

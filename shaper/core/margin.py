@@ -15,6 +15,8 @@ BLIND_MARGIN_RATIO = 0.05
 MAX_MARGIN_RATIO = 0.2
 _RISE_PER_WINDOW = 0.3
 _FALL_PER_SECOND = 0.05
+# Where only latency is promised.
+_WINDOW_SECONDS = 1.0
 
 
 class Margin:
@@ -38,7 +40,7 @@ class Margin:
         wanted = min(MAX_MARGIN_RATIO, wanted)
         elapsed = max(0.0, now_seconds - self._found_seconds)
         self._found_seconds = now_seconds
-        rise = elapsed * _RISE_PER_WINDOW / longest_window_seconds
+        rise = elapsed * _RISE_PER_WINDOW / (longest_window_seconds or _WINDOW_SECONDS)
         fall = elapsed * _FALL_PER_SECOND
         self.kept_ratio = min(max(wanted, self.kept_ratio - fall), self.kept_ratio + rise)
         return self.kept_ratio

@@ -129,7 +129,7 @@ class WindowPart:
     """
 
     __slots__ = (
-        *("_floor_watts", "_left", "_quick_watts", "_right", "_room", "_span", "_x"),
+        *("_floor_watts", "_found", "_left", "_quick_watts", "_right", "_room", "_span", "_x"),
         "allowed_watts",
     )
 
@@ -145,6 +145,7 @@ class WindowPart:
         self.allowed_watts = allowed_watts
         self._floor_watts = floor_watts
         self._quick_watts = -math.inf
+        self._found: dict[float, float] = {}
         self._x: Array | None = None
         if x is not None and room is not None:
             self._put(x, room)
@@ -153,12 +154,10 @@ class WindowPart:
         """Take the corners, and find the running minima."""
         self._floor_watts = min(self._floor_watts, MOST_FLOOR_RATIO * self.allowed_watts)
         self._x, self._room = x, room
-        self._left = left = np.empty_like(room)
-        left[0] = math.inf
-        np.divide(room[1:], x[1:], out=left[1:])
-        np.minimum.accumulate(left, out=left)
-        spare = room - self._floor_watts * x
-        self._right = np.minimum.accumulate(spare[::-1])[::-1]
+        # Without the first corner, which binds nothing.
+        self._left = np.minimum.accumulate(room[1:] / x[1:])
+        # From the last corner to the first.
+        self._right = np.minimum.accumulate((room - self._floor_watts * x)[::-1])
 
     def _solve(self) -> None:
         """Find the corners, where they weren't given."""
@@ -176,18 +175,24 @@ class WindowPart:
 
     def max_watts(self, seconds: float) -> float:
         """The highest mean power at which a step of this length fits."""
+        found = self._found.get(seconds)
+        if found is not None:
+            return found  # a step that fits is launched, and asked about again
         if self._x is None:
             self._solve()
         x, room = self._x, self._room
         assert x is not None
         index = int(x.searchsorted(seconds))
-        lowest = float(self._left[index - 1]) if index > 1 else math.inf
+        # `item` gives Python's floats: sums of numpy's scalars take several times as long.
+        lowest = self._left.item(index - 2) if index > 1 else math.inf
         if seconds <= self._span:
-            before, after = x[index - 1], x[index]
-            share = (seconds - before) / (after - before)
-            own = room[index - 1] + share * (room[index] - room[index - 1])
-            spare = min(float(own) - self._floor_watts * seconds, float(self._right[index]))
-            lowest = min(lowest, self._floor_watts + spare / seconds)
+            before, after = x.item(index - 1), x.item(index)
+            low, high = room.item(index - 1), room.item(index)
+            own = low + (seconds - before) / (after - before) * (high - low)
+            floor = self._floor_watts
+            spare = min(own - floor * seconds, self._right.item(-1 - index))
+            lowest = min(lowest, floor + spare / seconds)
+        self._found[seconds] = lowest
         return lowest
 
     def empty_watts(self, seconds: float) -> float:
@@ -214,10 +219,13 @@ class WindowRoom(WindowPart):
         self._window, self._runs, self._kept_ratio = window, runs, kept_ratio
         start = runs[-1][1] if runs else window.curve.end_seconds
         # No power above the limit since a window ago: anything up to the limit fits.
-        cool = window.hot_seconds <= start - window.window_seconds and all(
-            joules <= self.allowed_watts * (end - begin) for begin, end, joules in runs
-        )
-        self._quick_watts = self.allowed_watts if cool else -math.inf
+        if window.hot_seconds > start - window.window_seconds:
+            return
+        allowed = self.allowed_watts
+        for begin, end, joules in runs:
+            if joules > allowed * (end - begin):
+                return
+        self._quick_watts = allowed
 
     def paced_watts(self, burst_joules: float) -> float:
         """The limit less a burst once a window; without end where the limit is a ramp."""
@@ -235,14 +243,16 @@ class WindowRoom(WindowPart):
         span, start = window.window_seconds, float(times[-1])
         allowed = window.allowed_watts(times, joules) * self._kept_ratio
         self.allowed_watts = allowed
-        budget = allowed * span - joules[-1] - curve.merged_joules
+        budget = allowed * span - joules.item(-1) - curve.merged_joules
         # From just before the window's first moment: x[0] is 0 or before, and no corner. A
         # corner within the first microsecond is no more than rounding, and divides by it.
         first = int(times.searchsorted(start - span + _INSTANT_SECONDS, side="right")) - 1
         x = times[first:] + (span - start)
         room = joules[first:] + budget
-        if x[0] != 0.0:
-            room[0] += (room[1] - room[0]) * (-x[0] / (x[1] - x[0]))
+        early = x.item(0)
+        if early != 0.0:
+            begun = room.item(0)
+            room[0] = begun + (room.item(1) - begun) * (-early / (x.item(1) - early))
             x[0] = 0.0
         x[-1] = span
         self._put(x, room)
@@ -270,12 +280,18 @@ class Room:
     def fits(self, prediction: StepPrediction) -> bool:
         """Whether a step as predicted fits every window it touches."""
         seconds, watts = prediction.seconds, prediction.watts
-        return all(part.fits(seconds, watts) for part in self._parts)
+        for part in self._parts:  # noqa: SIM110 - a generator costs more than the question
+            if not part.fits(seconds, watts):
+                return False
+        return True
 
     def headroom_watts(self, prediction: StepPrediction) -> float:
         """How far below what fits a step stays, at least; infinity without limits."""
         seconds, watts = prediction.seconds, prediction.watts
-        return min((p.headroom_watts(seconds, watts) for p in self._parts), default=math.inf)
+        least = math.inf
+        for part in self._parts:
+            least = min(least, part.headroom_watts(seconds, watts))
+        return least
 
     def max_watts(self, seconds: float) -> float:
         """The highest mean power at which a step of this length fits.

@@ -14,10 +14,25 @@ from math import ceil, exp, floor
 
 from shaper.core.profile import GpuProfile
 from shaper.core.types import ClockEventReasons
+from shaper.errors import ConfigError
 
 _DEADBAND_RATIO = 0.01
 _GAIN = 0.5  # power goes with about the square of the clock there
 _THERMAL_HYSTERESIS_CELSIUS = 3.0
+
+
+def check_power_cap(profile: GpuProfile, watts: float) -> None:
+    """Refuse an enforced limit that the driver would refuse.
+
+    Raises:
+        ConfigError: it is below the profile's smallest or above its default.
+    """
+    power = profile.power
+    if not power.min_limit_watts <= watts <= power.limit_watts:
+        raise ConfigError(
+            f"power cap {watts:g} W is outside {profile.name}'s range of "
+            f"{power.min_limit_watts:g} to {power.limit_watts:g} W"
+        )
 
 
 class ClockController:

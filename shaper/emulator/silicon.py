@@ -28,7 +28,7 @@ from shaper.core.types import (
     StepBatch,
     StepPrediction,
 )
-from shaper.emulator.clocks import ClockController
+from shaper.emulator.clocks import ClockController, check_power_cap
 from shaper.emulator.heat import HeatModel
 from shaper.emulator.meter import Meter, PowerHistory
 from shaper.errors import ConfigError, GpuLostError
@@ -211,8 +211,8 @@ class EmulatedGpus:
                     memory_clock_hertz=self.profile.clocks.memory_hertz,
                     temperature_celsius=float(round(mark.celsius(now_seconds))),
                     clock_event_reasons=mark.reasons,
-                    thermal_throttle_seconds=self._reason_seconds.get(_THERMAL, 0.0),
-                    brake_throttle_seconds=self._reason_seconds.get(_BRAKE, 0.0),
+                    thermal_throttle_seconds=self._held_seconds(_THERMAL),
+                    brake_throttle_seconds=self._held_seconds(_BRAKE),
                 )
                 for index, meter in enumerate(self._meters)
             )
@@ -233,7 +233,8 @@ class EmulatedGpus:
     def reason_seconds(self) -> dict[ClockEventReasons, float]:
         """How long each clock event reason has held, as NVML's counters would show."""
         with self._lock:
-            return dict(self._reason_seconds)
+            held = {one: self._held_seconds(one) for one in ClockEventReasons if one}
+        return {one: seconds for one, seconds in held.items() if seconds}
 
     def set_power_cap(self, watts: float) -> None:
         """Changes each GPU's enforced limit, from the next step on.
@@ -322,7 +323,9 @@ class EmulatedGpus:
         before = self._heat.die_celsius
         self._heat.step(seconds, watts)
         self._clocks.observe(seconds, watts)
-        reasons = self._clocks.reasons | reason
+        reasons = self._clocks.reasons
+        if reason:
+            reasons |= reason
         self._pending.append((begin, end, total))
         self._history.append(end, watts)
         self._marks.append(
@@ -331,9 +334,10 @@ class EmulatedGpus:
         self._joules += total * seconds
         self._cursor_seconds = end
         if reasons:
-            for one in ClockEventReasons:
-                if one and one in reasons:
-                    self._reason_seconds[one] = self._reason_seconds.get(one, 0.0) + seconds
+            self._reason_seconds[reasons] = self._reason_seconds.get(reasons, 0.0) + seconds
+
+    def _held_seconds(self, reason: ClockEventReasons) -> float:
+        return sum(seconds for held, seconds in self._reason_seconds.items() if reason in held)
 
     def _mark_at(self, now_seconds: float) -> _Mark:
         """The state at a time: that of the first stretch that ends after it."""
@@ -348,13 +352,3 @@ class EmulatedGpus:
             clock = self._clocks.clock_hertz
             return _Mark(now_seconds, now_seconds, clock, celsius, celsius, idle)
         return found
-
-
-def check_power_cap(profile: GpuProfile, watts: float) -> None:
-    """Raises `ConfigError` for a cap below the profile's smallest or above its default."""
-    power = profile.power
-    if not power.min_limit_watts <= watts <= power.limit_watts:
-        raise ConfigError(
-            f"power cap {watts:g} W is outside {profile.name}'s range of "
-            f"{power.min_limit_watts:g} to {power.limit_watts:g} W"
-        )

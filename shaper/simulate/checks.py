@@ -6,8 +6,8 @@ from typing import Any
 
 from shaper.config import ShaperConfig, build_config
 from shaper.core.work import WorkCoefficients
+from shaper.emulator.clocks import check_power_cap
 from shaper.emulator.shapes import load_shape
-from shaper.emulator.silicon import check_power_cap
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.setup import RackSetup

@@ -118,7 +118,7 @@ class WoundUp:
         return plan
 
 
-@pytest.mark.parametrize("budget", recovery.BUDGETS[::3])
+@pytest.mark.parametrize("budget", recovery.BUDGETS[::2])
 def test_nothing_is_held_for_a_saturation_that_is_over(budget):
     """After 30 s of it, small requests are served as by a fresh engine within a second."""
     limits, itl_seconds = budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -82,9 +83,11 @@ def test_metered_and_predicted_energy_agree(shaped_server: Server) -> None:
 
 @pytest.mark.timeout(600)
 def test_two_api_servers_and_two_ranks_show_all_engines(tmp_path: Path) -> None:
-    """Whichever API server answers, it shows both engines, each with its own numbers."""
+    """Whichever API server answers, it shows both engines, each with its own numbers; both
+    ranks have joined the server's power group."""
     record = tmp_path / "run.csv"
     flags = ("--power-limit", "520W@100ms", "--api-server-count", "2", "--record", str(record))
+    flags += ("--power-group", f"ranks-{os.getpid()}", "--group-limit", "1010W@100ms")
     with running_server(tmp_path, *flags, "--data-parallel-size", "2") as server:
         for index in range(8):
             complete(server, 10, prompt=f"{index} is a number")
@@ -92,6 +95,9 @@ def test_two_api_servers_and_two_ranks_show_all_engines(tmp_path: Path) -> None:
             values = scrape(server)
             assert set(values["shaper_steps_total"]) == {("0",), ("1",)}
             assert set(values["shaper_power_limit_watts"].values()) == {520.0}
+            assert set(values["shaper_group_limit_watts"].values()) == {1010.0}
+            alive = {values["shaper_group_engines"][engine, "alive"] for engine in ("0", "1")}
+            assert alive == {2.0}
             assert all(age < 1.0 for age in values["shaper_sample_age_seconds"].values())
         assert sum(values["shaper_steps_total"].values()) >= 80
         assert min(values["shaper_steps_total"].values()) > 0

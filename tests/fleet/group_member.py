@@ -103,7 +103,7 @@ class Member:
                 self.write("inside", time.monotonic())
                 os.kill(os.getpid(), then)
 
-        Rows.enter = enter  # type: ignore[method-assign]
+        Rows.enter = enter  # type: ignore[method-assign, assignment]
         signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "then", signal.SIGKILL))
         signal.signal(signal.SIGUSR2, lambda *_: setattr(self, "then", signal.SIGSTOP))
         signal.signal(signal.SIGTERM, lambda *_: self.ended.set())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from hypothesis import Phase, note, settings
+from hypothesis import note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -31,12 +31,12 @@ class Interrupted(Rows):
 
     def __init__(self, limits: tuple[PowerLimit, ...]) -> None:
         super().__init__(bytearray(table_bytes(CAPACITY, limits)), CAPACITY, limits)
-        self.then: list[Callable[[], None]] = []
+        self.then: list[Callable[[int], None]] = []
 
     def enter(self, row: int, committed: Committed, share: EngineShare, now: float) -> None:
         super().enter(row, committed, share, now)
         if self.then:
-            self.then.pop()()
+            self.then.pop()(row)
 
 
 class FakeGate:
@@ -128,8 +128,8 @@ class Interleavings(RuleBasedStateMachine):
         self.rows.open(row, idle_watts, rest, REST_AFTER_SECONDS, self.now)
         self.engines[row] = Engine(self.rows, row, self.limits, drawn)
 
-    def claim_now(self, engine: Engine) -> None:
-        if self.engines.get(engine.row) is engine:
+    def claim_inside(self, engine: Engine, entering: int) -> None:
+        if self.engines.get(engine.row) is engine and engine.row != entering:
             engine.claim(self.now)
 
     def some(self, data: st.DataObject, what: str) -> Engine:
@@ -165,7 +165,7 @@ class Interleavings(RuleBasedStateMachine):
         if when == "now":
             engine.claim(self.now)
         elif when == "inside":
-            self.rows.then.append(lambda: self.claim_now(engine))
+            self.rows.then.append(lambda entering: self.claim_inside(engine, entering))
 
     @precondition(lambda self: self.engines)
     @rule(data=st.data(), stopped=st.sampled_from([False, False, False, True]))
@@ -230,7 +230,5 @@ class AlignedInterleavings(Interleavings):
 
 TestInterleavings = Interleavings.TestCase
 TestAlignedInterleavings = AlignedInterleavings.TestCase
-for case in (TestInterleavings, TestAlignedInterleavings):
-    case.settings = settings(
-        max_examples=60, stateful_step_count=60, deadline=None, phases=[Phase.generate]
-    )
+MANY = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestInterleavings.settings = TestAlignedInterleavings.settings = MANY

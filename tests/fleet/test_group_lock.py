@@ -11,6 +11,9 @@ import pytest
 
 from shaper.fleet.locks import GATE, LATE_SECONDS, STUCK_SECONDS, WAIT_SECONDS, ByteLocks, Gate
 
+# The child does nothing that needs the threads of the parent.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
 
 class Clock:
     """Moves on by a little each time it is asked."""

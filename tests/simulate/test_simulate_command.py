@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from shaper import cli, simulate_command
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
+from shaper.simulate.bar import ProgressBar
 from shaper.simulate.search import Factors, search_limit
 from shaper.simulate.setup import NO_ERRORS, RackResult, RackSetup
 from shaper.simulate_arguments import build_parser, setup_of
@@ -138,6 +140,35 @@ def test_a_run_prints_and_writes_its_figures(capsys, tmp_path):
     assert len(data["engines"]) == 2
     assert data["setup"]["group_limits"] == ["900W@100ms"]
     assert report.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_an_interrupted_run_says_so_in_a_line(capsys, monkeypatch):
+    """Runs take minutes, and people lose patience."""
+
+    def interrupted(*arguments: Any) -> RackResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate_command, "_run", interrupted)
+    assert cli.main(["simulate", "--duration", "2s", "--engines", "1"]) == 130
+    assert capsys.readouterr().err == "shaper: interrupted: nothing is written\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_drawn_on_a_terminal_and_goes_away():
+    """What is printed after it stands on a clean line."""
+    stream = Terminal()
+    with ProgressBar(stream) as bar:
+        bar.update(30.0, 60.0, 12)
+    assert " 50%  30 of 60 s, 12 requests" in stream.getvalue()
+    assert stream.getvalue().endswith("\r\x1b[K")
+    for silent in (ProgressBar(io.StringIO()), ProgressBar(Terminal(), shown=False)):
+        silent.update(30.0, 60.0, 12)
+        silent.clear()
+        assert silent._stream.getvalue() == ""  # type: ignore[attr-defined]
 
 
 # --- the search, over a rack whose latency is known

@@ -34,6 +34,7 @@ them anyway. Source: joules = base * seconds + per_byte * bytes + per_flop * FLO
 from __future__ import annotations
 
 import dataclasses
+from bisect import bisect_left, bisect_right
 
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.sustained import RunningCap, cadence_seconds, slowest_seconds
@@ -79,6 +80,7 @@ class WindowedPlanner:
 
     def __init__(self) -> None:
         self._efficient_tokens: dict[int, int] = {}
+        self._last_chunk = 0
         self._cap = RunningCap()
 
     def plan(self, view: PlanInput) -> Plan:
@@ -144,25 +146,34 @@ class WindowedPlanner:
         load = view.load
         if not load.splittable:
             return _largest_whole(view)
-        least = min(self._least_efficient(view, sharing_decodes), wanted.prefill_tokens)
-        sizes = [least]
-        sizes += [c for c in CHUNK_TOKENS if least < c < wanted.prefill_tokens]
-        sizes.append(wanted.prefill_tokens)
+        most = wanted.prefill_tokens
+        least = min(self._least_efficient(view, sharing_decodes), most)
+        between = slice(bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most))
+        sizes: tuple[int, ...] = (least, *CHUNK_TOKENS[between], most)
 
         def fits(tokens: int) -> bool:
             prediction = view.predict(load.batch(tokens))
             # A prompt whose turn it is may break the ITL target, by its smallest chunk.
             least_turn = view.turn and tokens == least
-            gentle = tokens == least or _is_gentle(view, prediction)
-            itl = least_turn or _fits_itl(view, prediction)
-            return gentle and itl and view.room.fits(prediction)
+            if not (tokens == least or _is_gentle(view, prediction)):
+                return False
+            if not (least_turn or _fits_itl(view, prediction)):
+                return False
+            return view.room.fits(prediction)
 
-        if not fits(least):
-            return self._crumb(view, least)
-        low, high = 0, len(sizes)
+        # Steps in a row get about the same: the search begins where the last one ended.
+        low, high = -1, len(sizes)
+        middle = max(0, bisect_right(sizes, self._last_chunk) - 1)
+        if fits(sizes[middle]):
+            low, middle = middle, middle + 1
+        else:
+            high, middle = middle, 0
         while high - low > 1:
-            middle = (low + high) // 2
             low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
+            middle = (low + high) // 2
+        if low < 0:
+            return self._crumb(view, least)
+        self._last_chunk = sizes[low]
         return sizes[low]
 
     def _crumb(self, view: PlanInput, least: int) -> int:
