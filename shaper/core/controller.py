@@ -96,7 +96,7 @@ class Controller:
         self.shadow = shadow
         self._targets = targets
         self._margin = Margin(margin_ratio, start_seconds)
-        self._idle_watts = model.gap_watts
+        self._idle_watts = self.idle_watts = model.gap_watts
         self._ledger = Ledger(
             budget,
             self._idle_watts,
@@ -126,11 +126,6 @@ class Controller:
     def ledger(self) -> Ledger:
         """The energy spent so far."""
         return self._ledger
-
-    @property
-    def idle_watts(self) -> float:
-        """Power between steps, all GPUs of the engine."""
-        return self._idle_watts
 
     @property
     def quiet_until_seconds(self) -> float:

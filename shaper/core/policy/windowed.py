@@ -148,8 +148,8 @@ class WindowedPlanner:
             return _largest_whole(view)
         most = wanted.prefill_tokens
         least = min(self._least_efficient(view, sharing_decodes), most)
-        between = slice(bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most))
-        sizes: tuple[int, ...] = (least, *CHUNK_TOKENS[between], most)
+        first, last = bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most)
+        sizes = (least, *CHUNK_TOKENS[first:last], most)
 
         def fits(tokens: int) -> bool:
             prediction = view.predict(load.batch(tokens))
