@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -38,9 +39,18 @@ Search = Generator[Sequence[Run], Sequence[Outcome], T]
 _workload: list[Workload] = []
 
 
+def _end_with_parent() -> None:
+    """Nobody waits for a run whose command was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start_worker(workload: Workload) -> None:
-    # Ctrl-C reaches all processes; these end without a word, and the command says it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C reaches all processes; the command ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
     # A process for each core; a pool of threads in each would only get in the way.
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -82,6 +92,7 @@ class Runner:
         self._outcomes: dict[str, Outcome] = {}
         self._pending: dict[Future[Outcome], tuple[str, str]] = {}
         self._pool: ProcessPoolExecutor | None = None
+        self._others: set[multiprocessing.process.BaseProcess] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -92,8 +103,13 @@ class Runner:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=error is None, cancel_futures=True)
+        if self._pool is None:
+            return
+        if error is not None:
+            # A run takes up to minutes; one that is stopped is not waited for.
+            for process in set(multiprocessing.active_children()) - self._others:
+                process.terminate()
+        self._pool.shutdown(cancel_futures=True)
 
     def drive(self, searches: Iterable[Search[T]]) -> list[T]:
         """Let searches go on until each has found its answer; the answers in their order.
@@ -135,6 +151,7 @@ class Runner:
             self._over(name, run.name, kept, True)
             return name
         if self._pool is None:
+            self._others = set(multiprocessing.active_children())
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(
                 self._processes, context, _start_worker, (self._workload,)

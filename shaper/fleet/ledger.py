@@ -143,11 +143,14 @@ class GroupLedger:
         the group.
         """
         with self._writing:
-            row, share = self._row, EngineShare(floor_watts)
+            row = self._row
             end, values = self._rows.end_seconds(row), self._rows.table[row]
+            idle_watts = float(values["idle_watts"])
+            # What it draws is no decode that a slower pace would make cheaper.
+            share = EngineShare(floor_watts, prefill_watts=max(0.0, floor_watts - idle_watts))
             if end < now_seconds:
                 parked = values["entered_seconds"] == math.inf
-                watts = floor_watts if parked else float(values["idle_watts"])
+                watts = floor_watts if parked else idle_watts
                 drawn = np.array([0.0, watts * (now_seconds - end)])
                 times = np.array([end, now_seconds])
                 self._rows.enter(row, Committed(end, times, drawn), share, now_seconds)

@@ -87,8 +87,8 @@ def test_two_api_servers_and_two_ranks_show_all_engines(tmp_path: Path) -> None:
     ranks have joined the server's power group."""
     record = tmp_path / "run.csv"
     flags = ("--power-limit", "520W@100ms", "--api-server-count", "2", "--record", str(record))
-    flags += ("--power-group", f"ranks-{os.getpid()}", "--group-limit", "1010W@100ms")
-    with running_server(tmp_path, *flags, "--data-parallel-size", "2") as server:
+    group = ("--power-group", f"ranks-{os.getpid()}", "--group-limit", "1010W@100ms")
+    with running_server(tmp_path, *flags, *group, "--data-parallel-size", "2") as server:
         for index in range(8):
             complete(server, 10, prompt=f"{index} is a number")
         for _ in range(6):  # the kernel deals connections to the two servers

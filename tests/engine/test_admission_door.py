@@ -63,7 +63,11 @@ NOTHING = PowerBudget()
         ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0)),
         # An engine that has written nothing yet.
         (
-            [Status({}, dict.fromkeys(("sampler", "control", "standing", "scheduler", "group"), ()))],
+            [
+                Status(
+                    {}, dict.fromkeys(("sampler", "control", "standing", "scheduler", "group"), ())
+                )
+            ],
             None,
         ),
     ],

@@ -13,7 +13,8 @@ The cadence spends the ITL target's slack first: fewer, larger steps read the we
 often for the same tokens, and leave each window the room for prompts as they come: those
 that find it run at once. The cap comes behind it: where even the slowest cadence that
 the target allows draws more than the budget, fewer requests may run, and the others wait.
-Without an ITL target decodes have no pace to keep, and there is neither.
+Without an ITL target the slowest cadence is `EASY_STEPS` decode steps, and there is no cap.
+In a group the cadence is the slower one of this and of what all of it can hold.
 """
 
 from __future__ import annotations

@@ -10,21 +10,23 @@ leaves for a step of its length, with decodes going on after it. In order:
    (`policy/sustained.py`);
 1. where only decodes are ready and their target leaves time: nothing, for `SLACK_SHARE` of
    the target if slack shall be spent, else for the cadence that the budget asks for. A
-   decode step mostly reads weights, so its joules hardly depend on how many share it;
+   decode step mostly reads weights, so its joules hardly depend on how many share it. Without
+   a target the slowest cadence that the budget may ask for is an easy one (`EASY_STEPS`);
 2. what the engine wants, if it fits: then nothing is limited;
 3. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
    don't come back as one long step; where no chunk keeps the ITL target, 64 tokens;
 4. while prompts wait for the budget: nothing, for the decodes' share of slack, so that the
-   room which they leave goes to the prompts; without an ITL target for a share of the time
-   for which prompts have been held;
+   room which they leave goes to the prompts; without an ITL target an easy pace, or a share
+   of the time for which prompts have been held;
 5. the decodes alone: prompts wait for the window to move on;
 6. as many of the decodes as an empty window would hold, if it would never hold all:
    those that have waited longest;
 7. nothing: a pause of one poll (about 1 ms), then the question is asked again.
 
 When prompts have waited for their bound (`turn`), the decodes wait until a chunk has run or
-their own deadline comes.
+their own deadline comes. In a group that shares a budget, engines take turns
+(`policy/turns.py`).
 
 A chunk is efficient when its joules per prompt token are near those of a long
 chunk: a small one reads all the weights for a few tokens, unless decodes read
@@ -38,6 +40,11 @@ from bisect import bisect_left, bisect_right
 
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.sustained import RunningCap, cadence_seconds, slowest_seconds
+from shaper.core.policy.turns import (
+    others_decodes_first,
+    others_held_seconds,
+    others_prompts_first,
+)
 from shaper.core.types import (
     NOTHING,
     UNLIMITED,
@@ -103,21 +110,21 @@ class WindowedPlanner:
             slack = _slack_seconds(view)
             if view.spend_slack and _may_wait(view, slack):
                 return _wait(view, Reason.SLACK, slack)
-            if _others_held_seconds(view) and _may_wait(view, slack):
+            if others_held_seconds(view) and _may_wait(view, slack):
                 return _wait(view, Reason.CADENCE, slack)
             if cadence is not None and _may_wait(view, cadence):
                 return _wait(view, Reason.CADENCE, cadence)
-        if _others_are_due(view):
+        if others_decodes_first(view):
             return Plan(NOTHING, Reason.PAUSE)
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
-        free = not (wanted.prefill_tokens and _yields(view))
+        free = not (wanted.prefill_tokens and others_prompts_first(view))
         if free and fits_itl and view.room.fits(prediction):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
             waits = _may_wait(view, _slack_seconds(view))
             chunk = 0
-            if not _yields(view):
+            if not others_prompts_first(view):
                 chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
@@ -266,29 +273,6 @@ def _is_gentle(view: PlanInput, prediction: StepPrediction) -> bool:
     return prediction.seconds <= gentle
 
 
-def _others_held_seconds(view: PlanInput) -> float:
-    return 0.0 if view.group is None else view.group.others_held_seconds
-
-
-def _yields(view: PlanInput) -> bool:
-    """Whether the prompts of another engine of the group come first."""
-    return _others_held_seconds(view) > view.waiting_seconds and not view.turn
-
-
-def _others_are_due(view: PlanInput) -> bool:
-    """Whether the decodes of another engine of the group are late, and later than these."""
-    if view.group is None or view.turn:
-        return False
-    start = view.now_seconds
-    due = view.group.others_due_seconds
-    if due >= start:
-        return False
-    if view.decodes is None:
-        return True
-    own = start - view.since_decode_seconds + slowest_seconds(view.targets, view.decodes)
-    return due < own - view.decodes.seconds
-
-
 def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
     target = view.itl_target_seconds
@@ -306,7 +290,7 @@ def _slack_seconds(view: PlanInput) -> float:
     slowest = slowest_seconds(view.targets, view.decodes)
     if view.itl_target_seconds is not None:
         return slowest
-    held = max(view.held_seconds, _others_held_seconds(view))
+    held = max(view.held_seconds, others_held_seconds(view))
     if held < PATIENCE_SECONDS:
         return slowest
     return max(slowest, min(PATIENCE_SHARE * held, MOST_PATIENT_SECONDS))
