@@ -90,8 +90,9 @@ def test_a_clock_that_jumps_an_hour_and_back_moves_the_schedule_and_nothing_else
         # What is in flight runs under the limit of before.
         settled = begin + 2 * longest if begin else 0.0
         ratio = worst_ratio(segments, limit, settled, end)
-        # The limit is what binds, so one that was not followed would be seen.
-        assert 0.9 < ratio <= TOLERANCE, (limit, begin)
+        assert ratio <= TOLERANCE, (limit, begin)
+        # The lower limit binds, so one that was not followed would be seen.
+        assert limit is DAY or ratio > 0.9
     assert not any(d.reason is Reason.FORCED for d in world.log.decisions)
     assert world.shaper.counters.errors == 0
 
