@@ -18,8 +18,8 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
+from shaper.core.power_model import StepModel
 from shaper.core.types import PowerBudget
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
@@ -100,7 +100,9 @@ class Membership:
         self.handle.leave()
 
 
-def join(terms: GroupTerms | None, gpus: EngineGpus, model: Any, label: str) -> Membership | None:
+def join(
+    terms: GroupTerms | None, gpus: EngineGpus, model: StepModel, label: str
+) -> Membership | None:
     """Join the configured group; None where there is none.
 
     Args:

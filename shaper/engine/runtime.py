@@ -38,6 +38,7 @@ from shaper.core.types import (
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, launched_batch
 from shaper.engine.protocols import DecisionSink, Mode, NewCap, NewController, Sensing
+from shaper.engine.step_meter import StepMeter
 from shaper.engine.tally import RunningTally
 from shaper.metric_values import SchedulerCounters
 from shaper.recording import RecordedStep
@@ -52,8 +53,6 @@ _DRAIN_SECONDS = 1.0
 _LOG_AGAIN_SECONDS = 60.0
 # A pause that the policy has dated is not asked about again until then, or for so long.
 _QUIET_SECONDS = 0.02
-# The meter's energy moves every 100 ms: over half a second its grain is a fifth.
-_MEASURED_SPAN_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +139,7 @@ class LiveShaper:
         self._returned_seconds = float("-inf")
         self._state: PowerState | None = None  # that `_told` was told last
         self._told: Controller | None = None
-        self._energy_start: tuple[float, float] | None = None
-        self._busy_seconds = 0.0
+        self._step_meter = StepMeter()
 
     # --- the scheduler's calls
 
@@ -278,7 +276,11 @@ class LiveShaper:
             return
         self._state, self._told = state, controller
         controller.observe(state)
-        self._measure(state)
+        if state.energy_joules is not None:
+            reading = state.sampled_seconds, state.energy_joules
+            watts = self._step_meter.read(*reading, controller.idle_watts)
+            if watts is not None:
+                self.counters.measured_watts = watts
         self.counters.seconds_gain = controller.estimator.seconds_gain_ratio
         self.counters.joules_gain = controller.estimator.joules_gain_ratio
 
@@ -337,29 +339,12 @@ class LiveShaper:
         start = max(step.launched_seconds, self._returned_seconds)
         self._returned_seconds = now
         self.counters.measured_seconds = now - start
-        self._busy_seconds += now - start
+        self._step_meter.ran(now - start)
         if self._record_step is not None and now > start:
             self._record_step(RecordedStep(start, now, step.batch))
         # A controller that took over since then knows nothing of this step.
         if self._controller is not None and step.controller is self._controller:
             self._controller.finished(now)
-
-    def _measure(self, state: PowerState) -> None:
-        """Metered power of the steps alone: what is above the gaps, over the time in steps."""
-        if state.energy_joules is None or self._controller is None:
-            return
-        if self._energy_start is None:
-            self._energy_start, self._busy_seconds = (state.sampled_seconds, state.energy_joules), 0
-            return
-        start, before = self._energy_start
-        span = state.sampled_seconds - start
-        if span < _MEASURED_SPAN_SECONDS:
-            return
-        busy = min(self._busy_seconds, span)
-        if busy > 0.1 * span:
-            gaps = (span - busy) * self._controller.idle_watts
-            self.counters.measured_watts = (state.energy_joules - before - gaps) / busy
-        self._energy_start, self._busy_seconds = (state.sampled_seconds, state.energy_joules), 0
 
     def _guarded(self, call: Callable[..., _T], *arguments: Any) -> _T | None:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import threading
 import time
 import weakref
@@ -28,6 +29,8 @@ from shaper.fleet.standing import GroupSnapshot, snapshot
 
 logger = logging.getLogger(__name__)
 
+# It becomes the name of a file.
+_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 # How often the file's name is looked at: it may be removed under a living group.
 _NAME_SECONDS = 1.0
 _HOSTED: weakref.WeakSet[HostGroup] = weakref.WeakSet()
@@ -196,6 +199,12 @@ def join_group(
             one draw idle; it is full; its file is not to be believed, or can't be had.
     """
     _check(name, limits)
+    powers = idle_watts, rest_watts
+    if not (all(0.0 <= x < math.inf for x in powers) and rest_after_seconds >= 0 < gpu_count):
+        raise FleetError(
+            f"power group {name}: an engine of {gpu_count} GPUs that draws {idle_watts} W idle and "
+            f"{rest_watts} W after {rest_after_seconds} s can't join"
+        )
     limits = tuple(sorted(limits, key=lambda limit: limit.window_seconds))
     file = GroupFile(name, directory)
     try:
@@ -206,6 +215,8 @@ def join_group(
                 segment.bury(locks, max(x.window_seconds for x in limits), clock())
                 row = _free_row(file, segment, locks, limits, idle_watts)
                 own, others = file.open(), file.open()
+                if not file.same_file(locks):
+                    raise FileNotFoundError(file.path)
                 own.take(ALIVE + row)
                 segment.mark(row, label, clock())
                 rest = rest_watts, rest_after_seconds
@@ -220,6 +231,8 @@ def join_group(
 
 
 def _check(name: str, limits: Sequence[PowerLimit]) -> None:
+    if not _NAME.fullmatch(name):
+        raise FleetError(f"power group {name!r} is not 1 to 64 letters, digits and dashes")
     if not limits:
         raise FleetError(f"power group {name} has no limit: give one, like 4000W@100ms")
     for limit in limits:

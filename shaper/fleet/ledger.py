@@ -37,6 +37,10 @@ from shaper.fleet.locks import Gate
 from shaper.fleet.rows import Reading, Rows, table_bytes
 from shaper.fleet.sums import window_parts
 
+# Who could not have the lock plans on its static share for so long, about a step: its share
+# may be too little for any claim that would find the lock free again.
+_STATIC_SECONDS = 0.01
+
 
 class GroupLedger:
     """A `shaper.core.group.PowerGroup` over rows.
@@ -54,7 +58,7 @@ class GroupLedger:
         self._rows, self._row, self._gate = rows, row, gate
         self.limits = tuple(limits)
         self._seen: npt.NDArray[np.int64] | None = None
-        self._missed_lock = False
+        self._static_until_seconds = -math.inf
         self._writing = threading.Lock()
         self.claims = 0
         """Claims that were entered."""
@@ -86,7 +90,7 @@ class GroupLedger:
         """See `PowerGroup.look`."""
         parts, reading = self._parts(start_seconds, now_seconds, share, kept_ratio)
         self._seen = reading.versions
-        if self._missed_lock:
+        if now_seconds < self._static_until_seconds:
             # A plan that can't be claimed would be made again and again.
             parts += self._static_parts(start_seconds, now_seconds, share, kept_ratio)
         table = reading.table
@@ -162,7 +166,7 @@ class GroupLedger:
         """See `PowerGroup.claim`. False also where this engine was stopped on the way."""
         gate = self._gate
         with self._writing:
-            held = gate is None or self._enter(gate)
+            held = gate is None or self._enter(gate, now_seconds)
             try:
                 self._rows.enter(self._row, committed, share, now_seconds)
                 fits = step is None or self._fits(step, share, now_seconds, held)
@@ -176,9 +180,9 @@ class GroupLedger:
         self.claims += 1
         return True
 
-    def _enter(self, gate: Gate) -> bool:
+    def _enter(self, gate: Gate, now_seconds: float) -> bool:
         held = gate.enter()
-        self._missed_lock = not held
+        self._static_until_seconds = -math.inf if held else now_seconds + _STATIC_SECONDS
         self.static_steps += not held
         self.lock_wait_seconds += gate.waited_seconds
         self.lock_wait_max_seconds = max(self.lock_wait_max_seconds, gate.waited_seconds)

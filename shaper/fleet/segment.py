@@ -250,9 +250,10 @@ class GroupFile:
             FleetError: it is no group's file, or of another version and in use.
         """
         size, in_use = os.fstat(locks.descriptor).st_size, locks.held(ALIVE, 0)
-        if size == 0 and not in_use:
-            return None
         data = os.pread(locks.descriptor, _HEADER_BYTES, 0)
+        if not in_use and not any(data):
+            # New, or whoever began it died before the header was written.
+            return None
         if len(data) < _HEADER_BYTES or not data.startswith(_MAGIC):
             raise self.error(f"{self.path} is no group's file: if no server uses it, {self._rm}")
         _, layout, *sizes, count, boot = _FIXED.unpack_from(data)

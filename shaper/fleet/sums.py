@@ -89,6 +89,8 @@ class _Spent:
     """[rows, bins]"""
     after: npt.NDArray[np.bool_]
     """[rows, bins] whether a bin lies after the row's runs."""
+    quiet_watts: Array
+    """[rows] idle power, or the floor of a parked engine."""
     heard: npt.NDArray[np.bool_]
     """[rows] whether what the engine said last still counts."""
 
@@ -104,22 +106,22 @@ def _spent(
     edges: Array = np.arange(first, last + 1, dtype=np.float64) * length
     joules = bins_of(grid.ring, reading.copies, first, last - first)
     after = edges[:-1] > end[:, None]
-    said = np.maximum(table["entered_seconds"], end)
-    parked = said == np.inf
-    quiet = np.where(
-        parked, np.maximum(table["floor_watts"], table["idle_watts"]), table["idle_watts"]
-    )
-    np.copyto(joules, (quiet * length)[:, None], where=after)
+    idle, said = table["idle_watts"], np.maximum(table["entered_seconds"], end)
     heard = said >= now_seconds - HEARD_SECONDS
     rest_from = end + table["rest_after_seconds"]
+    if said.max() == np.inf:
+        parked = said == np.inf
+        idle = np.where(parked, np.maximum(table["floor_watts"], idle), idle)
+        rest_from[parked] = np.inf
+    np.copyto(joules, (idle * length)[:, None], where=after)
     if rest_from.min() < edges[-1]:
         now = max(math.floor(now_seconds / length) - first, 0)
-        for row in np.flatnonzero((rest_from < edges[-1]) & ~parked).tolist():
+        for row in np.flatnonzero(rest_from < edges[-1]).tolist():
             begin = max(math.ceil(rest_from[row] / length) - first, 0)
             # Who has said lately what it will draw is not at rest for long.
             until = now if heard[row] else None
             joules[row, begin:until] = table["rest_watts"][row] * length
-    return _Spent(edges, joules, after, heard)
+    return _Spent(edges, joules, after, idle, heard)
 
 
 def _curve(
@@ -130,23 +132,20 @@ def _curve(
     Of row `own` only what lies before the step counts.
     """
     length, reach, table = grid.bin_seconds, grid.reach_seconds, reading.table
-    idle = table["idle_watts"]
     until = max(start_seconds + reach, float(table["end_seconds"].max()))
     found = _spent(grid, reading, start_seconds - reach, until, now_seconds)
     edges, spent = found.edges, found.joules
     first = math.floor((start_seconds - reach) / length)
-    above = np.maximum(table["floor_watts"] - idle, 0.0) * found.heard
+    above = np.maximum(table["floor_watts"] - found.quiet_watts, 0.0) * found.heard
     above_watts = float(above.sum())
     mine = int(reading.rows.searchsorted(own))
     spent[mine, max(math.ceil(start_seconds / length) - first, 0) :] = 0.0
-    # A parked one is at its floor already.
     above[mine] = 0.0
-    above[table["entered_seconds"] == np.inf] = 0.0
     now = max(math.floor(now_seconds / length) - first, 0)
     joules, floors = np.zeros(len(edges)), np.zeros(len(edges))
     np.add.accumulate(np.add.reduce(spent), out=joules[1:])
     np.add.accumulate((above * length) @ found.after[:, now:], out=floors[now + 1 :])
-    return _Curve(edges, joules, floors, above_watts, float(idle.sum()))
+    return _Curve(edges, joules, floors, above_watts, float(found.quiet_watts.sum()))
 
 
 def mean_watts(rows: Rows, reading: Reading, window_seconds: float, now_seconds: float) -> Array:

@@ -1,1 +1,1 @@
-"""Virtual time. Empty until it is there."""
+"""Virtual time: engines, alone or as a rack, without servers and without sleeping."""

@@ -122,6 +122,7 @@ def run_rack(
         setup.max_num_seqs,
         caching,
     )
+    start = time.perf_counter()
     arrivals = segments(
         workload,
         setup.engines,
@@ -141,8 +142,6 @@ def run_rack(
     router = new_router(setup.router, seats)
     rack = VirtualRack([seat.engine for seat in seats])
     prompts: dict[str, int] = {}
-    start = time.perf_counter()
-
     told_seconds = 0.0
 
     def run_until(seconds: float) -> None:

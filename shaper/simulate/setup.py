@@ -148,7 +148,7 @@ class RackResult:
     too_long_requests: int
     """Arrivals that don't fit the model's context or the KV cache; they were not sent."""
     wall_seconds: float
-    """What the run took on this machine, without the imports."""
+    """What it took on this machine, without the imports and vLLM's configuration."""
 
     @property
     def watts(self) -> FloatArray:

@@ -127,6 +127,15 @@ def switch(server: Server, mode: str) -> None:
         assert answer.status == 200
 
 
+def wait_for_alive(server: Server, engines: int) -> None:
+    """Until the group has so many; a death is noticed in a second, a look is twice a second."""
+    server.wait_for(
+        f"{engines} alive",
+        lambda: f'_engines{{engine="0",state="alive"}} {engines}.0' in server.metrics(),
+        seconds=5,
+    )
+
+
 def wait_for_floor(server: Server, whole: bool) -> None:
     """Until its engine counts in the group for its whole GPU, or no longer does."""
     server.wait_for(
@@ -166,22 +175,25 @@ def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
         group = state(first)["group"]
         assert group["name"] == GROUP  # type: ignore[index]
         assert first.metric("shaper_group_limit_watts") == LIMIT.watts
-        assert 'shaper_group_engines{engine="0",state="alive"} 2.0' in first.metrics()
+        wait_for_alive(first, 2)
         start = time.monotonic()
         time.sleep(8.0)
         killed = time.monotonic()
         second.kill()
-        first.wait_for(
-            "the death noticed",
-            lambda: 'shaper_group_engines{engine="0",state="alive"} 1.0' in first.metrics(),
-            seconds=10,
-        )
-        noticed = time.monotonic()
+        wait_for_alive(first, 1)
         time.sleep(2.5)
         end = time.monotonic()
         for load in loads:
             load.stop()
         assert loads[0].failed == []
+        # In shadow it says what it draws; two engines' idle power is less than half of this.
+        switch(first, "shadow")
+        shown = Load(first)
+        first.wait_for(
+            "what an engine in shadow draws",
+            lambda: first.metric("shaper_group_committed_watts") > 500.0,
+        )
+        shown.stop()
         # Nobody holds an engine back that is off: it counts for all that its GPU may draw.
         for mode, whole in (("off", True), ("on", False)):
             switch(first, mode)
@@ -199,12 +211,11 @@ def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
     _, total = sum_power(traces, start, killed)
     kept = limit_figures(total, LIMIT)
     means = [mean_watts(found, start, killed) for found in traces]
-    assert sum(means) > 0.8 * LIMIT.watts, means
+    assert sum(means) > 0.65 * LIMIT.watts, means  # two such servers alone draw 1,300 W
     assert kept.over_tolerated_share < 0.01, kept
     # A host that is busy all the time leaves no window without a stall to judge.
     assert not kept.unstalled_worst_ratio > 1.005 + LATE_RATIO, kept
     assert max(means) < 1.25 * min(means), means
-    # Its share is the other's within a second of the notice.
-    assert noticed - killed < 5.0
+    # Its share is the other's a second after that was noticed.
     after = mean_watts(traces[0], end - 1.5, end)
     assert after > 1.25 * means[0], (after, means)

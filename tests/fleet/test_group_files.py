@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -98,7 +99,7 @@ def test_a_file_that_is_not_plainly_ours_is_refused(folder, kind, monkeypatch):
     assert os.path.lexists(path)
 
 
-@pytest.mark.parametrize("text", [b"\0" * 4096, b"#!/bin/sh\n", b"SHAPERGR", os.urandom(9000)])
+@pytest.mark.parametrize("text", [b"#!/bin/sh\n", b"SHAPERGR", b"\0" * 9 + b"x" * 9000])
 def test_a_foreign_file_is_refused_and_kept(folder, text):
     """It may be somebody's."""
     folder.mkdir(mode=0o700)
@@ -109,6 +110,17 @@ def test_a_foreign_file_is_refused_and_kept(folder, text):
     with pytest.raises(FleetError):
         check_group("g", LIMITS, directory=folder)
     assert path.read_bytes() == text
+
+
+def test_a_file_that_was_never_begun_is_taken(folder):
+    """Whoever made it died before the header was written."""
+    folder.mkdir(mode=0o700)
+    path = folder / "g.group"
+    path.touch(0o600)
+    path.write_bytes(bytes(10_000))
+    one = join(folder)
+    assert one.snapshot(1.0).engines[0].label == "one"
+    one.leave()
 
 
 def damage(path: Path, offset: int, data: bytes) -> None:
@@ -193,6 +205,22 @@ def test_limits_that_mean_nothing_are_refused(folder, limit):
     """Also where no configuration was in between."""
     refused(folder, "is no limit", limits=(limit,))
     refused(folder, "has no limit", limits=())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"idle_watts": math.nan},
+        {"idle_watts": -1.0},
+        {"rest_watts": math.inf},
+        {"gpu_count": 0},
+    ],
+)
+def test_an_engine_that_would_spoil_the_sum_is_refused(folder, changed):
+    """One number that is none would stop all members."""
+    refused(folder, "can't join", **changed)
+    with pytest.raises(FleetError, match="letters, digits and dashes"):
+        check_group("../../etc", LIMITS, directory=folder)
 
 
 def test_the_sixty_fifth_engine_is_refused(folder):

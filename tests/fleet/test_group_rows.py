@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from shaper.core.group import Committed, EngineShare, Step
 from shaper.core.types import PowerLimit, StepPrediction
 from shaper.errors import LedgerError
 from shaper.fleet import GroupLedger, memory_groups
+from shaper.fleet.locks import Gate
 from shaper.fleet.rows import AHEAD_SECONDS, BINS, HEARD_SECONDS, Rows, table_bytes
 from shaper.fleet.sums import mean_watts
 from tests.fleet.group_judge import Device, Drawn
@@ -206,3 +208,36 @@ def test_what_a_parked_engine_draws_is_entered_as_time_passes():
     two.enter(Committed(1000.8, np.array([1000.75, 1000.8]), np.array([0.0, 35.0])), IDLE, 1000.8)
     assert mean_watts(one._rows, one._rows.read(), 0.1, 1000.8)[1] == pytest.approx(700.0, abs=7)
     assert mean_watts(one._rows, one._rows.read(), 0.1, 1000.9)[1] == pytest.approx(100.0, abs=7)
+
+
+class NoLock:
+    """A lock that can't be had."""
+
+    waited_seconds = 2e-4
+
+    def enter(self) -> bool:
+        return False
+
+    def late(self) -> bool:
+        return False
+
+    def leave(self) -> None:
+        pass
+
+
+def test_who_missed_the_lock_plans_and_claims_on_its_static_share():
+    """For about a step; then it tries again what the whole group has room for."""
+    free, _ = groups()
+    group = GroupLedger(free._rows, 0, LIMITS, cast(Gate, NoLock()))
+    group.look(1000.5, 1000.5, IDLE, 1.0)
+    assert room(group, 1000.5, 0.1)[0] == pytest.approx(900.0, abs=1.0)
+    for watts, claimed in ((900.0, False), (490.0, True)):
+        run = 1000.5, 1000.6, watts
+        step = Step(1000.5, StepPrediction(0.1, 0.1 * watts), 1.0)
+        assert group.claim(device().committed([run]), IDLE, 1000.5, step) is claimed
+        assert group.static_steps == 1 + claimed
+    group.enter(device().committed(), IDLE, 1000.5)
+    view = group.look(1000.505, 1000.505, IDLE, 1.0)
+    assert min(part.max_watts(0.1) for part in view.parts) == pytest.approx(500.0, abs=1.0)
+    view = group.look(1000.52, 1000.52, IDLE, 1.0)
+    assert min(part.max_watts(0.1) for part in view.parts) == pytest.approx(900.0, abs=1.0)

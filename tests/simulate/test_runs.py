@@ -13,15 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shaper.core.power_model import StepModel
 from shaper.core.types import PowerLimit
+from shaper.core.work import WorkCoefficients
+from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError
+from shaper.gpu.profiles import load_profile
 from shaper.simulate import runs
 from shaper.simulate.arrivals import segments
 from shaper.simulate.figures import rack_figures
 from shaper.simulate.router import ROUTERS
 from shaper.simulate.runs import run_rack
-from shaper.simulate.seat import Seat
-from shaper.simulate.setup import NO_ERRORS, RackResult, RackSetup
+from shaper.simulate.seat import Seat, drawn_plant
+from shaper.simulate.setup import NO_ERRORS, Errors, RackResult, RackSetup
 from shaper.simulate.show import rack_dict
 from shaper.traffic.synthetic import synthesise
 from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
@@ -176,6 +180,25 @@ def test_the_defaults_hide_something_from_the_shaper():
     assert exact.engines[0].metered_ratio == 1.0
     assert blind.engines[0].metered_ratio != 1.0
     assert not same(blind, exact)
+
+
+def test_the_drawn_error_is_shared_by_all_and_own_to_each():
+    """The profile is wrong for all engines alike; each one's GPUs differ a little from it."""
+    profile = load_profile("h200-sxm")
+    shape = load_shape("llama-3.1-8b")
+    model = StepModel(profile, WorkCoefficients.from_shape(shape, 1))
+
+    def flop_ratio(errors: Errors, seed: int, index: int) -> float:
+        found = drawn_plant(model, errors, seed, index).profile
+        return found.power.joules_per_flop / profile.power.joules_per_flop
+
+    shared, own = Errors(model_ratio=0.05, own_ratio=0.0), Errors(model_ratio=0.0, own_ratio=0.02)
+    for seed in range(20):
+        assert flop_ratio(shared, seed, 0) == flop_ratio(shared, seed, 1)
+        assert flop_ratio(own, seed, 0) != flop_ratio(own, seed, 1)
+        assert abs(flop_ratio(shared, seed, 0) - 1.0) <= 0.05
+        assert abs(flop_ratio(own, seed, 0) - 1.0) <= 0.02
+    assert len({flop_ratio(shared, seed, 0) for seed in range(20)}) == 20
 
 
 def test_a_slower_clock_and_a_cap_take_watts():

@@ -71,6 +71,8 @@ _EFFICIENT_RATIO = 1.25
 # queued before it; a step may take a little longer than predicted.
 _POLL_SECONDS = 0.003
 _LATE_RATIO = 1.02
+# A look at all engines of a group costs some tens of microseconds: not at every poll.
+_GROUP_POLL_SECONDS = 0.0015
 # In decode steps. Without this bound the p99 of ITL rises over the unshaped one at 85% of
 # the peak power (`python -m bench.demo` compares them); a smaller one costs more TTFT.
 GENTLE_STEPS = 4.0
@@ -115,7 +117,7 @@ class WindowedPlanner:
             if cadence is not None and _may_wait(view, cadence):
                 return _wait(view, Reason.CADENCE, cadence)
         if others_decodes_first(view):
-            return Plan(NOTHING, Reason.PAUSE)
+            return Plan(NOTHING, Reason.PAUSE, until_seconds=_again_seconds(view))
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
         free = not (wanted.prefill_tokens and others_prompts_first(view))
@@ -132,14 +134,15 @@ class WindowedPlanner:
             if decodes and view.turn and _may_wait(view, view.decode_deadline_seconds):
                 return Plan(NOTHING, Reason.TURN)
             if waits:
-                return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view))
+                again = _again_seconds(view)
+                return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view), again)
         if decodes:
             if view.room.fits(decodes):
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
             some = _fitting_decodes(view, decodes)
             if some:
                 return Plan(StepLimits(prefill_tokens=0, decode_requests=some), Reason.ROTATE)
-        return Plan(NOTHING, Reason.PAUSE)
+        return Plan(NOTHING, Reason.PAUSE, until_seconds=_again_seconds(view))
 
     def _largest_chunk(self, view: PlanInput, wanted: StepBatch, sharing_decodes: int) -> int:
         """Tokens of the largest efficient chunk that fits, 0 if none does.
@@ -294,6 +297,11 @@ def _slack_seconds(view: PlanInput) -> float:
     if held < PATIENCE_SECONDS:
         return slowest
     return max(slowest, min(PATIENCE_SHARE * held, MOST_PATIENT_SECONDS))
+
+
+def _again_seconds(view: PlanInput) -> float | None:
+    """When to ask again after a refusal; None: at the next poll."""
+    return None if view.group is None else view.now_seconds + _GROUP_POLL_SECONDS
 
 
 def _may_wait(view: PlanInput, seconds: float) -> bool:

@@ -1,0 +1,40 @@
+"""The cost of sharing: the command runs, counts what it should, and refuses nonsense."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import contention
+
+
+def test_one_process_and_many_take_the_same_steps(tmp_path, capsys):
+    """Each engine looks, claims and enters; nobody waits for a lock within one process."""
+    path = tmp_path / "costs.json"
+    code = contention.main(["--engines", "1,2", "--steps", "10", "--json", str(path)])
+    assert code == 0
+    costs = json.loads(path.read_text())
+    assert [(cost["engines"], cost["processes"], cost["windows"]) for cost in costs] == [
+        *((1, False, 1), (2, False, 1), (1, False, 2), (2, False, 2)),
+        *((1, True, 1), (2, True, 1)),
+    ]
+    for cost in costs:
+        assert cost["look_p99_microseconds"] >= cost["look_microseconds"] > 0.0
+        assert cost["claim_microseconds"] > 0.0
+        assert 0.0 <= cost["static_ratio"] <= 1.0
+        if not cost["processes"]:
+            assert cost["lock_wait_microseconds"] == 0.0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(costs)
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--engines", "0"], ["--engines", "65"], ["--engines", "two"], ["--steps", "1"]],
+)
+def test_nonsense_is_refused_in_one_line(arguments, capsys):
+    """With code 2, before anything runs."""
+    assert contention.main(arguments) == 2
+    assert capsys.readouterr().err.count("\n") == 1
