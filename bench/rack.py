@@ -47,7 +47,7 @@ REFERENCE_TRACE = ROOT.parent / "shared" / "data" / "traces" / "azure2023_llm_co
 ENGINES, QUICK_ENGINES = 8, 2
 SECONDS, QUICK_SECONDS, VARIANT_SECONDS = 120.0, 10.0, 60.0
 # A rack begins empty: until it is full, slower decodes make fewer tokens, and later they don't.
-WARM_UP_RATIO = 1.0 / 6.0
+WARM_UP_RATIO, WARM_UP_SECONDS = 1.0 / 6.0, 20.0
 RATE_HERTZ = 5.0
 FULL_SEEDS = 5
 QUICK_RATIOS = (0.70,)
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--warm-up",
         type=seconds,
         metavar="TIME",
-        help="of it, that latency, throughput and cost leave out (a sixth); limits don't",
+        help="of it, left out of latency, throughput and cost (a sixth, 20s at most)",
     )
     traffic.add_argument("--seed", type=seed, default=0, help="the first, with --full (0)")
     rack = parser.add_argument_group("rack")
@@ -150,7 +150,7 @@ def rack_of(options: argparse.Namespace) -> RackSetup:
         tensor_parallel=options.tensor_parallel_size,
         engines=engines,
         duration_seconds=duration,
-        warm_up_seconds=options.warm_up or duration * WARM_UP_RATIO,
+        warm_up_seconds=options.warm_up or min(WARM_UP_SECONDS, duration * WARM_UP_RATIO),
         router=options.router,
         seed=options.seed,
         shaped=False,
@@ -217,8 +217,12 @@ def _run(options: argparse.Namespace) -> int:
         notes.append("The reference trace is not there: the traffic is drawn conversation.")
     follower = Follower(began, [])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{rack.engines} engines, {workload.name}, {rack.duration_seconds:g} s, "
-          f"{options.rate:g} requests/s an engine; {' '.join(notes)}", file=sys.stderr)  # fmt: skip
+    heading = [
+        f"{rack.engines} engines, {workload.name}, {rack.duration_seconds:g} s, "
+        f"{options.rate:g} requests/s an engine",
+        *notes,
+    ]
+    print("\n".join(heading), file=sys.stderr)
     with Runner(workload, store, options.processes or cores or 1, follower) as runner:
         found = _compare(options, runner, rack)
         lines = _ledger_lines(runner, found)
@@ -230,9 +234,7 @@ def _run(options: argparse.Namespace) -> int:
         time.monotonic() - began,
     )  # fmt: skip
     print(write(report, options.out, options.json))
-    judged = report.verdicts
-    missed = [each for each in judged if not each.met]
-    return 1 if options.full and missed else 0
+    return 1 if options.full and not all(each.met for each in report.verdicts) else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -166,6 +166,16 @@ def test_without_the_reference_trace_drawn_traffic_is_used_and_said(
     assert asked[0].rate_scale == pytest.approx(1.0, rel=0.5)
 
 
+def test_a_large_group_shows_what_a_decision_costs(asked: list[RackSetup], tmp_path: Path) -> None:
+    """For half of it as well; it runs for less time than eight engines do."""
+    arguments = ["--engines", "16", "--limits", "0.7", "--out", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert asked[0].duration_seconds == 60.0
+    text = (tmp_path / "table.md").read_text()
+    assert "shared ledger, 16 engines: 50 us a step, 3.12 us a step and engine" in text
+    assert "shared ledger, 8 engines: 50 us a step" in text
+
+
 def test_full_fails_when_an_aim_is_missed(asked: list[RackSetup], tmp_path: Path) -> None:
     """The fake rack's TTFT is too high at 0.70; the table says which."""
     assert command.main(["--full", "--duration", "10", "--out", str(tmp_path)]) == 1

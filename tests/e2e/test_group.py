@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 from bench.live_rack import sum_power
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, read_power_trace
+from shaper.fleet.segment import group_directory
 from shaper.traffic.figures import STALL_SECONDS, limit_figures
 from tests.e2e.conftest import MODEL, START_SECONDS, Server, started_server
 
@@ -201,6 +203,8 @@ def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:
             wait_for_floor(first, whole)
         assert first.metric("shaper_errors_total") == 0
         assert first.metric("shaper_group_errors_total") == 0
+        assert first.stop(signal.SIGINT) == 0, first.tail()
+        assert not (group_directory() / f"{GROUP}.group").exists()  # the last one left
 
     # Both served, alike, and whole answers.
     counts = [len(load.tokens) for load in loads]
