@@ -9,7 +9,7 @@ is virtual time in this process; what is timed is the CPU time of this thread, s
 other work on the machine costs precision only.
 
 `adds` is what the aim is judged by: inside one engine, both calls, less the part of vLLM's
-own methods in the same calls; median and p99 over steps with tokens. `beside a twin` is
+own methods in the same calls; median, p10 and p99 over steps with tokens. `beside a twin` is
 the other view: the whole calls, less those of an unshaped engine that takes steps by turns
 with it. It also has what the limits make vLLM do (copy token ids after a pause), and the
 noise of two schedulers in different memory: `twins` says how far two unshaped ones differ.
@@ -26,7 +26,7 @@ import json
 import os
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Cost:
     state: str
     own_microseconds: float
     added_microseconds: float
+    added_p10_microseconds: float
+    """On a busy machine: what is left when others have not just emptied the caches."""
     added_p99_microseconds: float
     parts_microseconds: dict[str, float]
     """Of `PARTS`, from steps of their own, since each timer costs something, too."""
@@ -111,13 +113,12 @@ def _run(engine: Any, steps: int) -> None:
         engine.step()
 
 
-def measure(running: int, steps: int) -> list[Cost]:
-    """Costs at `running` decodes, from `steps` steps of each state."""
+def measure(running: int, steps: int) -> Iterator[Cost]:
+    """Costs at `running` decodes, from `steps` steps of each state, as they are known."""
     from shaper.simulate.engine import engine_config
 
     config = engine_config(MODEL, GPU)
     unshaped = [_engine(config, running, None, steps) for _ in range(2)]
-    costs = []
     for name, limits in STATES.items():
         engine = _engine(config, running, limits, steps)
         gc.collect()
@@ -133,8 +134,7 @@ def measure(running: int, steps: int) -> list[Cost]:
             beside = _by_turns([engine, *unshaped], steps)
         finally:
             gc.enable()
-        costs.append(_cost(running, name, timed, parts.medians(), beside))
-    return costs
+        yield _cost(running, name, timed, parts.medians(), beside)
 
 
 def _by_turns(engines: Sequence[Any], steps: int) -> list[list[float]]:
@@ -158,14 +158,15 @@ def _cost(
     whole, own = timed.whole(), timed.own()
     # Two calls a step, each with a timer inside a timer.
     timers = 2 * timer_microseconds()
-    added = [a - b - timers for a, b in zip(whole, own, strict=True)]
+    added = sorted(a - b - timers for a, b in zip(whole, own, strict=True))
     shaped, unshaped, twin = beside
     return Cost(
         running=running,
         state=name,
         own_microseconds=statistics.median(own),
         added_microseconds=statistics.median(added),
-        added_p99_microseconds=sorted(added)[int(0.99 * len(added))],
+        added_p10_microseconds=added[int(0.1 * len(added))],
+        added_p99_microseconds=added[int(0.99 * len(added))],
         parts_microseconds=parts,
         twin_microseconds=_difference(shaped, unshaped),
         noise_microseconds=abs(_difference(twin, unshaped)),
@@ -179,26 +180,27 @@ def _difference(one: Sequence[float], other: Sequence[float]) -> float:
     return statistics.median(a - b for a, b in zip(one, other, strict=False))
 
 
-def table(costs: Sequence[Cost]) -> str:
-    """The costs as Markdown; all in microseconds."""
-    lines = [
-        "| running | state | vLLM's own | shaper adds | p99 | of own | aim "
-        "| decide | record | return | beside a twin | twins | polls/step | poll |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: "
-        "| ---: | ---: |",
-    ]
-    for cost in costs:
-        share = cost.added_microseconds / cost.own_microseconds
-        poll = "-" if cost.poll_microseconds is None else f"{cost.poll_microseconds:,.0f}"
-        parts = " | ".join(f"{cost.parts_microseconds[part]:,.0f}" for part in PARTS)
-        lines.append(
-            f"| {cost.running} | {cost.state} | {cost.own_microseconds:,.0f} "
-            f"| {cost.added_microseconds:,.0f} | {cost.added_p99_microseconds:,.0f} "
-            f"| {share:.1%} | {'met' if cost.within_aim else 'missed'} | {parts} "
-            f"| {cost.twin_microseconds:,.0f} | ±{cost.noise_microseconds:,.0f} "
-            f"| {cost.polls_per_step:.1f} | {poll} |"
-        )
-    return "\n".join(lines)
+HEADING = (
+    "| running | state | vLLM's own | shaper adds | p10 | p99 | of own | aim "
+    "| decide | record | return | beside a twin | twins | polls/step | poll |\n"
+    "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: "
+    "| ---: | ---: |"
+)
+
+
+def row(cost: Cost) -> str:
+    """A cost as a line of Markdown below `HEADING`; all in microseconds."""
+    share = cost.added_microseconds / cost.own_microseconds
+    poll = "-" if cost.poll_microseconds is None else f"{cost.poll_microseconds:,.0f}"
+    parts = " | ".join(f"{cost.parts_microseconds[part]:,.0f}" for part in PARTS)
+    return (
+        f"| {cost.running} | {cost.state} | {cost.own_microseconds:,.0f} "
+        f"| {cost.added_microseconds:,.0f} | {cost.added_p10_microseconds:,.0f} "
+        f"| {cost.added_p99_microseconds:,.0f} "
+        f"| {share:.1%} | {'met' if cost.within_aim else 'missed'} | {parts} "
+        f"| {cost.twin_microseconds:,.0f} | ±{cost.noise_microseconds:,.0f} "
+        f"| {cost.polls_per_step:.1f} | {poll} |"
+    )
 
 
 def _sizes(text: str) -> list[int]:
@@ -234,11 +236,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = _sizes(options.sizes or ("1,64" if options.quick else "1,64,256,1024"))
         steps = _steps(options.steps, 60 if options.quick else 300, 5000)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
-        costs = [cost for size in sizes for cost in measure(size, steps)]
     except ShaperError as error:
         print(f"bench.overhead: error: {error}", file=sys.stderr)
         return 2
-    print(table(costs))
+    print(HEADING)
+    costs = []
+    for size in sizes:
+        for cost in measure(size, steps):
+            costs.append(cost)
+            print(row(cost), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
     return 0

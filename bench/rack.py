@@ -172,7 +172,7 @@ class Follower:
         found = told.outcome
         speed = f"{found.engine_seconds_per_second:.1f} engine-seconds a second"
         if found.ledger_seconds:
-            speed += f", ledger {found.ledger_microseconds_per_step:.0f} us a step"
+            speed += f", ledger {found.ledger_microseconds:.0f} us a decision"
         when = "kept" if told.kept else f"{time.monotonic() - self.began_seconds:.0f} s"
         place = f"[{told.done} of {told.known} or more, {when}]"
         print(f"{place} {told.name}: {speed}", file=sys.stderr, flush=True)
@@ -196,8 +196,8 @@ def _ledger_lines(runner: Runner, found: Comparison) -> list[str]:
     limit = limit_of(limited(rack, before, QUICK_RATIOS[0]))
     (sizes,) = runner.drive([group_sizes(rack, limit)])
     return [
-        f"shared ledger, {engines} engines: {outcome.ledger_microseconds_per_step:.0f} us a step, "
-        f"{outcome.ledger_microseconds_per_step / engines:.2f} us a step and engine"
+        f"shared ledger, {engines} engines: {outcome.ledger_microseconds:.0f} us a decision, "
+        f"{outcome.ledger_microseconds / engines:.2f} us a decision and engine"
         for engines, outcome in sizes
     ]
 

@@ -73,6 +73,8 @@ class Outcome:
     forced_steps: int
     shaper_errors: int
     steps: int
+    decisions: int
+    """Of the shaper; more than one for a step that is held."""
     wall_seconds: float
     ledger_seconds: float
     """Of processor time, in the shared ledger; 0 where there is none."""
@@ -95,9 +97,9 @@ class Outcome:
         return self.engines * self.duration_seconds / self.wall_seconds
 
     @property
-    def ledger_microseconds_per_step(self) -> float:
-        """What a step's decision spent in the shared ledger, on this machine."""
-        return 1e6 * self.ledger_seconds / self.steps if self.steps else float("nan")
+    def ledger_microseconds(self) -> float:
+        """What a decision spent in the shared ledger, on this machine."""
+        return 1e6 * self.ledger_seconds / self.decisions if self.decisions else float("nan")
 
 
 @contextmanager
@@ -163,6 +165,7 @@ def outcome_of(result: RackResult, ledger_seconds: float = 0.0) -> Outcome:
         forced_steps=found.forced_steps,
         shaper_errors=found.shaper_errors,
         steps=sum(engine.steps for engine in result.engines),
+        decisions=sum(count for engine in result.engines for _, count in engine.reasons),
         wall_seconds=result.wall_seconds,
         ledger_seconds=ledger_seconds,
         arrays=_arrays(result),

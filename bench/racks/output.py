@@ -117,7 +117,7 @@ def data_of(report: Report) -> dict[str, Any]:
                 "name": x.name,
                 "engine_seconds_per_second": x.outcome.engine_seconds_per_second,
                 "wall_seconds": x.outcome.wall_seconds,
-                "ledger_microseconds_per_step": x.outcome.ledger_microseconds_per_step,
+                "ledger_microseconds_per_decision": x.outcome.ledger_microseconds,
                 "kept": x.kept,
             }
             for x in report.runs

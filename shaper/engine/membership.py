@@ -23,7 +23,7 @@ from shaper.core.power_model import StepModel
 from shaper.core.types import PowerBudget
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
-from shaper.fleet import GroupSnapshot, HostGroup, join_group
+from shaper.fleet import GroupSnapshot, HostGroup, join_group, sweep_groups
 from shaper.group_config import GroupTerms
 from shaper.group_status import GroupStatus, MemberStatus
 
@@ -125,6 +125,7 @@ def join(
         label=label,
         gpu_count=model.gpu_count,
     )
+    sweep_groups(time.monotonic())
     enforced = [gpu.enforced_limit_watts for gpu in gpus.reader.gpus]
     known = [gpus.profile.power.limit_watts if watts is None else watts for watts in enforced]
     free_watts = sum(known) or model.gpu_count * gpus.profile.power.limit_watts

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
 from shaper.core.standing import Standing
-from shaper.core.types import Decision, PowerBudget, PowerState
+from shaper.core.types import Decision, PowerBudget, PowerLimit, PowerState
 from shaper.engine.flex import Governor
 from shaper.engine.safe_cap import SafeCap
 
 Mode = Literal["on", "shadow", "off"]
 """`shadow` decides and records but applies nothing; `off` is vLLM as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What others have asked of the shaper."""
+
+    budget: PowerBudget
+    mode: Mode
+    extra_limits: tuple[PowerLimit, ...] = ()
+
+    @property
+    def whole(self) -> PowerBudget:
+        """The budget with the extra limits."""
+        return dataclasses.replace(self.budget, limits=self.budget.limits + self.extra_limits)
 
 
 class NewController(Protocol):

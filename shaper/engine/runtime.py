@@ -37,7 +37,14 @@ from shaper.core.types import (
 )
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, launched_batch
-from shaper.engine.protocols import DecisionSink, Mode, NewCap, NewController, Sensing
+from shaper.engine.protocols import (
+    DecisionSink,
+    Mode,
+    NewCap,
+    NewController,
+    Sensing,
+    Wanted,
+)
 from shaper.engine.step_meter import StepMeter
 from shaper.engine.tally import RunningTally
 from shaper.metric_values import SchedulerCounters
@@ -63,20 +70,6 @@ class _Flying:
     launched_seconds: float
     batch: StepBatch
     controller: Controller | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What others have asked for."""
-
-    budget: PowerBudget
-    mode: Mode
-    extra_limits: tuple[PowerLimit, ...] = ()
-
-    @property
-    def whole(self) -> PowerBudget:
-        """The budget with the extra limits."""
-        return dataclasses.replace(self.budget, limits=self.budget.limits + self.extra_limits)
 
 
 class LiveShaper:
@@ -119,7 +112,7 @@ class LiveShaper:
         self._tally = RunningTally(scheduler)
         self._levers = Levers(scheduler, self._tally)
         self.counters = SchedulerCounters()
-        self._wanted = self._applied = _Wanted(budget, mode)
+        self._wanted = self._applied = Wanted(budget, mode)
         self.standing: Standing | None = None  # as the supervisor last saw it
         self.flex = FlexRules()
         self._cap = new_cap(PowerBudget() if mode != "on" else budget)
@@ -227,7 +220,7 @@ class LiveShaper:
         decodes = None if self._load is None else self._load.decode_requests
         return self._levers.apply(limits, decodes)
 
-    def _take_over(self, wanted: _Wanted, now_seconds: float) -> None:
+    def _take_over(self, wanted: Wanted, now_seconds: float) -> None:
         """Do as others have asked."""
         budget, mode = wanted.whole, wanted.mode
         self._applied = wanted

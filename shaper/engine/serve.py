@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import os
 import re
+import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
@@ -32,7 +33,7 @@ from shaper.engine.preflight import (
     engine_gpu_count,
 )
 from shaper.errors import ConfigError, GpuError
-from shaper.fleet import check_group
+from shaper.fleet import check_group, sweep_groups
 from shaper.gpu.profiles import load_profile
 from shaper.group_config import check_group_idle
 from shaper.recording import finish_recordings
@@ -94,6 +95,8 @@ def main(argv: Sequence[str]) -> int:
         # vLLM may end an engine before it has closed its files.
         if config is not None and config.record is not None:
             finish_recordings(config.record)
+        if config is not None and config.group is not None:
+            sweep_groups(time.monotonic(), config.group.name)
     return 0
 
 

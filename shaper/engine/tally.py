@@ -143,8 +143,12 @@ class RunningTally:
         return self._last
 
     def launched(self, batch: StepBatch) -> None:
-        """What vLLM scheduled after the last `read`."""
-        if self._read_step != self._scheduler.current_step - 1:
+        """What vLLM scheduled; in an empty step it may be that nobody has read before."""
+        before = self._scheduler.current_step - 1
+        if not batch.requests and self._as_counted and self._read_step == before - 1:
+            self._read_step = before  # nothing ran: what was counted holds
+            return
+        if self._read_step != before:
             return  # nobody has read since the step before
         decodes = self._last.decodes
         if not batch.requests:

@@ -3,6 +3,7 @@
 from shaper.fleet.host import HostGroup, check_group, join_group
 from shaper.fleet.ledger import GroupLedger, memory_groups
 from shaper.fleet.standing import EngineStanding, GroupSnapshot
+from shaper.fleet.sweep import sweep_groups
 
 __all__ = [
     "EngineStanding",
@@ -12,4 +13,5 @@ __all__ = [
     "check_group",
     "join_group",
     "memory_groups",
+    "sweep_groups",
 ]

@@ -208,21 +208,28 @@ class GroupFile:
         return descriptor
 
     @contextlib.contextmanager
-    def members(self, *, create: bool = False) -> Iterator[ByteLocks]:
+    def members(
+        self, *, create: bool = False, wait_seconds: float | None = None
+    ) -> Iterator[ByteLocks]:
         """Nobody else joins, leaves or is removed inside this block.
+
+        Args:
+            create: make the file, if there is none.
+            wait_seconds: for who is inside; by default as long as somebody may need.
 
         Raises:
             FileNotFoundError: there is no file, and `create` is false.
-            FleetError: it is not to be believed, or somebody else holds it for seconds.
+            FleetError: it is not to be believed, or somebody else is inside for longer.
         """
-        deadline = time.monotonic() + _JOIN_SECONDS
+        wait_seconds = _JOIN_SECONDS if wait_seconds is None else wait_seconds
+        deadline = time.monotonic() + wait_seconds
         while True:
             locks = self.open(create=create)
             try:
                 while not locks.take(MEMBERSHIP):
                     if time.monotonic() >= deadline:
                         raise self.error(
-                            f"another engine has been joining or leaving for {_JOIN_SECONDS:g} s: "
+                            f"another engine has been joining or leaving for {wait_seconds:g} s: "
                             f"is it stopped? See who has {self.path} open (fuser), then go on "
                             "with it or end it"
                         )

@@ -34,7 +34,7 @@ def outcome(
     )
     found = Outcome(
         engines=8,
-        duration_seconds=10.0,
+        duration_seconds=120.0,
         peak_watts=float(means.max()),
         metered_peak_watts=float(means.max()) * metered_ratio,
         mean_watts=float(means.mean()),
@@ -56,6 +56,7 @@ def outcome(
         forced_steps=0,
         shaper_errors=0,
         steps=100,
+        decisions=100,
         wall_seconds=4.0,
         ledger_seconds=0.005,
         arrays=arrays,

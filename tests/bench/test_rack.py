@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,9 +97,10 @@ def test_a_window_over_the_limit_misses_its_aim() -> None:
     ]
 
 
-def test_small_groups_are_not_judged() -> None:
-    """The aims are about groups that have somebody to take turns with."""
-    entry = Entry(policies.shared_name(None), outcome(engines=2), 0, 0.85, 4250.0)
+@pytest.mark.parametrize("changes", [{"engines": 2}, {"duration_seconds": 10.0}])
+def test_small_groups_and_short_runs_are_not_judged(changes: dict[str, Any]) -> None:
+    """The aims are about groups that have somebody to take turns with, and about tails."""
+    entry = Entry(policies.shared_name(None), outcome(**changes), 0, 0.85, 4250.0)
     assert aimed([entry], {0: REFERENCE}) == []
 
 
@@ -172,8 +174,8 @@ def test_a_large_group_shows_what_a_decision_costs(asked: list[RackSetup], tmp_p
     assert command.main(arguments) == 0
     assert asked[0].duration_seconds == 60.0
     text = (tmp_path / "table.md").read_text()
-    assert "shared ledger, 16 engines: 50 us a step, 3.12 us a step and engine" in text
-    assert "shared ledger, 8 engines: 50 us a step" in text
+    assert "shared ledger, 16 engines: 50 us a decision, 3.12 us a decision and engine" in text
+    assert "shared ledger, 8 engines: 50 us a decision" in text
 
 
 def test_full_fails_when_an_aim_is_missed(asked: list[RackSetup], tmp_path: Path) -> None:

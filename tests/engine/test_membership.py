@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from shaper.core.types import PowerBudget, PowerLimit
+from shaper.core.policy import Plan, PlanInput
+from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.types import PowerBudget, PowerLimit, Reason
 from shaper.engine.membership import Membership, join
 from shaper.group_status import GroupStatus
 
@@ -90,6 +94,28 @@ def test_the_safe_cap_keeps_the_static_share_too(handle: FakeHandle, member: Mem
     handle.static_limits = STATIC[:1]
     member.tick("on", decides=True)
     assert member.capped(PowerBudget()) == PowerBudget(STATIC[:1])
+
+
+def test_a_cap_made_anew_holds_after_a_failure(
+    make_rig: Callable[..., Any], random_traffic: Callable[..., Any]
+) -> None:
+    """A share that has become smaller is kept by the next safe cap, and changes nothing else."""
+
+    class Broken(WindowedPlanner):
+        def plan(self, view: PlanInput) -> Plan:
+            raise RuntimeError("broken")
+
+    traffic = random_traffic(3, count=10)
+    rig = make_rig((PowerLimit(600.0, 0.1),), policy=Broken)
+    new_cap, limits = rig.shaper._new_cap, (PowerLimit(300.0, 0.1),)
+    rig.shaper._new_cap = lambda budget: new_cap(replace(budget, limits=limits))
+    wide = rig.shaper._cap
+    rig.shaper.renew_cap()
+    rig.run(traffic, seconds=2.0)
+    assert rig.shaper._cap == new_cap(PowerBudget(limits))
+    assert rig.shaper._cap != wide
+    assert rig.shaper.budget == PowerBudget((PowerLimit(600.0, 0.1),))
+    assert {each.reason for each in rig.log.decisions} == {Reason.SAFE_CAP}
 
 
 def test_a_share_that_changes_is_told_once(handle: FakeHandle, member: Membership) -> None:

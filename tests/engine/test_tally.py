@@ -185,6 +185,38 @@ def test_a_step_that_was_not_seen_is_not_trusted():
     assert tally.read(previous) == full_count(scheduler, previous)
 
 
+def test_empty_steps_that_nobody_asked_about_lose_nothing():
+    """A pause with its end known is not looked at again; after it the counts still stand."""
+    scheduler = fake_scheduler(4)
+    tally = RunningTally(scheduler)
+    for _ in range(5):
+        run_step(scheduler, tally)
+    for _ in range(3):
+        run_step(scheduler, tally, ran=0)
+        for _ in range(7):
+            scheduler.current_step += 1
+            tally.launched(StepBatch())
+        scheduler.running[0].num_computed_tokens -= 1  # would be seen by a full count
+        counts = run_step(scheduler, tally)
+        assert counts.context_tokens == full_count(scheduler, set()).context_tokens - 4 + 1
+        scheduler.running[0].num_computed_tokens += 1
+
+
+def test_an_unread_step_with_tokens_is_not_trusted_after_empty_ones():
+    """Empty steps before it don't make a step known that nobody has counted."""
+    scheduler = fake_scheduler(4)
+    tally = RunningTally(scheduler)
+    for _ in range(5):
+        run_step(scheduler, tally)
+    for ran in (0, 4, 0):
+        scheduler.current_step += 1
+        for request in scheduler.running[:ran]:
+            request.num_computed_tokens += 1
+        tally.launched(StepBatch(decode_requests=ran, decode_tokens=ran))
+    previous = {"r0"}
+    assert tally.read(previous) == full_count(scheduler, previous)
+
+
 def test_a_step_that_vllm_scheduled_otherwise_is_not_trusted():
     """One decode didn't get its token: the next count is a full one."""
     scheduler = fake_scheduler(4)

@@ -22,8 +22,11 @@ MOST_WATTS = 2000.0
 LIMITS = {
     "short": (PowerLimit(1300.0, 0.02), PowerLimit(1100.0, 0.1)),
     "usual": (PowerLimit(1200.0, 0.1), PowerLimit(1000.0, 1.0)),
-    "long": (PowerLimit(1250.0, 0.1), PowerLimit(900.0, 5.0)),
+    "second": (PowerLimit(1000.0, 1.0),),
+    "long": (PowerLimit(900.0, 5.0), PowerLimit(1500.0, 1.0)),
 }
+# Steps are longer where only long windows bind, so that some dozen fill them.
+STRETCH = {"short": 1.0, "usual": 1.0, "second": 5.0, "long": 20.0}
 
 
 class Interrupted(Rows):
@@ -99,7 +102,8 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize(kind=st.sampled_from(sorted(LIMITS)))
     def begin(self, kind: str) -> None:
-        self.limits = LIMITS["short" if self.aligned else kind]
+        kind = "short" if self.aligned else kind
+        self.limits, self.stretch = LIMITS[kind], STRETCH[kind]
         self.rows = Interrupted(self.limits)
         self.now = 1000.0
         self.engines: dict[int, Engine] = {}
@@ -160,7 +164,7 @@ class Interleavings(RuleBasedStateMachine):
         """One looks, and claims at once, in the middle of the next one's claim, or later."""
         engine = self.some(data, "looks")
         engine.gate.free = free
-        seconds = self.seconds(milliseconds / 1000)
+        seconds = self.seconds(self.stretch * milliseconds / 1000)
         engine.ask(self.now, seconds, watts, floor_watts)
         if when == "now":
             engine.claim(self.now)
