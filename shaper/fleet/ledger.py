@@ -32,7 +32,7 @@ import numpy.typing as npt
 from shaper.core.group import Committed, EngineShare, GroupView, Step
 from shaper.core.room import WindowPart
 from shaper.core.types import PowerLimit
-from shaper.fleet.fair import others_due_seconds, others_held_seconds, pace
+from shaper.fleet.fair import fair_terms
 from shaper.fleet.locks import Gate
 from shaper.fleet.rows import Reading, Rows, table_bytes
 from shaper.fleet.sums import window_parts
@@ -95,10 +95,7 @@ class GroupLedger:
             parts += self._static_parts(start_seconds, now_seconds, share, kept_ratio)
         table = reading.table
         own = int(reading.rows.searchsorted(self._row))
-        cadence, sustained = pace(table, own, self.limits, kept_ratio, now_seconds)
-        held = others_held_seconds(table, own, now_seconds)
-        due = others_due_seconds(table, own, now_seconds)
-        return GroupView(parts, sustained, cadence, held, due)
+        return GroupView(parts, *fair_terms(table, own, self.limits, kept_ratio, now_seconds))
 
     def _parts(
         self,

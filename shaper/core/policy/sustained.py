@@ -26,7 +26,7 @@ from shaper.core.types import LatencyTargets, StepBatch, StepPrediction
 
 # How much of the ITL target decodes wait. The rest is room for a chunk under the same
 # deadline: waiting for all of it saves little more energy and costs TTFT.
-SLACK_SHARE = 0.30
+SLACK_SHARE = 0.40
 # Without a target: in decode steps. Half the pace of the unshaped engine while it is calm is
 # still far from its slowest percent, the steps that carry a prompt.
 EASY_STEPS = 2.0
