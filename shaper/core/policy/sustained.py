@@ -24,9 +24,11 @@ import math
 from shaper.core.policy import PlanInput
 from shaper.core.types import LatencyTargets, StepBatch, StepPrediction
 
-# How much of the ITL target decodes wait. The rest is room for a chunk under the same
-# deadline: waiting for all of it saves little more energy and costs TTFT.
-SLACK_SHARE = 0.40
+# How much of the ITL target decodes wait for joules alone. The rest is room for a chunk under
+# the same deadline: waiting for all of it saves little more energy and costs TTFT.
+SLACK_SHARE = 0.30
+# And where a budget asks for it: under a tight one more of it goes to the prompts' TTFT.
+BUDGET_SHARE = 0.40
 # Without a target: in decode steps. Half the pace of the unshaped engine while it is calm is
 # still far from its slowest percent, the steps that carry a prompt.
 EASY_STEPS = 2.0
@@ -44,7 +46,7 @@ _CAP_EVERY_SECONDS = 0.1
 def slowest_seconds(targets: LatencyTargets, decodes: StepPrediction) -> float:
     """The slowest cadence of decode steps."""
     if targets.itl_seconds is not None:
-        return targets.itl_seconds * SLACK_SHARE
+        return targets.itl_seconds * (SLACK_SHARE if targets.spend_slack else BUDGET_SHARE)
     return EASY_STEPS * decodes.seconds
 
 
@@ -107,7 +109,7 @@ def _largest(view: PlanInput, most: int) -> int | None:
         if not view.room.bounded:
             return True
         extra = step.joules - view.idle_watts * step.seconds
-        pace = max(step.seconds, target * SLACK_SHARE)
+        pace = max(step.seconds, slowest_seconds(view.targets, step))
         return view.idle_watts + extra / pace <= _DECODE_SHARE * view.room.sustained_watts
 
     if fits(most):
