@@ -1,97 +1,145 @@
-"""What measurement adds to the model: a gain on step seconds, one on joules, and a margin.
+"""What measurement adds to the model: gains on step seconds and on joules, and a margin.
 
-Laws. A step's seconds are the model's times the ratio of two exponential means, of what was
-measured and of what was predicted: a mean of the seconds, not of the ratios, so that a
-return seen late and the next one, which then seems short, cancel.
+Law. A step's seconds are the model's, times a gain by the step's size (`learn/seconds.py`).
+Its joules are the model's, times a gain by the step's power (`learn/joules.py`); until the
+meter has said so, a step that takes longer than the model says is taken to do so at the same
+power, and one that takes less time, to spend the same joules.
 
-Its joules are the model's times a gain, by recursive least squares with forgetting over
-spans of the energy counter:
+Seconds are learned from every step's output; joules from the energy counter, span by span
+between its moves (`learn/ticks.py` dates them), against what ran in that time. A span is
+long enough that its ends, as well as they are dated, are a fortieth of it. The meter is the
+truth: limits hold in metered watts, so the meter's own error is learned as gain.
 
-    ratio = (counted joules - gap power * time between steps) / predicted joules of the steps
-    gain += weight * (ratio - gain)         weight 0.15, or 0.9 where ratio is far from gain
-
-A span lies between two moves of the counter and lasts a second: a reading dates a move to
-20 ms. One gain is all that such spans identify: the terms of a step's joules are collinear.
-The meter is the truth, so its own error is learned as gain. Gains are 1 within a deadband.
-
-The margin leans on the meter: what the last span counted above the corrected prediction
-is kept free at once, and given back as the gain follows.
+The margin leans on the meter: what the last second counted above the corrected prediction
+is kept free at once, less what the dating of spans explains, and fades as the gains follow. It
+also covers idle power that the meter shows above the model's, which the ledger enters.
+Where the last seconds differ by more than the gains can follow, the estimator disagrees
+with the meter.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 
+from shaper.core.learn.joules import IDLE, KNOTS, MAX_GAIN, MIN_GAIN, JouleGains, place
+from shaper.core.learn.seconds import StepSeconds
+from shaper.core.learn.ticks import CounterTicks, Tick
 from shaper.core.types import PowerState, StepBatch, StepPrediction
 
-# A profile that is further off than this describes another GPU, or the sensor is wrong.
-MIN_GAIN, MAX_GAIN = 0.7, 1.4
-# Per step: about a hundred steps, or a second, to follow a change of clocks.
-_SECONDS_WEIGHT = 0.01
-_WEIGHT, _FAR_WEIGHT = 0.15, 0.9
-# Three deviations of a span's ratio: both edges off by 6 ms in a second.
-_FAR_RATIO = 0.05
-_SPAN_SECONDS = 1.0
-# A GPU that rests for long draws less than between steps: a span with more rest than this
-# would say something about rest, not about steps.
-_BUSY_RATIO = 0.25
-# A move is dated by the reading that shows it, if the one before is this recent.
-_EDGE_SECONDS = 0.05
-# A gain this near to 1 is the meter's grain, not a fault of the model.
-_DEADBAND = 0.01
-# A difference beyond the grain is kept free, up to what bounds on gains leave credible.
-_LEAN_FREE_RATIO, MAX_MARGIN_RATIO = 0.02, 0.15
-_LEAN_KEPT_RATIO = 0.7
-# So many spans in a row that differ by so much, and by half of it to end.
-_DISAGREE_RATIO, _DISAGREE_SPANS = 0.05, 3
-# Spans that wait for the steps behind them, and the steps of a few spans.
-_EDGES_KEPT, _RUNS_KEPT = 64, 4096
+__all__ = ["MAX_GAIN", "MAX_MARGIN_RATIO", "MIN_GAIN", "Estimator"]
+
+# A margin above this says that the model is of no use; the bounds on gains say it too.
+MAX_MARGIN_RATIO = 0.15
+# Without an enforced limit in sight, full power is taken as so many times that between steps:
+# from 3.9 (L40S) to 5.2 (H100) on the profiles.
+_FULL_OVER_IDLE = 5.0
+# A move is bracketed by two readings that are not further apart than a long step.
+_BRACKET_SECONDS = 0.15
+# Ends of a span are a fortieth of it, as they are dated or, twice that, as they turn out to be.
+_SPAN_DEVIATIONS, _FOUND_RATIO = 40.0, 2.0
+_LONG_SPAN_SECONDS, _MOST_SPAN_SECONDS = 1.0, 2.0
+# A GPU that rests for longer than this draws less than between steps: by a fifth, within 15%
+# of it (from 10% on B200 to a third on A100). Of a span that mostly rests nothing is learned.
+_REST_SECONDS = 0.05
+_REST_SAVES_RATIO, _REST_DOUBT_RATIO, _MOST_REST_RATIO = 0.2, 0.15, 0.5
+# An unqueued step's time has the host's in it: it counts where that is a small part of it.
+_HOST_RATIO = 0.03
+_LEAN_SECONDS, _LEAN_FREE_RATIO, _LEAN_DEVIATIONS = 1.0, 0.005, 3.0
+# A difference over three seconds that is said, and by half of it to end.
+_DISAGREE_SECONDS, _DISAGREE_RATIO = 3.0, 0.05
+# Idle and step joules are weighed over a few seconds.
+_MIX_SECONDS = 3.0
+_MARGIN_GRAIN_RATIO = 0.001
+# Moves that wait for the steps behind them, and the steps of a few spans.
+_MOVES_KEPT, _RUNS_KEPT = 64, 2048
 
 
-def _clamp(value: float) -> float:
-    return min(max(value, MIN_GAIN), MAX_GAIN)
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A step that is over: when it ran, where its power lies, what the model said of it."""
+
+    start_seconds: float
+    end_seconds: float
+    knot: int
+    part: float
+    joules: float
+
+    @property
+    def watts(self) -> float:
+        return self.joules / (self.end_seconds - self.start_seconds)
 
 
-def _outside_deadband(gain: float) -> float:
-    return gain if abs(gain - 1.0) > _DEADBAND else 1.0
+class _Mean:
+    """Exponential sums in time of metered and of predicted joules."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.metered = self.predicted = self.lasting = 0.0
+
+    def add(self, seconds: float, metered: float, predicted: float) -> None:
+        keep = math.exp(-seconds / self._seconds)
+        self.metered = self.metered * keep + metered
+        self.predicted = self.predicted * keep + predicted
+        self.lasting = self.lasting * keep + seconds
+
+    @property
+    def excess_ratio(self) -> float:
+        """By how much more was metered, over what was predicted."""
+        return self.metered / self.predicted - 1.0 if self.predicted > 0.0 else 0.0
 
 
 class Estimator:
-    """Corrects predictions of one engine.
+    """Corrects predictions of one engine and knows how far the meter is from them.
 
     Args:
-        idle_watts: power between steps.
+        idle_watts: power between steps, all GPUs.
 
-    Stateful fields: two means, a gain, a margin, the runs and counter moves of late.
+    All calls come from one thread. Costs: `correct` one or two microseconds, `observe_run` a few,
+    a move of the counter about a hundred, ten times a second.
+
+    Stateful fields: the gains, the runs and counter moves of late, three means.
     """
 
     def __init__(self, idle_watts: float = 0.0) -> None:
         self._idle_watts = idle_watts
-        self._measured_seconds = self._predicted_seconds = 0.0
-        self._joules_gain = 1.0
-        self.seconds_gain_ratio = 1.0
-        """Measured over predicted step seconds; 1 within the deadband."""
+        self._full_watts = _FULL_OVER_IDLE * idle_watts or math.inf
+        self._limit_seen = False
+        self._seconds = StepSeconds()
+        self._joules = JouleGains()
+        self._ticks = CounterTicks()
+        self._runs: deque[_Run] = deque(maxlen=_RUNS_KEPT)
+        self._seen: tuple[float, float] | None = None
+        self._start: tuple[Tick, float] | None = None
+        self._moves: deque[tuple[Tick, float]] = deque(maxlen=_MOVES_KEPT)
+        self._lean = _Mean(_LEAN_SECONDS)
+        self._late = _Mean(_DISAGREE_SECONDS)
+        self._steps = _Mean(_MIX_SECONDS)
+        self._idle_joules = 0.0
         self.joules_gain_ratio = 1.0
-        """Metered over predicted joules; 1 within the deadband."""
+        """Corrected over predicted joules of the last seconds' steps; 1 within the grain."""
         self.margin_ratio = 0.0
         """Part of each limit to keep free for what the meter shows beyond the prediction."""
         self.disagreement_ratio = 0.0
-        """Metered over corrected watts of the last span, minus 1."""
+        """Metered over corrected watts of the last seconds, minus 1."""
         self.disagrees = False
-        """They have differed for spans by more than the meter's grain explains."""
-        self._apart = 0
-        self._runs: deque[tuple[float, float, float]] = deque(maxlen=_RUNS_KEPT)
-        self._seen: tuple[float, float] | None = None
-        self._start: tuple[float, float] | None = None
-        self._edges: deque[tuple[float, float]] = deque(maxlen=_EDGES_KEPT)
+        """Whether that is more than the gains can follow."""
+
+    @property
+    def seconds_gain_ratio(self) -> float:
+        """Measured over predicted seconds of the last steps; 1 within the deadband."""
+        return self._seconds.gain_ratio
 
     def correct(self, batch: StepBatch, raw: StepPrediction) -> StepPrediction:
-        """A prediction of `batch` with both gains applied."""
-        seconds, joules = self.seconds_gain_ratio, self.joules_gain_ratio
-        if seconds == 1.0 and joules == 1.0:
+        """A prediction of `batch` with all gains applied."""
+        stretch = self._seconds.gain(batch)
+        knot, part = place(raw.joules / (raw.seconds * self._full_watts))
+        gains = self._joules.applied
+        gain = gains[knot] + part * (gains[knot + 1] - gains[knot])
+        if stretch == 1.0 and gain == 1.0:
             return raw
-        return StepPrediction(raw.seconds * seconds, raw.joules * joules)
+        return StepPrediction(raw.seconds * stretch, raw.joules * max(stretch, 1.0) * gain)
 
     def observe_run(
         self,
@@ -109,77 +157,114 @@ class Estimator:
             start_seconds, end_seconds: when it ran.
             measured_seconds: its length; None where that is not the device's own.
         """
-        self._runs.append((start_seconds, end_seconds, raw.joules))
-        if measured_seconds is None or raw.seconds <= 0:
+        if raw.seconds <= 0.0:
             return
-        if not 0 < measured_seconds < math.inf:
-            return
-        if not self._predicted_seconds:
-            # Begin as if the model had been right for a while.
-            self._measured_seconds = self._predicted_seconds = raw.seconds
-        # One step can't be further off than a model can be: the host was away.
-        measured = min(measured_seconds, 2 * MAX_GAIN * raw.seconds)
-        self._measured_seconds += _SECONDS_WEIGHT * (measured - self._measured_seconds)
-        self._predicted_seconds += _SECONDS_WEIGHT * (raw.seconds - self._predicted_seconds)
-        gain = _clamp(self._measured_seconds / self._predicted_seconds)
-        self.seconds_gain_ratio = _outside_deadband(gain)
+        if end_seconds > start_seconds:
+            knot, part = place(raw.joules / (raw.seconds * self._full_watts))
+            joules = raw.joules * max(self._seconds.gain(batch), 1.0)
+            self._runs.append(_Run(start_seconds, end_seconds, knot, part, joules))
+        if measured_seconds is None:
+            if self._seconds.noise_seconds > _HOST_RATIO * raw.seconds:
+                return
+            measured_seconds = end_seconds - start_seconds
+        self._seconds.observe(batch, raw.seconds, measured_seconds)
 
     def observe_power(self, state: PowerState) -> None:
         """Learn from the energy counter; a state without one teaches nothing."""
+        limit = state.enforced_limit_watts
+        if not self._limit_seen and limit is not None and 0.0 < limit < math.inf:
+            # The first one counts: a limit that is lowered later does not change the model.
+            self._full_watts, self._limit_seen = limit, True
         energy, now = state.energy_joules, state.sampled_seconds
         if energy is None or not math.isfinite(energy):
             return
         seen, self._seen = self._seen, (now, energy)
-        if seen is None or energy < seen[1]:
-            self._start = None  # the counter was reset
-            self._edges.clear()
+        if seen is None:
             return
-        # Between two moves the counter is up to a refresh old; just after one it is not.
-        if energy > seen[1] and now - seen[0] <= _EDGE_SECONDS:
-            self._edges.append((now, energy))
+        if energy < seen[1] or now - seen[0] > _BRACKET_SECONDS:
+            # The counter was reset, or the sampler was away: a new span, from a new phase.
+            self._start = None
+            self._moves.clear()
+            self._ticks.forget()
+            return
+        if energy > seen[1]:
+            self._moves.append((self._ticks.move(seen[0], now), energy))
         # A move is of use once the steps up to it are back.
-        while self._edges and self._runs and self._edges[0][0] <= self._runs[-1][1]:
-            self._edge(*self._edges.popleft())
+        while self._moves and self._runs:
+            if self._moves[0][0].at_seconds > self._runs[-1].end_seconds:
+                return
+            self._move(*self._moves.popleft())
 
-    def _edge(self, now_seconds: float, energy_joules: float) -> None:
+    def _move(self, tick: Tick, energy_joules: float) -> None:
         if self._start is None:
-            self._start = (now_seconds, energy_joules)
+            self._start = tick, energy_joules
             return
-        begin, before = self._start
-        span = now_seconds - begin
-        if span < _SPAN_SECONDS:
+        begin, before_joules = self._start
+        span = tick.at_seconds - begin.at_seconds
+        dated = max(begin.deviation_seconds, tick.deviation_seconds)
+        dated = max(dated, _FOUND_RATIO * self._joules.noise_seconds)
+        if span < min(_LONG_SPAN_SECONDS, _SPAN_DEVIATIONS * dated):
             return
-        self._start = (now_seconds, energy_joules)
-        if span > 2 * _SPAN_SECONDS:
-            return  # the sampler was away
-        busy, predicted = self._between(begin, now_seconds)
-        if busy < _BUSY_RATIO * span or predicted <= 0:
-            return
-        counted = energy_joules - before - self._idle_watts * (span - busy)
-        self._learn(counted / predicted)
-
-    def _between(self, begin_seconds: float, end_seconds: float) -> tuple[float, float]:
-        """Seconds in steps, and their raw joules, between two times; drops what is older."""
-        while self._runs[0][1] <= begin_seconds:
+        self._start = tick, energy_joules
+        while len(self._runs) > 1 and self._runs[1].start_seconds <= begin.at_seconds:
             self._runs.popleft()
-        busy = joules = 0.0
-        for start, end, spent in self._runs:
-            inside = min(end, end_seconds) - max(start, begin_seconds)
-            if inside > 0:
-                busy += inside
-                joules += spent * inside / (end - start)
-        return busy, joules
+        if span <= _MOST_SPAN_SECONDS and self._runs[0].start_seconds <= begin.at_seconds:
+            self._span(begin, tick, energy_joules - before_joules)
 
-    def _learn(self, ratio: float) -> None:
-        excess = ratio / self.joules_gain_ratio - 1.0
-        self.disagreement_ratio = excess
-        lean = min(MAX_MARGIN_RATIO, max(0.0, excess - _LEAN_FREE_RATIO))
-        self.margin_ratio = max(lean, self.margin_ratio * _LEAN_KEPT_RATIO)
-        if self.margin_ratio < 0.001:
-            self.margin_ratio = 0.0
+    def _span(self, begin: Tick, end: Tick, metered_joules: float) -> None:
+        """Learn from what ran between two moves."""
+        span = end.at_seconds - begin.at_seconds
+        joules = [0.0] * (KNOTS + 1)
+        # Power at both ends; that between steps where none ran.
+        watts = [self._idle_watts, self._idle_watts]
+        busy = rest = 0.0
+        rest_from = math.inf
+        for run in self._runs:
+            rest += _inside(rest_from, run.start_seconds, begin, end)
+            rest_from = run.end_seconds + _REST_SECONDS
+            for index, tick in enumerate((begin, end)):
+                if run.start_seconds <= tick.at_seconds < run.end_seconds:
+                    watts[index] = run.watts
+            inside = _inside(run.start_seconds, run.end_seconds, begin, end)
+            busy += inside
+            joules[run.knot] += run.watts * inside * (1.0 - run.part)
+            joules[run.knot + 1] += run.watts * inside * run.part
+            if run.start_seconds >= end.at_seconds:
+                break
+        if rest > _MOST_REST_RATIO * span:
+            return
+        joules[IDLE] = self._idle_watts * (span - busy - _REST_SAVES_RATIO * rest)
+        first = begin.deviation_seconds * watts[0]
+        last = end.deviation_seconds * watts[1]
+        # Of a steady period both ends are early or late together.
+        edges = first * first + last * last - 2.0 * end.kept_ratio * first * last
+        edges += (_REST_DOUBT_RATIO * self._idle_watts * rest) ** 2
+        predicted = self._joules.predicted(joules)
+        steps = predicted - self._joules.applied[IDLE] * joules[IDLE]
+        self._lean.add(span, metered_joules, predicted)
+        self._late.add(span, metered_joules, predicted)
+        self._steps.add(span, steps, math.fsum(joules[:KNOTS]))
+        keep = math.exp(-span / _MIX_SECONDS)
+        self._idle_joules = self._idle_joules * keep + joules[IDLE]
+        self._joules.observe(joules, span, metered_joules, max(edges, 0.0))
+        self._publish()
+
+    def _publish(self) -> None:
+        gains = self._joules.applied
+        untouched = all(gain == 1.0 for gain in gains[:KNOTS])
+        self.joules_gain_ratio = 1.0 if untouched else 1.0 + self._steps.excess_ratio
+        free = _LEAN_FREE_RATIO + _LEAN_DEVIATIONS * self._joules.noise_seconds / _LEAN_SECONDS
+        margin = max(0.0, self._lean.excess_ratio - free)
+        if gains[IDLE] > 1.0:
+            margin += (gains[IDLE] - 1.0) * self._idle_joules / self._late.predicted
+        margin = min(margin, MAX_MARGIN_RATIO)
+        self.margin_ratio = margin if margin > _MARGIN_GRAIN_RATIO else 0.0
+        self.disagreement_ratio = self._late.excess_ratio
         bound = _DISAGREE_RATIO / 2 if self.disagrees else _DISAGREE_RATIO
-        self._apart = self._apart + 1 if abs(excess) > bound else 0
-        self.disagrees = self._apart >= (1 if self.disagrees else _DISAGREE_SPANS)
-        off = _clamp(ratio) - self._joules_gain
-        self._joules_gain += (_FAR_WEIGHT if abs(off) > _FAR_RATIO else _WEIGHT) * off
-        self.joules_gain_ratio = _outside_deadband(self._joules_gain)
+        known = self._late.lasting > _DISAGREE_SECONDS / 2
+        self.disagrees = known and abs(self.disagreement_ratio) > bound
+
+
+def _inside(start: float, end: float, begin: Tick, until: Tick) -> float:
+    """How much of a time lies between two moves."""
+    return max(0.0, min(end, until.at_seconds) - max(start, begin.at_seconds))

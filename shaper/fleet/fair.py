@@ -33,8 +33,8 @@ _FASTEST_SECONDS = 1e-3
 class Terms(NamedTuple):
     """What one engine works out."""
 
-    cadence_seconds: float
     sustained_watts: float
+    cadence_seconds: float
     others_held_seconds: float
     """For how long the prompts of another engine have been held back, at the most."""
     others_due_seconds: float
@@ -82,7 +82,7 @@ def fair_terms(
             others += column["prefill_watts"][row]
             others += column["decode_joules"][row] / max(column["decode_seconds"][row], pace)
     fair = lowest * idle_watts[own] / max(idle, 1e-9)
-    return Terms(cadence, max(fair, lowest - others), held, due)
+    return Terms(max(fair, lowest - others), cadence, held, due)
 
 
 _COLUMNS = (

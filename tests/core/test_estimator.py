@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 
 import pytest
@@ -38,13 +39,23 @@ def serve(
 
 
 def test_step_times_correct_seconds():
-    """Steps that take a tenth longer are predicted so after a few hundred."""
+    """Steps that take a tenth longer are predicted so, at the same power until the meter speaks."""
     estimator = Estimator()
     for tick in range(600):
         estimator.observe_run(DECODES, STEP, 0.0088 * tick, 0.0088 * (tick + 1), 0.0088)
     corrected = estimator.correct(DECODES, STEP)
     assert corrected.seconds == pytest.approx(0.0088, rel=0.01)
-    assert corrected.joules == pytest.approx(3.6)
+    assert corrected.watts == pytest.approx(STEP.watts, rel=0.001)
+
+
+def test_faster_steps_spend_the_same_until_the_meter_speaks():
+    """Steps that take a tenth less are predicted so, and no joule is saved on trust."""
+    estimator = Estimator()
+    for tick in range(600):
+        estimator.observe_run(DECODES, STEP, 0.0072 * tick, 0.0072 * (tick + 1), 0.0072)
+    corrected = estimator.correct(DECODES, STEP)
+    assert corrected.seconds == pytest.approx(0.0072, rel=0.01)
+    assert corrected.joules == STEP.joules
 
 
 def test_ends_seen_late_do_not_bias_seconds():
@@ -133,3 +144,61 @@ def test_no_counter_teaches_no_joules(energy):
         estimator.observe_power(state(0.008 * (tick + 1), energy))
     assert estimator.correct(DECODES, STEP) == STEP
     assert estimator.margin_ratio == 0.0
+
+
+def serve_with_pauses(
+    estimator: Estimator, step_watts: float, pause_watts: float, pause_seconds: float, steps: int
+) -> None:
+    """Steps of 8 ms with pauses; a counter that moves each 100 ms, read after each."""
+    now = joules = 0.0
+    times, totals = [0.0], [0.0]
+    for _ in range(steps):
+        estimator.observe_run(DECODES, STEP, now, now + 0.008, 0.008)
+        for part, watts in ((0.008, step_watts), (pause_seconds, pause_watts)):
+            now, joules = now + part, joules + part * watts
+            times.append(now)
+            totals.append(joules)
+            tick = 0.1 * int(now / 0.1)
+            at = bisect.bisect_left(times, tick)
+            share = (tick - times[at - 1]) / (times[at] - times[at - 1]) if at else 0.0
+            shown = totals[at - 1] + share * (totals[at] - totals[at - 1]) if at else 0.0
+            estimator.observe_power(state(now, shown))
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0071, 0.0173, 0.0371])
+def test_a_gpu_that_pauses_is_learned_too(pause_seconds):
+    """With nothing to run for most of the time, a model 15% too high is found all the same."""
+    estimator = Estimator(IDLE_WATTS)
+    serve_with_pauses(estimator, 0.85 * 450.0, IDLE_WATTS, pause_seconds, 2000)
+    assert 0.84 * 3.6 < estimator.correct(DECODES, STEP).joules < 0.9 * 3.6
+
+
+def test_a_resting_gpu_teaches_nothing():
+    """Hours at half the power that the model has between steps leave every prediction alone."""
+    estimator = Estimator(IDLE_WATTS)
+    joules = serve(estimator, 5.0, lambda begin: 3.6)
+    for tick in range(1, 3000):
+        now = 5.0 + 0.02 * tick
+        estimator.observe_power(state(now, joules + 70.0 * 0.02 * (tick // 5 * 5)))
+    assert estimator.correct(DECODES, STEP) == STEP
+    assert estimator.margin_ratio == 0.0
+    assert not estimator.disagrees
+
+
+def test_idle_power_above_the_models_is_kept_free():
+    """The ledger enters the model's idle power: what the meter shows above it is margin."""
+    estimator = Estimator(IDLE_WATTS)
+    serve_with_pauses(estimator, 450.0, 1.4 * IDLE_WATTS, 0.0163, 2000)
+    mean_watts = (3.6 + 0.0163 * 1.4 * IDLE_WATTS) / 0.0243
+    planned = (estimator.correct(DECODES, STEP).joules + 0.0163 * IDLE_WATTS) / 0.0243
+    assert planned / (1.0 - estimator.margin_ratio) > 0.96 * mean_watts
+
+
+def test_what_is_kept_is_bounded():
+    """A counter that never moves, then one that moves at each reading: nothing grows."""
+    estimator = Estimator(IDLE_WATTS)
+    for tick in range(20_000):
+        estimator.observe_run(DECODES, STEP, 0.008 * tick, 0.008 * (tick + 1), 0.008)
+        estimator.observe_power(state(0.008 * (tick + 1), 3.6 * max(0, tick - 10_000)))
+    assert len(estimator._runs) <= 2048
+    assert len(estimator._moves) <= 64

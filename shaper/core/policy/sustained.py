@@ -55,6 +55,10 @@ def cadence_seconds(view: PlanInput) -> float | None:
     decodes = view.decodes
     if decodes is None or not view.room.bounded:
         return None
+    alone = view.targets.itl_seconds is None and view.group is None
+    if alone and decodes.watts + view.prefill_watts > view.room.sustained_watts:
+        # Demand exceeds the budget: slower decodes would only make it swing.
+        return None
     extra = decodes.joules - view.idle_watts * decodes.seconds
     available = min(
         view.room.sustained_watts - view.prefill_watts,
