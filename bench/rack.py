@@ -100,6 +100,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="of it, left out of latency, throughput and cost (a sixth, 20s at most)",
     )
     traffic.add_argument("--seed", type=seed, default=0, help="the first, with --full (0)")
+    traffic.add_argument(
+        "--seeds", type=count, default=FULL_SEEDS, help="how many, with --full (%(default)s)"
+    )
     rack = parser.add_argument_group("rack")
     rack.add_argument("--engines", type=count, help=f"({ENGINES})")
     rack.add_argument("--gpu", default="h200-sxm", help="name or path of a profile (%(default)s)")
@@ -180,7 +183,7 @@ class Follower:
 
 def _compare(options: argparse.Namespace, runner: Runner, rack: RackSetup) -> Comparison:
     if options.full:
-        return prove(runner, rack, range(options.seed, options.seed + FULL_SEEDS))
+        return prove(runner, rack, range(options.seed, options.seed + options.seeds))
     if options.sensitivity:
         return vary(runner, rack, options.out)
     ratios = options.limits or (QUICK_RATIOS if options.quick else LIMIT_RATIOS)
