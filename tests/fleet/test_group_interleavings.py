@@ -122,10 +122,12 @@ class Interleavings(RuleBasedStateMachine):
         if used[row] or idle >= 0.8 * min(limit.watts for limit in self.limits):
             return
         rest = 0.8 * idle_watts
-        # What others had committed before it came knows nothing of its idle power.
+        # What others had committed before it came knows nothing of its idle power, and may
+        # have filled the windows that it lies in.
+        longest = max(limit.window_seconds for limit in self.limits)
         latest = max((e.device.free_seconds(self.now) for e in self.engines.values()), default=0.0)
         ends = [stop for drawn in self.all for _, stop, _ in drawn.runs]
-        counted = max([self.now, latest, *ends])
+        counted = max([self.now, latest, *ends]) + longest
         drawn = Drawn(idle_watts, rest, REST_AFTER_SECONDS, self.now, counted)
         self.all.append(drawn)
         self.last_of[row] = drawn
