@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import os
 import subprocess
 import sys
@@ -131,7 +132,10 @@ def test_a_limit_changed_under_load_holds_without_a_restart(controlled: Server) 
         wait_for_watts(controlled, 330)
     assert {each["source"] for each in state(controlled).values()} == {"configured"}
     log = controlled.log.read_text()
-    assert log.count("690 W over 1 s -> 300 W over 1 s (changed, change 1 by") == 2
+    changes = re.findall(r"690 W over 1 s -> 300 W over 1 s \(changed, change (\d+) by", log)
+    # Both engines say it once; which number it has depends on the tests before this one.
+    assert changes
+    assert all(changes.count(number) == 2 for number in changes)
     assert "Traceback" not in log
 
 
