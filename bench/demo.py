@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import json
 import platform
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from bench import machine
 from bench.compare import Comparison, DemoSettings, compare, phases
+from bench.interrupt import Termination
 from bench.options import Parser, add_workload_options, ratio, workload
 from bench.options import seconds as duration
 from bench.page import comparison_page, self_check_lines
@@ -47,21 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a request failed; 2 where something was wrong with the input or
         a server (one line says what); 130 after Ctrl-C.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(argv)
+        with Termination():
+            return _run(argv)
     except ShaperError as error:
         print(f"bench.demo: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench.demo: interrupted; the servers are stopped", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> Parser:

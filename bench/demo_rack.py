@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 
 from bench.demo_rack_page import (
     RackComparison,
@@ -26,6 +24,7 @@ from bench.demo_rack_page import (
     rack_table,
     tokens_per_joule,
 )
+from bench.interrupt import Termination
 from bench.live_rack import RackSettings, rack_phases, run_rack
 from bench.options import Parser, add_workload_options, count, ratio, workload
 from bench.options import seconds as duration
@@ -54,21 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a request failed; 2 where something was wrong with the input or
         a server (one line says what); 130 after Ctrl-C.
     """
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return _run(argv)
+        with Termination():
+            return _run(argv)
     except ShaperError as error:
         print(f"bench.demo_rack: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench.demo_rack: interrupted; the servers are stopped", file=sys.stderr)
         return 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> Parser:

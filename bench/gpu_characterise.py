@@ -15,12 +15,10 @@ import argparse
 import dataclasses
 import importlib.util
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import FrameType
 from typing import Any
 
 from bench.characterise import output, stages
@@ -32,6 +30,7 @@ from bench.characterise.reads import read_costs
 from bench.characterise.runner import NoLoad, Runner
 from bench.characterise.sampling import MeterThread
 from bench.characterise.waves import meter
+from bench.interrupt import Termination
 from shaper import __version__
 from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.errors import ConfigError, ShaperError
@@ -86,7 +85,8 @@ class _Run:
     def run(self) -> int:
         """Everything, from idle to idle."""
         interrupted = False
-        with _interrupted_by_termination():
+        # SIGTERM saves what there is too.
+        with Termination():
             try:
                 self._measure()
             except KeyboardInterrupt:
@@ -256,19 +256,6 @@ def _borrow_binding() -> None:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-class _interrupted_by_termination:  # noqa: N801 - reads as a context manager does
-    """SIGTERM saves what there is too, as Ctrl-C does."""
-
-    def __enter__(self) -> None:
-        self._before = signal.signal(signal.SIGTERM, self._interrupt)
-
-    def __exit__(self, *exc: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -41,13 +41,9 @@ class Claims:
     ) -> None:
         self._group, self._ledger, self._demand = group, ledger, demand
         self._targets, self._idle_watts = targets, idle_watts
+        self.longest_window_seconds = max(limit.window_seconds for limit in group.limits)
         self._share = EngineShare(idle_watts)
         self._claimed: StepPrediction | None = None
-
-    @property
-    def longest_window_seconds(self) -> float:
-        """Of the group's limits."""
-        return max(limit.window_seconds for limit in self._group.limits)
 
     def stand(
         self,
@@ -69,14 +65,13 @@ class Claims:
             now_seconds: now.
         """
         self._claimed = None
-        extra = due = None
+        due = None
         if decodes is not None:
-            extra = decodes.joules - self._idle_watts * decodes.seconds
             due = decoded_seconds + slowest_seconds(self._targets, decodes) - decodes.seconds
         waits = bool(load.prefills) and not prompts_run
         self._share = EngineShare(
             floor_watts=floor_watts,
-            decode_joules=extra or 0.0,
+            decode_joules=0.0 if decodes is None else decodes.joules_above(self._idle_watts),
             decode_seconds=0.0 if decodes is None else decodes.seconds,
             prefill_watts=self._demand.prefill_watts(now_seconds),
             burst_joules=self._demand.burst_joules,

@@ -96,10 +96,11 @@ class Controller:
         self.shadow = shadow
         self._targets = targets
         self._margin = Margin(margin_ratio, start_seconds)
-        self._idle_watts = self.idle_watts = model.gap_watts
+        self.idle_watts = model.gap_watts
+        """Power between steps, all GPUs of the engine."""
         self._ledger = Ledger(
             budget,
-            self._idle_watts,
+            self.idle_watts,
             start_seconds,
             rest_watts=rest_watts,
             rest_after_seconds=rest_after_seconds,
@@ -107,11 +108,11 @@ class Controller:
         )
         self._guard = Guard(max_pause_seconds, targets)
         self._decode_deadline_seconds = targets.itl_seconds or max_pause_seconds
-        self.estimator = Estimator(self._idle_watts)
-        self._demand = DemandMeter(self._idle_watts, start_seconds)
+        self.estimator = Estimator(self.idle_watts)
+        self._demand = DemandMeter(self.idle_watts, start_seconds)
         self._claims = None
         if group is not None:
-            self._claims = Claims(group, self._ledger, self._demand, targets, self._idle_watts)
+            self._claims = Claims(group, self._ledger, self._demand, targets, self.idle_watts)
         self._flights = Flights()
         self._returned_seconds = -math.inf
         self._state: PowerState | None = None
@@ -265,7 +266,7 @@ class Controller:
             decode_deadline_seconds=self._decode_deadline_seconds,
             since_decode_seconds=since_decode_seconds,
             turn=self._guard.turn(load, start),
-            idle_watts=self._idle_watts,
+            idle_watts=self.idle_watts,
             prefill_watts=self._demand.prefill_watts(now),
             burst_joules=self._demand.burst_joules,
             held_seconds=self._demand.held_seconds(now),
@@ -290,9 +291,9 @@ class Controller:
     def _paced_watts(self, decodes: StepPrediction | None, cadence_seconds: float) -> float:
         """What the decodes draw when they go on alone, a step each `cadence_seconds` at most."""
         if decodes is None:
-            return self._idle_watts
+            return self.idle_watts
         cadence = max(decodes.seconds, cadence_seconds)
-        return self._idle_watts + (decodes.joules - self._idle_watts * decodes.seconds) / cadence
+        return self.idle_watts + decodes.joules_above(self.idle_watts) / cadence
 
     def _in_flight(self, now_seconds: float) -> list[Run]:
         return self._flights.runs(self._ledger.end_seconds, now_seconds)
@@ -348,7 +349,7 @@ class Controller:
         measured = seen if flight.queued or not self._flights.queues else None
         self.estimator.observe_run(flight.batch, flight.raw, start, end, measured)
         # Early, or late beyond its own: the work is the same, and the rest of the time idle.
-        rest_joules = (end - predicted_end - own_late) * self._idle_watts
+        rest_joules = (end - predicted_end - own_late) * self.idle_watts
         joules = prediction.joules + own_late * prediction.watts + rest_joules
         final = self._ledger.end_seconds
         self._ledger.spend(start, end, joules)

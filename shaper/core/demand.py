@@ -102,7 +102,7 @@ class DemandMeter:
         self._burst_squares += _BURST_WEIGHT * (joules * joules - self._burst_squares)
 
     def _above_idle(self, step: StepPrediction | None) -> float:
-        return 0.0 if step is None else step.joules - self._idle_watts * step.seconds
+        return 0.0 if step is None else step.joules_above(self._idle_watts)
 
     @property
     def burst_joules(self) -> float:

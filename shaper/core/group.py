@@ -5,12 +5,8 @@ has committed, as joules on the host's monotonic clock, and what it will draw af
 (its floor). It asks before a step (`look`), and claims the step's joules before
 it is launched (`claim`); what really ran, and what is in flight, it enters (`enter`).
 
-Law of a fair pace: with `extra` the joules above idle of an engine's decode step, the
-cadence that the group's sustained limit `L` leaves is the same for all,
-
-    cadence = sum(extra) / (L - sum(idle) - sum(prompts' watts) - bursts)
-
-so that nobody's decodes pay for another's prompts.
+The pace of decode steps that the limits leave is the same for all (`fleet/fair.py`), so
+that nobody's decodes pay for another's prompts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What predicts steps."""
+"""What predicts steps: the parts of `power_model.StepModel` that others need of one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,8 @@ from typing import Protocol
 from shaper.core.types import StepBatch, StepPrediction
 
 
-class StepPredictor(Protocol):
-    """The part of `power_model.StepModel` that the controller needs."""
-
-    @property
-    def gap_watts(self) -> float:
-        """Power between steps, all GPUs of the engine."""
-        ...
+class Predictor(Protocol):
+    """Predicts steps."""
 
     def predict(
         self,
@@ -23,4 +18,13 @@ class StepPredictor(Protocol):
         temperature_celsius: float | None = None,
     ) -> StepPrediction:
         """Seconds and joules of a step, all GPUs of the engine."""
+        ...
+
+
+class StepPredictor(Predictor, Protocol):
+    """What the controller needs."""
+
+    @property
+    def gap_watts(self) -> float:
+        """Power between steps, all GPUs of the engine."""
         ...

@@ -174,6 +174,10 @@ class StepPrediction:
         """Mean power of the step, all GPUs together."""
         return self.joules / self.seconds if self.seconds > 0 else 0.0
 
+    def joules_above(self, idle_watts: float) -> float:
+        """What the step takes above the power between steps."""
+        return self.joules - idle_watts * self.seconds
+
 
 @dataclass(frozen=True, slots=True)
 class PrefillDemand:

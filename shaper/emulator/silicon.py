@@ -20,13 +20,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from shaper.core.predictor import Predictor
 from shaper.core.profile import GpuProfile
 from shaper.core.types import (
     ClockEventReasons,
     GpuIdentity,
     GpuSample,
     StepBatch,
-    StepPrediction,
 )
 from shaper.emulator.clocks import ClockController, check_power_cap
 from shaper.emulator.heat import HeatModel
@@ -39,22 +39,12 @@ _MARKS_KEPT = 2048
 _LEAKAGE_STEP_CELSIUS = 1.0  # a change below it moves the power by less than 0.1%
 
 
-class Predictor(Protocol):
+class GpuPredictor(Predictor, Protocol):
     """What silicon asks of a step model."""
 
     @property
     def gpu_count(self) -> int:
         """GPUs whose joules a prediction counts."""
-        ...
-
-    def predict(
-        self,
-        batch: StepBatch,
-        *,
-        sm_clock_hertz: float | None = None,
-        temperature_celsius: float | None = None,
-    ) -> StepPrediction:
-        """Seconds and joules of a step, all GPUs together."""
         ...
 
 
@@ -97,7 +87,7 @@ class EmulatedGpus:
     def __init__(
         self,
         profile: GpuProfile,
-        model: Predictor,
+        model: GpuPredictor,
         *,
         gpu_count: int | None = None,
         start_seconds: float,

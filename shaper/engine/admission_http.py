@@ -14,18 +14,27 @@ pass. Nothing raises from here into a request: it then goes on as it came.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import secrets
 import time
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shaper.control import EngineControl
 from shaper.core.standing import AdmissionState
+from shaper.engine.asgi import (
+    App,
+    Header,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    openai_error,
+    send_json,
+)
 from shaper.engine.flex import FLEX, STALE_SECONDS
 from shaper.engine.request_class import KeyClasses, UnknownClassError, classify
 from shaper.errors import ConfigError
@@ -34,12 +43,6 @@ from shaper.settings import ADDITIONAL_CONFIG_KEY, load_config
 from shaper.status import Status, read_statuses, run_id
 
 logger = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ROUTES = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
 """Where work enters that can be marked."""
@@ -164,7 +167,7 @@ class AdmissionMiddleware:
                 logger.exception("admission failed for a request; it passes as it came")
             request.restore()
         if answer is not None:
-            await _send(send, answer)
+            await send_json(send, answer.status, answer.error, answer.headers)
             return
         await self.app(request.scope, request.receive, _with_state(send, door.state))
 
@@ -179,7 +182,8 @@ class AdmissionMiddleware:
             try:
                 kind, marked = classify(body, headers, bound)
             except UnknownClassError as error:
-                return _error(400, str(error), "invalid_request_error", "unknown_class")
+                wrong = "invalid_request_error"
+                return _Answer(400, openai_error(str(error), wrong, "unknown_class"))
             if marked is not body:
                 request.replace(marked)
         if kind != FLEX or door.state is not AdmissionState.SHED:
@@ -265,30 +269,21 @@ def _configured_keys(scope: Scope) -> KeyClasses:
 @dataclass(frozen=True, slots=True)
 class _Answer:
     status: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
-def _error(
-    status: int, message: str, kind: str, code: str, headers: Sequence[tuple[bytes, bytes]] = ()
-) -> _Answer:
-    """In OpenAI's form."""
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    body = json.dumps({"error": error}).encode()
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    return _Answer(status, [*own, *headers], body)
+    error: dict[str, Any]
+    headers: Sequence[Header] = ()
 
 
 def _refusal(door: Door) -> _Answer:
     jitter = 1.0 + _JITTER_RATIO * (2.0 * secrets.randbelow(1001) / 1000.0 - 1.0)
     wait = min(float(MAX_RETRY_SECONDS), max(1.0, (door.recovery_seconds or 1.0) * jitter))
     seconds = math.ceil(wait)
-    return _error(
-        429,
+    message = (
         "this server is at its power budget and takes no flex work now; "
-        f"try again in {seconds} s, or send it without the class flex",
-        "rate_limit_error",
-        "resource_unavailable",
+        f"try again in {seconds} s, or send it without the class flex"
+    )
+    return _Answer(
+        429,
+        openai_error(message, "rate_limit_error", "resource_unavailable"),
         [
             (b"retry-after", str(seconds).encode()),
             # The OpenAI client reads this one first; whole seconds alone would lose the jitter.
@@ -296,12 +291,6 @@ def _refusal(door: Door) -> _Answer:
             (STATE_HEADER, door.state.value.encode()),
         ],
     )
-
-
-async def _send(send: Send, answer: _Answer) -> None:
-    start = {"type": "http.response.start", "status": answer.status, "headers": answer.headers}
-    await send(start)
-    await send({"type": "http.response.body", "body": answer.body})
 
 
 def _with_state(send: Send, state: AdmissionState) -> Send:

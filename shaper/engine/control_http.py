@@ -19,13 +19,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from shaper.config import ShaperConfig
 from shaper.control import ControlFile
 from shaper.control_desk import Clocks, ControlDesk, RefusedError
 from shaper.control_state import describe_state
+from shaper.engine.asgi import App, Header, Receive, Scope, Send, openai_error, send_json
 from shaper.engine.logs import share_log_handlers
 from shaper.errors import ConfigError
 from shaper.settings import ADDITIONAL_CONFIG_KEY, admin_key, load_config
@@ -33,12 +33,6 @@ from shaper.status import read_statuses, run_id
 from shaper.wall_clock import wall_seconds
 
 logger = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PREFIX = "/v1/shaper"
 METHODS = {
@@ -84,7 +78,7 @@ class ControlRoutes:
         if path != PREFIX and not path.startswith(f"{PREFIX}/"):
             await self.app(scope, receive, send)
             return
-        headers: list[tuple[bytes, bytes]] = []
+        headers: list[Header] = []
         try:
             status, answer = 200, await self._answer(scope, path, receive)
         except RefusedError as error:
@@ -97,14 +91,7 @@ class ControlRoutes:
             # The boundary: a mistake in here is an answer, not a broken connection.
             logger.exception("a control request failed")
             status, answer = 500, _error(RefusedError(500, "internal", "see the server's log"))
-        body = json.dumps(answer).encode()
-        headers += [
-            (b"content-type", b"application/json"),
-            (b"content-length", str(len(body)).encode()),
-            (b"cache-control", b"no-store"),
-        ]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await send_json(send, status, answer, [*headers, (b"cache-control", b"no-store")])
 
     async def _answer(self, scope: Scope, path: str, receive: Receive) -> dict[str, Any]:
         self._authorise(scope)
@@ -152,9 +139,8 @@ def _digest(text: bytes) -> bytes:
 
 
 def _error(error: RefusedError) -> dict[str, Any]:
-    """In OpenAI's form."""
     kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return {"error": {"message": error.message, "type": kind, "param": None, "code": error.code}}
+    return openai_error(error.message, kind, error.code)
 
 
 def _config(scope: Scope) -> ShaperConfig | None:

@@ -92,7 +92,7 @@ class GroupLedger:
         self._seen = reading.versions
         if now_seconds < self._static_until_seconds:
             # A plan that can't be claimed would be made again and again.
-            parts += self._static_parts(start_seconds, now_seconds, share, kept_ratio)
+            parts += self._parts(start_seconds, now_seconds, share, kept_ratio, static=True)[0]
         table = reading.table
         own = int(reading.rows.searchsorted(self._row))
         return GroupView(parts, *fair_terms(table, own, self.limits, kept_ratio, now_seconds))
@@ -103,33 +103,17 @@ class GroupLedger:
         now_seconds: float,
         share: EngineShare,
         kept_ratio: float,
+        *,
+        static: bool = False,
         retracting: bool = False,
     ) -> tuple[tuple[WindowPart, ...], Reading]:
-        watts = [limit.watts * kept_ratio for limit in self.limits]
-        times = start_seconds, now_seconds
+        """What the limits leave, or where `static` this engine's share of them, taken alone."""
+        limits = self.static_limits if static else self.limits
+        watts = [limit.watts * kept_ratio for limit in limits]
+        asked = start_seconds, now_seconds, share.floor_watts
         return window_parts(
-            self._rows, watts, self._row, *times, share.floor_watts, retracting=retracting
+            self._rows, watts, self._row, *asked, alone=static, retracting=retracting
         )
-
-    def _static_parts(
-        self,
-        start_seconds: float,
-        now_seconds: float,
-        share: EngineShare,
-        kept_ratio: float,
-        retracting: bool = False,
-    ) -> tuple[WindowPart, ...]:
-        watts = [limit.watts * kept_ratio for limit in self.static_limits]
-        times = start_seconds, now_seconds
-        return window_parts(
-            self._rows,
-            watts,
-            self._row,
-            *times,
-            share.floor_watts,
-            alone=True,
-            retracting=retracting,
-        )[0]
 
     def tell(self, share: EngineShare, now_seconds: float) -> None:
         """See `PowerGroup.tell`."""
@@ -192,7 +176,7 @@ class GroupLedger:
         if self._others_entered():
             parts += self._parts(*asked, retracting=True)[0]
         if not held:
-            parts += self._static_parts(*asked, retracting=True)
+            parts += self._parts(*asked, static=True, retracting=True)[0]
         seconds, watts = step.prediction.seconds, step.prediction.watts
         return all(part.fits(seconds, watts) for part in parts)
 

@@ -59,7 +59,7 @@ def cadence_seconds(view: PlanInput) -> float | None:
     if alone and decodes.watts + view.prefill_watts > view.room.sustained_watts:
         # Demand exceeds the budget: slower decodes would only make it swing.
         return None
-    extra = decodes.joules - view.idle_watts * decodes.seconds
+    extra = decodes.joules_above(view.idle_watts)
     available = min(
         view.room.sustained_watts - view.prefill_watts,
         view.room.paced_watts(view.burst_joules),
@@ -112,7 +112,7 @@ def _largest(view: PlanInput, most: int) -> int | None:
             return False
         if not view.room.bounded:
             return True
-        extra = step.joules - view.idle_watts * step.seconds
+        extra = step.joules_above(view.idle_watts)
         pace = max(step.seconds, slowest_seconds(view.targets, step))
         return view.idle_watts + extra / pace <= _DECODE_SHARE * view.room.sustained_watts
 

@@ -107,9 +107,8 @@ class WindowedPlanner:
         wanted = load.batch()
         if not wanted.requests:
             return Plan(UNLIMITED, Reason.IDLE)
-        cadence = cadence_seconds(view)
+        cadence, slack = cadence_seconds(view), _slack_seconds(view)
         if decodes and not wanted.prefill_tokens:
-            slack = _slack_seconds(view)
             if view.spend_slack and _may_wait(view, slack):
                 return _wait(view, Reason.SLACK, slack)
             if others_held_seconds(view) and _may_wait(view, slack):
@@ -120,13 +119,13 @@ class WindowedPlanner:
             return Plan(NOTHING, Reason.PAUSE, until_seconds=_again_seconds(view))
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
-        free = not (wanted.prefill_tokens and others_prompts_first(view))
-        if free and fits_itl and view.room.fits(prediction):
+        yields = bool(wanted.prefill_tokens) and others_prompts_first(view)
+        if not yields and fits_itl and view.room.fits(prediction):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
-            waits = _may_wait(view, _slack_seconds(view))
+            waits = _may_wait(view, slack)
             chunk = 0
-            if not others_prompts_first(view):
+            if not yields:
                 chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
@@ -134,8 +133,7 @@ class WindowedPlanner:
             if decodes and view.turn and _may_wait(view, view.decode_deadline_seconds):
                 return Plan(NOTHING, Reason.TURN)
             if waits:
-                again = _again_seconds(view)
-                return Plan(NOTHING, Reason.CADENCE, _slack_seconds(view), again)
+                return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
         if decodes:
             if view.room.fits(decodes):
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
