@@ -20,6 +20,8 @@ import pytest
 MODEL = "llama-3.1-8b"
 START_SECONDS = 240
 STOP_SECONDS = 60
+# Tests in virtual time ask vLLM for less in this process, and a server would inherit that.
+LOGGED = {"VLLM_LOGGING_LEVEL": "INFO"}
 
 
 def free_port() -> int:
@@ -125,7 +127,7 @@ def started_server(
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=os.environ | (environment or {}),
+            env=os.environ | LOGGED | (environment or {}),
             start_new_session=True,
         )
     return Server(process, port, log)

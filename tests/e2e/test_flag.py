@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.e2e.conftest import MODEL, START_SECONDS, Server, free_port
+from tests.e2e.conftest import LOGGED, MODEL, START_SECONDS, Server, free_port
 
 pytestmark = pytest.mark.e2e
 
@@ -22,7 +22,8 @@ LIMITS = {"limits": [{"watts": 520, "window_seconds": 0.1}]}
 
 def environment() -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.lstrip("_").startswith("SHAPER")}
-    return clean | {"SHAPER_EMULATE": "h200-sxm", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    emulated = {"SHAPER_EMULATE": "h200-sxm", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    return clean | LOGGED | emulated
 
 
 def vllm_command(port: int, *flags: str) -> list[str]:
