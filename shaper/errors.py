@@ -9,6 +9,7 @@
     ├── GpuError             the GPU's driver can't be asked
     │   ├── GpuUnavailableError  no driver, no GPU, or none of the names asked for
     │   ├── GpuPermissionError   the driver refuses this user
+    │   ├── GpuUnsupportedError  this GPU or driver does not have the reading
     │   └── GpuLostError         a GPU fell off the bus or was reset
     ├── FleetError           a power group can't be joined, or its shared file is not to be believed
     ├── TraceError           a workload trace or a recording has a broken line
@@ -52,6 +53,10 @@ class GpuUnavailableError(GpuError):
 
 class GpuPermissionError(GpuError):
     """The driver refuses this user the reading."""
+
+
+class GpuUnsupportedError(GpuError):
+    """This GPU or its driver does not have the reading."""
 
 
 class GpuLostError(GpuError):

@@ -10,8 +10,9 @@ import math
 from bisect import bisect_left
 
 from shaper.core.standing import AdmissionState, Cause, Standing
-from shaper.core.types import Decision, Reason
+from shaper.core.types import Decision, PowerState, Reason
 from shaper.engine.flex import FlexQueue
+from shaper.gpu.sampler import SensorReport
 
 CHUNK_BUCKETS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 REASONS = tuple(Reason)
@@ -31,6 +32,17 @@ SAMPLER_METRICS = (
     ("shaper_sample_read_errors_total", "Reads of the GPUs that failed."),
     ("shaper_samples_rejected_total", "Readings that were not plausible."),
     ("shaper_supervisor_errors_total", "Ticks at which the supervisor failed."),
+    ("shaper_gpu_slowdown_margin_celsius", "Least distance of a GPU from where it slows down."),
+    ("shaper_energy_integrated", "1 while energy is summed up from power, for want of a counter."),
+    ("shaper_sensor_hanging_seconds", "How long a call of the driver has not returned; 0: none."),
+    ("shaper_sensor_reconnects_total", "Times that a lost driver or GPU was found again."),
+    ("shaper_gpu_limit_changes_total", "Changes of the GPUs' enforced limits."),
+    ("shaper_meter_instant_refresh_seconds", "Between refreshes of the instant reading, as seen."),
+    ("shaper_meter_average_refresh_seconds", "Between refreshes of the average reading, as seen."),
+    ("shaper_meter_energy_refresh_seconds", "Between refreshes of the energy counter, as seen."),
+    ("shaper_meter_average_window_seconds", "Window of the average reading, where it shows."),
+    ("shaper_sample_read_p50_seconds", "What a read of all GPUs takes, the median."),
+    ("shaper_sample_read_p99_seconds", "What a read of all GPUs takes, 99 of 100."),
 )
 # Written at the end of the sampler's section, shown as the sample's age.
 SAMPLED_AT_INDEX = len(SAMPLER_METRICS)
@@ -88,6 +100,22 @@ _ADMISSION_STATES = tuple(AdmissionState)
 def or_nan(value: float | None) -> float:
     """What is not known, as the status block holds it."""
     return NAN if value is None else float(value)
+
+
+def sensor_values(state: PowerState | None, report: SensorReport) -> list[float]:
+    """The end of `SAMPLER_METRICS`: of several GPUs, the slowest refresh."""
+    margin = None if state is None else state.slowdown_margin_celsius
+    facts = report.facts
+
+    def slowest(name: str) -> float:
+        return max((or_nan(getattr(one, name)) for one in facts), default=NAN)
+
+    return [
+        *(or_nan(margin), float(report.energy_integrated), report.hanging_seconds),
+        *(float(report.reconnects), float(report.limit_changes)),
+        *(slowest(f"{name}_refresh_seconds") for name in ("instant", "average", "energy")),
+        *(slowest(f"{name}_seconds") for name in ("average_window", "read_p50", "read_p99")),
+    ]
 
 
 def standing_values(standing: Standing) -> list[float]:

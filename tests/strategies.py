@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 from hypothesis import strategies as st
 
 from shaper.core.admission import Strain
 from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
+from shaper.gpu.nvml_errors import ERRORS
 from shaper.group_status import MEMBER_STATES, GroupStatus, MemberStatus
+from tests.gpu.fake_faults import Fault
 
 watts = st.floats(min_value=1.0, max_value=900.0)
 step_seconds = st.floats(min_value=0.002, max_value=0.2)
@@ -114,3 +118,34 @@ group_statuses = st.builds(
     errors=st.integers(0, 10**9),
 )
 """What an engine says of its power group, as large as its block has room for."""
+
+DRIVER_CALLS = (
+    *("", "nvmlInit", "nvmlDeviceGetFieldValues", "nvmlDeviceGetHandleByIndex"),
+    *("nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetUUID"),
+    *("nvmlDeviceGetEnforcedPowerLimit", "nvmlDeviceGetTemperatureV"),
+    *("nvmlDeviceGetMarginTemperature", "CLOCKS_EVENT_REASON_SW_POWER_CAP"),
+    *("POWER_INSTANT", "POWER_AVERAGE", "TOTAL_ENERGY_CONSUMPTION", "MEMORY_TEMP"),
+)
+_garbage = st.sampled_from([0.0, -1.0, 1.0, 1e3, 1e12, 2.0**64, math.nan, math.inf, -math.inf])
+
+
+@st.composite
+def driver_faults(draw: st.DrawFn, end_seconds: float) -> Fault:
+    """One fault of any kind but a hang (which needs two threads), over before the end."""
+    begin = draw(st.floats(0.5, end_seconds - 0.5))
+    kind = draw(
+        st.sampled_from(
+            ["code", "garbage", "frozen", "backwards", "slow", "limit", "lost", "unloaded"]
+        )
+    )
+    value = draw(st.floats(0.0, 1e7) if kind in ("limit", "backwards") else _garbage)
+    return Fault(
+        kind,
+        call=draw(st.sampled_from(DRIVER_CALLS)),
+        gpu=draw(st.sampled_from([None, 0, 1])),
+        code=draw(st.sampled_from(sorted(ERRORS))),
+        value=value,
+        seconds=draw(st.floats(0.0, 0.3)),
+        from_seconds=begin,
+        until_seconds=draw(st.floats(begin, end_seconds)),
+    )

@@ -39,7 +39,7 @@ EMULATED_EXECUTOR = (
 )
 # Libraries that are imported in one place.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "pynvml": ("gpu/nvml.py",),
+    "pynvml": ("gpu/nvml_driver.py",),
     # The metrics themselves, and the two places where they join vLLM's registries.
     "prometheus_client": ("metrics.py", "engine/plugin.py", "engine/stats.py"),
     "vllm": ("engine/", "simulate/", *EMULATED_EXECUTOR),

@@ -55,6 +55,8 @@ _UNSEEN_SECONDS = 60.0
 _OWED_SECONDS = 1.5
 # The driver rounds limits to a watt.
 _LIMIT_CHANGE_RATIO = 0.01
+# A limit that flaps is said at this pace.
+_LIMIT_SAID_SECONDS = 10.0
 # The sampler may stall; what happened meanwhile was not seen.
 _MAX_TICK_SECONDS = 0.25
 
@@ -109,6 +111,8 @@ class _Gpu:
 
     read_seconds: float | None = None
     limit_watts: float | None = None
+    said_limit_watts: float | None = None
+    said_limit_seconds: float = -math.inf
     peak_watts: float = 0.0
     peak_seconds: float = -math.inf
     counters: dict[Cause, float] = field(default_factory=dict)
@@ -291,18 +295,24 @@ def _note_peak(gpu: _Gpu, sample: GpuSample) -> None:
 
 
 def _limit_line(gpu: _Gpu, sample: GpuSample) -> Iterator[str]:
-    limit, before = sample.enforced_limit_watts, gpu.limit_watts
+    """A limit that keeps changing is said now and then, from what was said to what holds."""
+    limit, said = sample.enforced_limit_watts, gpu.said_limit_watts
     if limit is None:
         return
-    if before is not None and abs(limit - before) <= _LIMIT_CHANGE_RATIO * before:
-        return
     gpu.limit_watts = limit
-    if before is not None:
-        how = "fell" if limit < before else "rose"
-        yield (
-            f"GPU {sample.gpu_index}: its enforced power limit {how} from {before:.0f} to "
-            f"{limit:.0f} W; the driver or an operator changed it"
-        )
+    if said is None:
+        gpu.said_limit_watts = limit
+        return
+    if abs(limit - said) <= _LIMIT_CHANGE_RATIO * said:
+        return
+    if sample.read_seconds - gpu.said_limit_seconds < _LIMIT_SAID_SECONDS:
+        return
+    gpu.said_limit_watts, gpu.said_limit_seconds = limit, sample.read_seconds
+    how = "fell" if limit < said else "rose"
+    yield (
+        f"GPU {sample.gpu_index}: its enforced power limit {how} from {said:.0f} to "
+        f"{limit:.0f} W; the driver or an operator changed it"
+    )
 
 
 def _line(cause: Cause, fault: _Fault, sample: GpuSample, highest_hertz: float) -> str:

@@ -61,6 +61,10 @@ class GpuSample:
     clock_event_reasons: ClockEventReasons = ClockEventReasons.NONE
     thermal_throttle_seconds: float | None = None
     brake_throttle_seconds: float | None = None
+    power_cap_throttle_seconds: float | None = None
+    memory_temperature_celsius: float | None = None
+    slowdown_margin_celsius: float | None = None
+    """How far the GPU is below where its driver lowers the clocks for heat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,10 @@ class PowerState:
     clock_event_reasons: ClockEventReasons = ClockEventReasons.NONE
     gpus: tuple[GpuSample, ...] = ()
     """What it is made of, so that one sick GPU among many shows."""
+    slowdown_margin_celsius: float | None = None
+    """The least of the GPUs'."""
+    energy_integrated: bool = False
+    """Energy of at least one GPU is not counted but summed up from its power readings."""
 
     def age_seconds(self, now_seconds: float) -> float:
         """Seconds since the sampler read this, never negative."""

@@ -6,7 +6,7 @@ and the same contract tests run over all three.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shaper.core.types import GpuIdentity, GpuSample
 
@@ -29,4 +29,19 @@ class GpuReader(Protocol):
 
     def close(self) -> None:
         """Let go of the driver. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class TellsWhatItDoes(Protocol):
+    """A reader that says which of the driver's calls is under way. Read by another thread."""
+
+    @property
+    def doing(self) -> str:
+        """The call and its GPU; empty between calls."""
+        ...
+
+    @property
+    def reconnects(self) -> int:
+        """Times that a lost driver or GPU was found again."""
         ...

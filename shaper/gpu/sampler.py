@@ -4,67 +4,61 @@ Each tick: read, screen, sum up, publish. Publishing is one assignment of an
 immutable value to `latest`, so the scheduler reads it with no lock and never waits
 for the driver. Nothing is published when a read fails or when it says nothing about
 power: the last state then ages, and its age is how the controller learns of it.
+
+A second thread watches the first. Where a read does not return, it says once which call
+hangs, and goes on with the ticks, so that the engine is supervised and controlled all the
+same; it gives the ticks back when the call returns.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from shaper.core.types import ClockEventReasons, GpuSample, PowerState
+from shaper.core.types import GpuSample, PowerState
 from shaper.errors import GpuError, GpuLostError
-from shaper.gpu.reader import GpuReader
+from shaper.gpu.energy import EnergyMeter
+from shaper.gpu.meter_facts import MeterFacts, MeterWatch
+from shaper.gpu.reader import GpuReader, TellsWhatItDoes
 from shaper.gpu.screen import Screen
+from shaper.gpu.summary import summarise
 
 _log = logging.getLogger(__name__)
 
 # A driver call that hangs must not hang the engine's shutdown with it.
 _JOIN_SECONDS = 2.0
+# A read takes milliseconds. After a second a state is no longer trusted, and a reason helps.
+_HANG_SECONDS = 1.0
+# How soon a read that hangs is seen. The watch costs a wake-up each time.
+_WATCH_SECONDS = 0.5
+# What keeps coming and going is said at this pace, and counted otherwise.
+_SAY_SECONDS = 60.0
+# What the meter does hardly changes; to sum it up takes longer than to note a reading.
+_FACTS_SECONDS = 1.0
 
 
-def summarise(samples: Sequence[GpuSample]) -> PowerState:
-    """The GPUs of one engine as one state.
+@dataclass(frozen=True, slots=True)
+class SensorReport:
+    """How the sensor fares. Counts are since the start."""
 
-    A sum is None when one of its GPUs is missing, since a part of it would be too
-    low. The state is as old as its oldest sample.
-
-    Raises:
-        ValueError: there are no samples.
-    """
-    if not samples:
-        raise ValueError("no samples to summarise")
-    reasons = ClockEventReasons.NONE
-    for sample in samples:
-        reasons |= sample.clock_event_reasons
-    return PowerState(
-        sampled_seconds=min(sample.read_seconds for sample in samples),
-        gpu_count=len(samples),
-        instant_watts=_sum(sample.instant_watts for sample in samples),
-        average_watts=_sum(sample.average_watts for sample in samples),
-        energy_joules=_sum(sample.energy_joules for sample in samples),
-        enforced_limit_watts=_sum(sample.enforced_limit_watts for sample in samples),
-        sm_clock_hertz=min(_known(sample.sm_clock_hertz for sample in samples), default=None),
-        temperature_celsius=max(
-            _known(sample.temperature_celsius for sample in samples), default=None
-        ),
-        clock_event_reasons=reasons,
-        gpus=tuple(samples),
-    )
+    hanging_call: str = ""
+    """The driver's call that does not return; empty: none hangs."""
+    hanging_seconds: float = 0.0
+    reconnects: int = 0
+    """Times that a lost driver or GPU was found again."""
+    limit_changes: int = 0
+    """Times that the enforced limit of a GPU changed."""
+    energy_integrated: bool = False
+    """Energy of at least one GPU is summed up from its power."""
+    last_error: str = ""
+    facts: tuple[MeterFacts, ...] = ()
 
 
-def _sum(values: Iterable[float | None]) -> float | None:
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
-
-
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
+NO_REPORT = SensorReport()
 
 
 class Sampler:
@@ -77,7 +71,9 @@ class Sampler:
             finds a fresh value soon after it appears.
         on_state: called in the sampler's thread with each published state.
         on_tick: called in the sampler's thread with the time of each tick, also when
-            the read failed; keeps metrics fresh while the engine is idle.
+            the read failed; keeps metrics fresh while the engine is idle. Called by the
+            watching thread while a read hangs, never by both at once.
+        meter: finds out what the meter does; None: nobody does.
 
     `latest` is None until the first good read. `energy_joules` in it counts from
     that read.
@@ -90,10 +86,12 @@ class Sampler:
         interval_seconds: float = 0.02,
         on_state: Callable[[PowerState], None] | None = None,
         on_tick: Callable[[float], None] | None = None,
+        meter: MeterWatch | None = None,
     ) -> None:
         if interval_seconds <= 0:
             raise ValueError(f"interval_seconds must be above 0, not {interval_seconds}")
         self._reader = reader
+        self._told_by = reader if isinstance(reader, TellsWhatItDoes) else None
         self._clock = clock
         self._interval_seconds = interval_seconds
         self._on_state = on_state
@@ -101,9 +99,26 @@ class Sampler:
         # A sum over the GPUs that still answer would be too low.
         self._gpu_count = len(reader.gpus)
         self._screen = Screen()
+        self._energy = EnergyMeter()
+        self._meter = meter
+        self._limits: dict[int, float] = {}
+        self._limit_changes = 0
+        self._last_error = ""
+        self._facts: tuple[MeterFacts, ...] = ()
+        self._facts_due_seconds = -math.inf
         self._logged: set[str] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._watcher: threading.Thread | None = None
+        # Whoever holds it ticks: the sampler, or the watcher while a read hangs.
+        self._ticking = threading.Lock()
+        self._reading_since: float | None = None
+        self._told_seconds = -math.inf
+        self._read_cost_seconds = 0.0
+        self._silent_since: float | None = None
+        self._said_back_seconds = -math.inf
+        self._said_integrated = False
+        self._abandoned = False
         self.latest: PowerState | None = None
         self.read_errors = 0
         """Reads that raised a `GpuError`, or came without one of the GPUs."""
@@ -115,8 +130,23 @@ class Sampler:
         """Single values that were not plausible and were taken as missing."""
         return self._screen.rejected_readings
 
+    def report(self, now_seconds: float) -> SensorReport:
+        """How the sensor fares. Call from `on_tick`."""
+        since = self._reading_since
+        seconds = 0.0 if since is None else max(0.0, now_seconds - since)
+        hangs = seconds >= _HANG_SECONDS
+        return SensorReport(
+            hanging_call=self._doing() if hangs else "",
+            hanging_seconds=seconds if hangs else 0.0,
+            reconnects=0 if self._told_by is None else self._told_by.reconnects,
+            limit_changes=self._limit_changes,
+            energy_integrated=self._energy.integrated,
+            last_error=self._last_error,
+            facts=self._facts,
+        )
+
     def start(self) -> None:
-        """Start the thread. A second call changes nothing.
+        """Start the threads. A second call changes nothing.
 
         Raises:
             RuntimeError: the sampler was stopped.
@@ -126,46 +156,111 @@ class Sampler:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="shaper-sampler", daemon=True)
             self._thread.start()
+            self._watcher = threading.Thread(
+                target=self._watch, name="shaper-sampler-watch", daemon=True
+            )
+            self._watcher.start()
 
     def stop(self) -> None:
-        """End the thread and close the reader; waits 2 s at most. May be called twice."""
+        """End the threads and close the reader; waits 2 s at most, and for no call that is
+        known to hang: its thread is left behind. May be called twice."""
         stopped = self._stopping.is_set()
         self._stopping.set()
-        if self._thread is not None:
-            self._thread.join(_JOIN_SECONDS)
-        elif not stopped:
-            self._close()
+        if self._thread is None:
+            if not stopped:
+                self._close()
+            return
+        since = self._reading_since
+        hangs = since is not None and self._clock() - since >= _HANG_SECONDS
+        self._thread.join(0.0 if hangs else _JOIN_SECONDS)
+        # What it still brings, nobody waits for.
+        self._abandoned = True
+        if self._watcher is not None:
+            self._watcher.join(_JOIN_SECONDS)
 
     def tick(self) -> None:
         """Read once and publish. What the thread does at each interval."""
         now_seconds = self._clock()
-        self._guarded(self._read_and_publish)
+        self._reading_since = now_seconds
+        samples = self._read()
+        # Not before the lock: the watcher may be in the middle of a tick.
+        with self._ticking:
+            self._reading_since = None
+            if self._abandoned:
+                return
+            if samples is not None:
+                self._guarded(lambda: self._publish(samples))
+            # The watcher may have ticked meanwhile, and time does not go back.
+            self._tell(max(now_seconds, self._told_seconds))
+
+    def _tell(self, now_seconds: float) -> None:
+        self._told_seconds = now_seconds
         if self._on_tick is not None:
             on_tick = self._on_tick
             self._guarded(lambda: on_tick(now_seconds))
 
-    def _read_and_publish(self) -> None:
+    def _read(self) -> tuple[GpuSample, ...] | None:
+        """One reading of all GPUs; None where it failed."""
+        begin = self._clock()
         try:
             samples = self._reader.read()
+            if len(samples) != self._gpu_count:
+                raise GpuLostError(f"{len(samples)} of {self._gpu_count} GPUs answered")
         except GpuError as error:
             self.read_errors += 1
             self._log_once(error)
-            return
-        if len(samples) != self._gpu_count:
-            self.read_errors += 1
-            self._log_once(
-                GpuLostError(f"{len(samples)} of {self._gpu_count} GPUs answered the last read")
-            )
-            return
-        state = summarise(self._screen.pass_on(samples))
+        except Exception as error:
+            # This thread must outlive a mistake in a reader.
+            self.callback_errors += 1
+            self._log_once(error)
+        else:
+            self._note_back(begin)
+            return samples
+        if self._silent_since is None:
+            self._silent_since = begin
+        return None
+
+    def _note_back(self, begin_seconds: float) -> None:
+        """A read has come back: say so if there was none for long."""
+        now = self._clock()
+        self._read_cost_seconds = now - begin_seconds
+        since = begin_seconds if self._silent_since is None else self._silent_since
+        self._silent_since = None
+        if now - since >= _HANG_SECONDS and now - self._said_back_seconds >= _SAY_SECONDS:
+            self._said_back_seconds = now
+            _log.warning("GPU sampling: the GPUs answer again, after %.1f s", now - since)
+
+    def _publish(self, samples: tuple[GpuSample, ...]) -> None:
+        screened = self._screen.pass_on(samples)
+        if self._meter is not None:
+            now = screened[0].read_seconds
+            self._meter.observe(screened, self._read_cost_seconds)
+            if now >= self._facts_due_seconds:
+                self._facts = self._meter.facts()
+                self._facts_due_seconds = now + _FACTS_SECONDS
+        samples = self._energy.fill(screened)
+        if self._energy.integrated and not self._said_integrated:
+            self._said_integrated = True
+            _log.warning("GPU sampling: no energy counter answers: energy is summed up from power")
+        self._note_limits(samples)
+        state = summarise(samples, self._energy.integrated)
         if state.instant_watts is None and state.average_watts is None:
             return
         self.latest = state
         if self._on_state is not None:
             self._on_state(state)
 
+    def _note_limits(self, samples: tuple[GpuSample, ...]) -> None:
+        for sample in samples:
+            limit = sample.enforced_limit_watts
+            if limit is None:
+                continue
+            if self._limits.setdefault(sample.gpu_index, limit) != limit:
+                self._limits[sample.gpu_index] = limit
+                self._limit_changes += 1
+
     def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs in a thread that must outlive a mistake in a callback or a reader."""
+        """Runs in a thread that must outlive a mistake in a callback."""
         try:
             action()
         except Exception as error:
@@ -174,6 +269,7 @@ class Sampler:
 
     def _log_once(self, error: Exception) -> None:
         kind = type(error).__name__
+        self._last_error = f"{kind}: {error}"
         if kind not in self._logged:
             self._logged.add(kind)
             _log.warning(
@@ -191,6 +287,28 @@ class Sampler:
             due_seconds = max(due_seconds + self._interval_seconds, self._clock())
             self._stopping.wait(due_seconds - self._clock())
         self._close()
+
+    def _doing(self) -> str:
+        said = "" if self._told_by is None else self._told_by.doing
+        return said or "a read of the GPUs"
+
+    def _watch(self) -> None:
+        """Tick in the place of the sampler while a read of it hangs."""
+        hangs, said_seconds = False, -math.inf
+        while not self._stopping.wait(self._interval_seconds if hangs else _WATCH_SECONDS):
+            with self._ticking:
+                since, now = self._reading_since, self._clock()
+                hangs = since is not None and now - since >= _HANG_SECONDS
+                if since is None or not hangs:
+                    continue
+                if since > said_seconds + _SAY_SECONDS:
+                    said_seconds = since
+                    _log.warning(
+                        "GPU sampling: %s has not returned for %.1f s; the state ages meanwhile",
+                        self._doing(),
+                        now - since,
+                    )
+                self._tell(now)
 
     def _close(self) -> None:
         try:

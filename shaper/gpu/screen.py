@@ -3,6 +3,7 @@
     watts        finite, at least 1, at most 4 times the enforced limit; not frozen
     energy       advances by what those watts allow, and does advance
     clock, heat  finite and inside what silicon does
+    held back    seconds since the driver was loaded: finite, and no more than a century
 
 An energy counter that jumps is not believed at once. If the next reading goes on
 from where it jumped to, the counter was reset, and counting goes on from there; if
@@ -29,6 +30,8 @@ _UNKNOWN_LIMIT_WATTS = 2800.0
 _MIN_WATTS = 1.0
 _MAX_CLOCK_HERTZ = 10e9
 _MIN_CELSIUS, _MAX_CELSIUS = -40.0, 150.0
+# Counters of nanoseconds in 64 bits run over after six centuries: beyond one is no reading.
+_MAX_HELD_SECONDS = 100 * 365 * 86_400.0
 # Counters refresh every 20 to 100 ms; a jump may hold this much more than the time between reads.
 _COUNTER_SLACK_SECONDS = 0.5
 # Ten refreshes of the slowest meter. A GPU that rests draws power too, so its counter moves.
@@ -96,6 +99,12 @@ class Screen:
             "sm_clock_hertz": (0.0, _MAX_CLOCK_HERTZ),
             "memory_clock_hertz": (0.0, _MAX_CLOCK_HERTZ),
             "temperature_celsius": (_MIN_CELSIUS, _MAX_CELSIUS),
+            "memory_temperature_celsius": (_MIN_CELSIUS, _MAX_CELSIUS),
+            # Negative beyond the slowdown.
+            "slowdown_margin_celsius": (-_MAX_CELSIUS, _MAX_CELSIUS),
+            "thermal_throttle_seconds": (0.0, _MAX_HELD_SECONDS),
+            "brake_throttle_seconds": (0.0, _MAX_HELD_SECONDS),
+            "power_cap_throttle_seconds": (0.0, _MAX_HELD_SECONDS),
         }
         missing: dict[str, Any] = {}
         for name, span in ranges.items():

@@ -21,7 +21,7 @@ from bench import gpu_characterise
 from bench.characterise import engine, kernels
 from bench.characterise.plan import QUICK, STAGES
 from shaper.core.types import StepBatch
-from shaper.gpu import nvml
+from shaper.gpu import nvml_driver
 from shaper.gpu.profiles import load_profile
 from shaper.recording import read_recording
 from tests.gpu.fake_nvml import FakeGpu, FakeNvml
@@ -78,12 +78,12 @@ def test_without_a_gpu_it_says_so(
 ) -> None:
     """No driver, and a GPU without CUDA in torch: both exit with 2."""
     missing = FakeNvml([], init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
-    monkeypatch.setattr(nvml, "pynvml", missing)
+    monkeypatch.setattr(nvml_driver, "pynvml", missing)
     assert run("--out", str(tmp_path / "a")) == 2
     torch = pytest.importorskip("torch")
     if torch.cuda.is_available():
         pytest.skip("there is CUDA here")
-    monkeypatch.setattr(nvml, "pynvml", FakeNvml([FakeGpu("GPU-a")]))
+    monkeypatch.setattr(nvml_driver, "pynvml", FakeNvml([FakeGpu("GPU-a")]))
     quick = ("--idle-seconds", "0.05", "--torch-only")
     assert run("--out", str(tmp_path / "b"), *quick) == 2
     error = capsys.readouterr().err
@@ -102,7 +102,7 @@ def test_without_a_binding_vllm_s_copy_is_used(
     monkeypatch.setitem(sys.modules, "vllm.third_party", SimpleNamespace(__path__=[]))
     monkeypatch.setitem(sys.modules, "vllm.third_party.pynvml", copy)
     monkeypatch.setitem(sys.modules, "pynvml", pynvml)
-    monkeypatch.setattr(nvml, "pynvml", copy)
+    monkeypatch.setattr(nvml_driver, "pynvml", copy)
     quick = ("--stage", "idle", "--idle-seconds", "0.05", "--out", str(tmp_path))
     assert run(*quick) == 0
     assert id(sys.modules["pynvml"]) == id(copy)
@@ -126,14 +126,16 @@ class CountingNvml(FakeNvml):
             super().__getattribute__("asked").add(name)
         return super().__getattribute__(name)
 
-    def _field_value(self, handle: FakeGpu, number: int, scope: int) -> SimpleNamespace:
+    def _field_value(self, index: int, number: int, scope: int) -> SimpleNamespace:
         if number == pynvml.NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION:
-            return SimpleNamespace(nvmlReturn=pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return super()._field_value(handle, number, scope)
+            missing = pynvml.NVML_ERROR_NOT_SUPPORTED
+            return SimpleNamespace(fieldId=number, nvmlReturn=missing)
+        return super()._field_value(index, number, scope)
 
-    def _get(self, name: str, handle: FakeGpu, *arguments: int) -> Any:
+    def _get(self, name: str, handle: Any, *arguments: int) -> Any:
         if name == "nvmlDeviceGetTotalEnergyConsumption":
-            handle.energy_millijoules = (handle.energy_millijoules or 0) + 6_000
+            (device,) = self.devices
+            device.energy_millijoules = (device.energy_millijoules or 0) + 6_000
         return super()._get(name, handle, *arguments)
 
 
@@ -158,7 +160,7 @@ def test_a_real_gpu_is_only_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     """All stages over a fake driver, the load being torch on the CPU: no setter is called."""
     pytest.importorskip("torch")
     fake = CountingNvml(FakeGpu("GPU-a"))
-    monkeypatch.setattr(nvml, "pynvml", fake)
+    monkeypatch.setattr(nvml_driver, "pynvml", fake)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     on_cpu = partial(kernels.TorchSteps, device="cpu", kv_tokens=40_000, largest_chunk=2048)
     monkeypatch.setattr(kernels, "TorchSteps", on_cpu)
@@ -186,7 +188,7 @@ def test_a_real_gpu_is_only_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_reading_needs_no_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Idle and reads alone run nothing on the GPU, and write files of their own."""
     fake = CountingNvml(FakeGpu("GPU-a"))
-    monkeypatch.setattr(nvml, "pynvml", fake)
+    monkeypatch.setattr(nvml_driver, "pynvml", fake)
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     quick = ("--out", str(tmp_path), "--quick", "--idle-seconds", "0.2")
     assert run("--stage", "idle", *quick) == 0
@@ -209,7 +211,7 @@ def test_an_engine_that_does_not_start_is_one_line(
 
     monkeypatch.setattr(engine, "set_environment", lambda emulate: None)
     monkeypatch.setattr(engine, "_start", broken)
-    monkeypatch.setattr(nvml, "pynvml", CountingNvml(FakeGpu("GPU-a")))
+    monkeypatch.setattr(nvml_driver, "pynvml", CountingNvml(FakeGpu("GPU-a")))
     assert run("--out", str(tmp_path), "--idle-seconds", "0.1") == 2
     error = capsys.readouterr().err
     assert "no kernel image" in error

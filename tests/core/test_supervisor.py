@@ -15,7 +15,7 @@ from shaper.core.standing import (
 from shaper.core.supervisor import Supervisor
 from shaper.core.types import ClockEventReasons, GpuSample, PowerState
 from shaper.gpu.profiles import load_profile
-from shaper.gpu.sampler import summarise
+from shaper.gpu.summary import summarise
 
 TICK_SECONDS = 0.02
 PROFILE = load_profile("h200-sxm")

@@ -15,7 +15,7 @@ from shaper.errors import (
     GpuPermissionError,
     GpuUnavailableError,
 )
-from shaper.gpu import nvml
+from shaper.gpu import nvml_driver
 from shaper.gpu.nvml import NvmlReader
 from tests.gpu.clocks import HandClock
 from tests.gpu.fake_nvml import FakeGpu, FakeNvml
@@ -26,7 +26,7 @@ Install = Callable[[FakeNvml], FakeNvml]
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     def put(fake: FakeNvml) -> FakeNvml:
-        monkeypatch.setattr(nvml, "pynvml", fake)
+        monkeypatch.setattr(nvml_driver, "pynvml", fake)
         return fake
 
     return put
@@ -57,6 +57,9 @@ def test_every_field_in_si_units(install: Install) -> None:
             "clock_event_reasons": 0,
             "thermal_throttle_seconds": None,
             "brake_throttle_seconds": None,
+            "power_cap_throttle_seconds": None,
+            "memory_temperature_celsius": None,
+            "slowdown_margin_celsius": None,
         }
     )
 

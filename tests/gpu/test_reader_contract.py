@@ -1,4 +1,5 @@
-"""What every `GpuReader` keeps: one suite over the driver, the emulated GPU and a replay."""
+"""What every `GpuReader` keeps: one suite over the driver, plain and recorded, the emulated
+GPU and a replay."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from shaper.core.power_model import StepModel
 from shaper.core.types import ClockEventReasons, GpuSample
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.meter import EmulatedReader
+from shaper.emulator.playback import PlaybackReader
 from shaper.emulator.shapes import load_shape
 from shaper.emulator.silicon import EmulatedGpus
-from shaper.gpu import nvml
+from shaper.gpu import nvml_driver
+from shaper.gpu.capabilities import QUANTITIES, describe_gpus
 from shaper.gpu.nvml import NvmlReader
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.reader import GpuReader
@@ -29,8 +32,15 @@ TICK_SECONDS = 0.02
 
 
 def make_nvml(clock: HandClock, _: Path, monkeypatch: pytest.MonkeyPatch) -> GpuReader:
-    monkeypatch.setattr(nvml, "pynvml", FakeNvml([FakeGpu("GPU-a"), FakeGpu("GPU-b")]))
+    monkeypatch.setattr(nvml_driver, "pynvml", FakeNvml([FakeGpu("GPU-a"), FakeGpu("GPU-b")]))
     return NvmlReader([0, 1], clock)
+
+
+def make_recorded(clock: HandClock, _: Path, __: pytest.MonkeyPatch) -> GpuReader:
+    """The driver again, its values from a recording."""
+    recording = "tests/gpu/data/h200_load.csv"
+    gpus = [FakeGpu(uuid, recording=recording) for uuid in ("GPU-a", "GPU-b")]
+    return NvmlReader([0, 1], clock, FakeNvml(gpus, clock=clock))
 
 
 def make_emulated(clock: HandClock, _: Path, __: pytest.MonkeyPatch) -> GpuReader:
@@ -39,7 +49,7 @@ def make_emulated(clock: HandClock, _: Path, __: pytest.MonkeyPatch) -> GpuReade
     return EmulatedReader(EmulatedGpus(profile, model, start_seconds=clock()), clock)
 
 
-def make_replay(clock: HandClock, folder: Path, monkeypatch: pytest.MonkeyPatch) -> GpuReader:
+def recording(clock: HandClock, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recording of the emulated GPUs, taken ahead of the test's own time."""
     recorder = HandClock(clock())
     source = make_emulated(recorder, folder, monkeypatch)
@@ -52,7 +62,15 @@ def make_replay(clock: HandClock, folder: Path, monkeypatch: pytest.MonkeyPatch)
                 row = asdict(sample) | {"clock_event_reasons": int(sample.clock_event_reasons)}
                 writer.writerow(row)
             recorder.advance(TICK_SECONDS)
-    return ReplayReader(path, clock)
+    return path
+
+
+def make_replay(clock: HandClock, folder: Path, monkeypatch: pytest.MonkeyPatch) -> GpuReader:
+    return ReplayReader(recording(clock, folder, monkeypatch), clock)
+
+
+def make_playback(clock: HandClock, folder: Path, monkeypatch: pytest.MonkeyPatch) -> GpuReader:
+    return PlaybackReader(recording(clock, folder, monkeypatch), clock, count=2)
 
 
 Maker = Callable[[HandClock, Path, pytest.MonkeyPatch], GpuReader]
@@ -63,7 +81,10 @@ def clock() -> HandClock:
     return HandClock(1000.0)
 
 
-@pytest.fixture(params=[make_nvml, make_emulated, make_replay], ids=["nvml", "emulated", "replay"])
+@pytest.fixture(
+    params=[make_nvml, make_recorded, make_emulated, make_replay, make_playback],
+    ids=["nvml", "nvml-recorded", "emulated", "replay", "playback"],
+)
 def reader(
     request: pytest.FixtureRequest,
     clock: HandClock,
@@ -129,6 +150,17 @@ def test_the_sampler_believes_it(reader: GpuReader, clock: HandClock) -> None:
     assert sampler.latest is not None
     assert sampler.latest.gpu_count == 2
     assert sampler.latest.enforced_limit_watts == 1400
+
+
+def test_it_can_be_described(reader: GpuReader) -> None:
+    """Each quantity of each GPU has a source, or a reason why it has none."""
+    described = describe_gpus(reader)
+    assert [found.gpu for found in described] == list(reader.gpus)
+    for found in described:
+        assert tuple(source.quantity for source in found.sources) == QUANTITIES
+        assert all(source.how or source.missing for source in found.sources)
+        assert found.power_scope == "GPU"
+        assert not found.source("energy_joules").missing
 
 
 def test_close_twice(reader: GpuReader) -> None:

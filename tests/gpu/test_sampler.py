@@ -11,7 +11,8 @@ import pytest
 
 from shaper.core.types import ClockEventReasons, GpuIdentity, GpuSample, PowerState
 from shaper.errors import GpuError, GpuLostError, GpuPermissionError
-from shaper.gpu.sampler import Sampler, summarise
+from shaper.gpu.sampler import Sampler
+from shaper.gpu.summary import summarise
 from tests.gpu.clocks import HandClock
 
 Script = Sequence[GpuSample | Exception]

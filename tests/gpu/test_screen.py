@@ -63,6 +63,12 @@ def test_an_absurd_limit_neither_passes_nor_widens_the_range(limit: float) -> No
         ("memory_clock_hertz", math.nan),
         ("temperature_celsius", 61_000.0),
         ("temperature_celsius", -300.0),
+        ("memory_temperature_celsius", 255.0),
+        ("slowdown_margin_celsius", -1e9),
+        ("slowdown_margin_celsius", math.inf),
+        ("thermal_throttle_seconds", math.nan),
+        ("brake_throttle_seconds", -1.0),
+        ("power_cap_throttle_seconds", 1.8e10),
     ],
 )
 def test_other_fields_have_their_range(field: str, value: float) -> None:

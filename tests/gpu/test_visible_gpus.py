@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shaper.errors import GpuUnavailableError
-from shaper.gpu.nvml import visible_gpus
+from shaper.gpu.visible import dealt_gpus, device_order_warning, visible_gpus
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,45 @@ def test_a_mig_slice_is_refused_by_name() -> None:
     """The driver meters whole GPUs, so a slice has no power of its own."""
     with pytest.raises(GpuUnavailableError, match=r"MIG-1234.*not supported"):
         visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-1234"}, 1)
+
+
+@pytest.mark.parametrize("variable", ["0,0", "GPU-a,1,GPU-a", "3,²,3"])
+def test_a_gpu_that_is_named_twice_is_refused(variable: str) -> None:
+    """Its power would count twice."""
+    with pytest.raises(GpuUnavailableError, match="twice"):
+        visible_gpus({"CUDA_VISIBLE_DEVICES": variable}, len(variable.split(",")))
+
+
+@pytest.mark.parametrize(
+    ("assigned", "world_size", "rank", "expected"),
+    [
+        ((4, 5), 2, 1, (4, 5)),
+        ((4, 5, 6, 7), 2, 1, (6, 7)),
+        ((4, 5, 6, 7), 1, 3, (7,)),
+        ((), 2, 1, ()),
+    ],
+)
+def test_what_vllm_has_dealt_is_one_ranks_or_the_whole_list(
+    assigned: tuple[int, ...], world_size: int, rank: int, expected: tuple[int, ...]
+) -> None:
+    """A rank that took all of `--device-ids` for its own would see its neighbours' power."""
+    assert dealt_gpus(assigned, world_size, rank) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "selectors", "names", "warns"),
+    [
+        ({}, (0,), ("A", "B"), True),
+        ({"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}, (0,), ("A", "B"), True),
+        ({"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}, (0,), ("A", "B"), False),
+        ({}, (0,), ("A", "A"), False),
+        ({}, ("GPU-a",), ("A", "B"), False),
+    ],
+)
+def test_indices_among_unlike_gpus_are_warned_of(
+    environ: dict[str, str], selectors: tuple[int | str, ...], names: tuple[str, ...], warns: bool
+) -> None:
+    """CUDA puts the fastest first, the driver counts by bus."""
+    warning = device_order_warning(environ, selectors, names)
+    assert (warning is not None) is warns
+    assert warning is None or "CUDA_DEVICE_ORDER=PCI_BUS_ID" in warning
