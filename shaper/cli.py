@@ -20,7 +20,9 @@ commands:
   mode      switch a running server's shaper on, to shadow, or off
   simulate  a rack of engines in virtual time: what budget can this traffic run in
   predict   seconds, joules and watts of an engine step on a GPU
+  record    the GPUs' readings, or a running server's steps and readings, to a file
   fit       a GPU profile from a recording
+  doctor    whether this host can run the shaper, and how a server fares
   version   versions of the shaper, vLLM and Python
 
 `shaper COMMAND --help` says more.
@@ -45,6 +47,12 @@ def _simulate(arguments: Sequence[str]) -> int | None:
     return main(arguments)
 
 
+def _record(arguments: Sequence[str]) -> int | None:
+    from shaper.record import main
+
+    return main(list(arguments))
+
+
 def _fit(arguments: Sequence[str]) -> int | None:
     from shaper.fit import main
 
@@ -61,6 +69,12 @@ def _mode(arguments: Sequence[str]) -> int | None:
     from shaper.operate import mode_main
 
     return mode_main(arguments)
+
+
+def _doctor(arguments: Sequence[str]) -> int:
+    from shaper.doctor.command import main
+
+    return main(arguments)
 
 
 def _version(arguments: Sequence[str]) -> int:
@@ -88,7 +102,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "mode": _mode,
     "simulate": _simulate,
     "predict": _predict,
+    "record": _record,
     "fit": _fit,
+    "doctor": _doctor,
     "version": _version,
 }
 

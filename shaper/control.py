@@ -80,6 +80,15 @@ class ModeRecord(Frozen):
     origin: Origin
 
 
+class RecordOrder(Frozen):
+    """A recording that was asked for and not ended: `shaper/record_desk.py`."""
+
+    file: str
+    """Its name in the recording directory."""
+    until_monotonic_seconds: float
+    origin: Origin
+
+
 class ControlRecord(Frozen):
     """All that a run's engines have been asked for."""
 
@@ -89,6 +98,7 @@ class ControlRecord(Frozen):
     mode: ModeRecord | None = None
     cleared: Origin | None = None
     """Who cleared the last change of the budget, while there is no newer one."""
+    record: RecordOrder | None = None
 
 
 class ControlFile:

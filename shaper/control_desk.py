@@ -140,14 +140,14 @@ class ControlDesk:
             RefusedError: 422 it is wrong in itself, 409 an engine can't keep it, 503 there is
                 no engine or the file can't be written, 504 an engine did not acknowledge.
         """
-        request = _parsed(BudgetRequest, body)
+        request = parsed(BudgetRequest, body)
         wall, now = self.clocks.wall(), self.clocks.monotonic()
         until = None if request.until is None else request.until.timestamp()
         if until is not None and until <= wall:
             raise RefusedError(
                 422, "invalid_value", f"until={request.until} is over (it is {iso(wall)})"
             )
-        engines = self._some_engines()
+        engines = self.some_engines()
         self._check(request, engines)
         said = {"limits", "gpu_limits", "ramp_watts_per_second"}
         terms = TermsConfig(**request.model_dump(include=said))
@@ -167,7 +167,7 @@ class ControlDesk:
         asked = request.model_dump(
             mode="json", by_alias=True, exclude_none=True, exclude={"who", "why"}
         )
-        return await self._make(change, request, address, f"budget {asked}", engines)
+        return await self.make(change, request, address, f"budget {asked}", engines)
 
     async def clear_budget(self, body: object, address: str) -> int:
         """Back to the configured and scheduled budget.
@@ -175,13 +175,13 @@ class ControlDesk:
         Raises:
             RefusedError: as for `set_budget`.
         """
-        request = _parsed(ClearRequest, body)
-        return await self._make(
+        request = parsed(ClearRequest, body)
+        return await self.make(
             lambda record, origin: {"budget": None, "cleared": origin},
             request,
             address,
             "budget cleared",
-            self._some_engines(),
+            self.some_engines(),
         )
 
     async def set_mode(self, body: object, address: str) -> int:
@@ -190,18 +190,23 @@ class ControlDesk:
         Raises:
             RefusedError: as for `set_budget`.
         """
-        request = _parsed(ModeRequest, body)
-        return await self._make(
+        request = parsed(ModeRequest, body)
+        return await self.make(
             lambda record, origin: {"mode": ModeRecord(mode=request.mode, origin=origin)},
             request,
             address,
             f"mode {request.mode}",
-            self._some_engines(),
+            self.some_engines(),
         )
 
     # --- how
 
-    def _some_engines(self) -> list[Status]:
+    def some_engines(self) -> list[Status]:
+        """The same, at least one.
+
+        Raises:
+            RefusedError: 503 there is none.
+        """
         engines = self.engines()
         if not engines:
             raise RefusedError(
@@ -224,7 +229,7 @@ class ControlDesk:
             except ConfigError as error:
                 raise RefusedError(409, "infeasible", str(error)) from error
 
-    async def _make(
+    async def make(
         self,
         change: Callable[[ControlRecord, Origin], dict[str, Any]],
         signed: Signed,
@@ -232,6 +237,18 @@ class ControlDesk:
         what: str,
         engines: Sequence[Status],
     ) -> int:
+        """Write a change to the control file and wait until every engine has acknowledged it.
+
+        Args:
+            change: the fields of the control file that become others.
+            signed: who asks, and why.
+            address: of who asks.
+            what: is asked, for the log.
+            engines: of this host.
+
+        Raises:
+            RefusedError: 503 the file can't be written, 504 an engine did not acknowledge.
+        """
         who = f"{signed.who or 'unnamed'} ({address})"
         try:
             sequence = await asyncio.to_thread(self._write, change, who, signed.why, engines)
@@ -299,7 +316,12 @@ def _control(status: Status) -> EngineControl:
     return control
 
 
-def _parsed(kind: type[_Request], body: object) -> _Request:
+def parsed(kind: type[_Request], body: object) -> _Request:
+    """A request's body as what it should be.
+
+    Raises:
+        RefusedError: 422 it is wrong.
+    """
     try:
         return kind.model_validate({} if body is None else body)
     except ValidationError as error:

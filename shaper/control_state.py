@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from shaper.core.types import PowerBudget
 from shaper.errors import ControlError
 from shaper.group_status import GroupStatus, group_object
 from shaper.metrics import StatusCollector
+from shaper.recording import path_of_rank
+from shaper.recording_state import RecordingState
 from shaper.status import Status
 
 
@@ -32,7 +35,10 @@ def describe_state(desk: ControlDesk, config: ShaperConfig | None) -> dict[str, 
     return {
         "asked": asked,
         "configured": None if config is None else _configured(config),
-        "engines": [_engine(status, statuses, desk.clocks) for status in statuses],
+        "engines": [
+            _engine(status, statuses, desk.clocks) | _recording(status, asked, config)
+            for status in statuses
+        ],
     }
 
 
@@ -52,7 +58,32 @@ def _asked(record: ControlRecord, clocks: Clocks) -> dict[str, Any]:
             budget.pop(key, None)
         if math.isfinite(left):
             budget |= {"ends_at": iso(wall + left), "seconds_left": round(max(0.0, left), 3)}
+    if record.record is not None:
+        until = found["record"].pop("until_monotonic_seconds")
+        found["record"]["seconds_left"] = round(max(0.0, until - clocks.monotonic()), 3)
     return found
+
+
+def _recording(
+    status: Status, asked: dict[str, Any], config: ShaperConfig | None
+) -> dict[str, Any]:
+    """How the engine's last recording goes; the file's name while it is asked for."""
+    state = RecordingState.from_values(status.values.get("recording", ()))
+    if not state.sequence:
+        return {}
+    found = {
+        "sequence": state.sequence,
+        "phase": state.phase.name.lower(),
+        "rows": state.rows,
+        "bytes": state.bytes,
+        "dropped": state.dropped,
+    }
+    if state.error_number:
+        found["error"] = os.strerror(state.error_number)
+    if "record" in asked:
+        path = path_of_rank(asked["record"]["file"], int(str(status.info["engine"])))
+        found["file"] = str(path if config is None else config.recording_directory / path)
+    return {"recording": found}
 
 
 def _configured(config: ShaperConfig) -> dict[str, Any]:
@@ -75,6 +106,8 @@ def budget_object(budget: PowerBudget) -> dict[str, Any]:
 def _engine(status: Status, statuses: Sequence[Status], clocks: Clocks) -> dict[str, Any]:
     found: dict[str, Any] = {key: status.info.get(key) for key in ("engine", "gpu", "gpu_count")}
     found |= {key: status.info.get(key) for key in ("model", "policy", "idle_watts")}
+    # Why this engine is vLLM's alone, whatever mode is asked for.
+    found["passes_through"] = status.info.get("passes_through")
     control = EngineControl.from_values(status.values["control"])
     if control is not None:
         left = control.next_change_seconds - clocks.monotonic()

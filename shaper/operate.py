@@ -50,11 +50,11 @@ def budget_main(argv: Sequence[str]) -> int:
     """
     options = _budget_parser().parse_args(list(argv))
     if options.action == "set":
-        state = _ask(options, "PUT", "budget", _set_request(options))
+        state = ask(options, "PUT", "budget", _set_request(options))
     elif options.action == "clear":
-        state = _ask(options, "DELETE", "budget", _signed(options))
+        state = ask(options, "DELETE", "budget", signed(options))
     else:
-        state = _ask(options, "GET", "state", None)
+        state = ask(options, "GET", "state", None)
     _show(options, state)
     return 0
 
@@ -70,7 +70,7 @@ def mode_main(argv: Sequence[str]) -> int:
     parser.add_argument("mode", choices=MODES)
     _common(parser, signed=True)
     options = parser.parse_args(list(argv))
-    _show(options, _ask(options, "PUT", "mode", {"mode": options.mode, **_signed(options)}))
+    _show(options, ask(options, "PUT", "mode", {"mode": options.mode, **signed(options)}))
     return 0
 
 
@@ -124,7 +124,7 @@ def _limits(texts: Sequence[str]) -> list[str]:
 
 
 def _set_request(options: argparse.Namespace) -> dict[str, Any]:
-    request: dict[str, Any] = _signed(options)
+    request: dict[str, Any] = signed(options)
     if options.limits:
         request["limits"] = _limits(options.limits)
     if options.gpu_limit:
@@ -140,7 +140,8 @@ def _set_request(options: argparse.Namespace) -> dict[str, Any]:
     return request
 
 
-def _signed(options: argparse.Namespace) -> dict[str, Any]:
+def signed(options: argparse.Namespace) -> dict[str, Any]:
+    """Who asks, and why (`options.why`)."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -148,10 +149,15 @@ def _signed(options: argparse.Namespace) -> dict[str, Any]:
     return {"who": f"{user}@{socket.gethostname()}"[:100], "why": options.why}
 
 
-def _ask(
+def ask(
     options: argparse.Namespace, method: str, route: str, body: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """One request to the server; its answer."""
+    """One request to the server's control routes; its answer.
+
+    Raises:
+        ConfigError: there is no key, or `options.url` is none.
+        ControlError: the server is not there, or refuses.
+    """
     key = admin_key(os.environ)
     if key is None:
         raise ConfigError(f"set {ADMIN_KEY_VARIABLE} to the key that the server was started with")

@@ -16,14 +16,18 @@ engine writes one with `record = FILE` (`--record FILE`); `shaper fit` makes a p
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import errno
 import glob
+import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from shaper.core.types import ClockEventReasons, GpuSample, StepBatch
 from shaper.errors import TraceError
@@ -31,7 +35,10 @@ from shaper.errors import TraceError
 STEP_FIELDS = tuple(field.name for field in dataclasses.fields(StepBatch))
 SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(GpuSample))
 COLUMNS = ("kind", "start_seconds", "end_seconds", *STEP_FIELDS, *SAMPLE_FIELDS, "meta")
+PARTIAL = ".partial.csv"
+"""Ends the name of the rows of a Parquet recording that is not finished."""
 _WHOLE = frozenset({*STEP_FIELDS, "gpu_index", "clock_event_reasons"})
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,54 +66,111 @@ class RecordingWriter:
     readable, and turned into Parquet by `close`.
 
     Args:
-        path: ends with `.csv` or `.parquet`; what is there is replaced.
+        path: ends with `.csv` or `.parquet`.
         meta: what the `meta` row says.
+        replace: what is there is replaced; else it stops this with an error. Either way
+            the file is a new one: who still writes the old one does not write into it.
 
     Raises:
-        TraceError: another ending, or the file can't be written.
+        TraceError: another ending, or the file can't be made.
     """
 
-    def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path, meta: Mapping[str, Any], *, replace: bool = True) -> None:
         self.path = Path(path)
         if self.path.suffix not in (".csv", ".parquet"):
             raise TraceError(f"recording {str(path)!r} must end with .csv or .parquet")
-        self._rows_path = (
-            self.path if self.path.suffix == ".csv" else self.path.with_suffix(".partial.csv")
-        )
+        self.rows_path = rows_path(self.path)
+        self.rows = 0
+        """Steps and samples written."""
+        self.bytes = 0
+        """Length of the file of rows."""
         try:
-            self._file: TextIO | None = self._rows_path.open("w", newline="")
+            for taken in {self.path, self.rows_path}:
+                if replace:
+                    taken.unlink(missing_ok=True)
+                elif os.path.lexists(taken):
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(taken))
+            # Not through a link that somebody laid in between.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+            self._descriptor: int | None = os.open(self.rows_path, flags, 0o666)
         except OSError as error:
             raise TraceError(f"recording {str(path)!r} can't be written: {error}") from error
-        self._writer = csv.DictWriter(self._file, COLUMNS, restval="", lineterminator="\n")
-        self._writer.writeheader()
-        self._writer.writerow({"kind": "meta", "meta": json.dumps(dict(meta), default=str)})
-        self._file.flush()
+        first = {"kind": "meta", "meta": json.dumps(dict(meta), default=str)}
+        try:
+            self._append([dict(zip(COLUMNS, COLUMNS, strict=True)), first])
+        except OSError as error:
+            self._let_go()
+            self.rows_path.unlink()
+            raise TraceError(f"recording {str(path)!r} can't be written: {error}") from error
 
     def write(self, steps: Sequence[RecordedStep] = (), samples: Sequence[GpuSample] = ()) -> None:
-        """Append rows, and hand them to the operating system. Nothing after `close`."""
-        if self._file is None:
+        """Append rows, and hand them to the operating system. Nothing after `close`.
+
+        Raises:
+            OSError: none of these rows is in the file; those before them are.
+        """
+        if self._descriptor is None:
             return
+        rows: list[dict[str, Any]] = []
         for step in steps:
             batch = {name: getattr(step.batch, name) for name in STEP_FIELDS}
             times = {"start_seconds": step.start_seconds, "end_seconds": step.end_seconds}
-            self._writer.writerow({"kind": "step", **times, **batch})
+            rows.append({"kind": "step", **times, **batch})
         for sample in samples:
             values = {name: getattr(sample, name) for name in SAMPLE_FIELDS}
             values["clock_event_reasons"] = int(sample.clock_event_reasons)
             known = {name: value for name, value in values.items() if value is not None}
-            self._writer.writerow({"kind": "sample", **known})
-        self._file.flush()
+            rows.append({"kind": "sample", **known})
+        self._append(rows)
+        self.rows += len(rows)
 
     def close(self) -> None:
-        """Finish the file. May be called twice."""
-        if self._file is None:
+        """Finish the file. May be called twice.
+
+        Raises:
+            TraceError: it can't be turned into Parquet; the rows stay as they are.
+        """
+        if self._descriptor is None:
             return
-        self._file.close()
-        self._file = None
-        # It is gone where `finish_recordings` was quicker.
-        if self._rows_path != self.path and self._rows_path.exists():
-            _to_parquet(self._rows_path, self.path)
-            self._rows_path.unlink()
+        self._let_go()
+        if self.rows_path != self.path:
+            finish_rows(self.rows_path)
+
+    def release(self) -> None:
+        """Let go of the rows as they are; `finish_rows` may follow, in any process."""
+        if self._descriptor is not None:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        assert self._descriptor is not None
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        assert self._descriptor is not None
+        text = io.StringIO()
+        csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n").writerows(rows)
+        whole = text.getvalue().encode()
+        left = memoryview(whole)
+        try:
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        except OSError:
+            # Half a row could be read as a wrong one.
+            os.ftruncate(self._descriptor, self.bytes)
+            raise
+        self.bytes += len(whole)
+
+
+def rows_path(path: Path) -> Path:
+    """Where the rows of a recording stand while it is written."""
+    return path if path.suffix == ".csv" else path.with_suffix(PARTIAL)
+
+
+def path_of_rank(path: str | Path, rank: int) -> Path:
+    """A file of each data-parallel rank's own: `run.csv`, `run.rank1.csv`, ..."""
+    whole = Path(path)
+    return whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix}") if rank else whole
 
 
 def finish_recordings(path: str | Path) -> None:
@@ -114,27 +178,77 @@ def finish_recordings(path: str | Path) -> None:
 
     Args:
         path: the recording's; those of further data-parallel ranks stand beside it.
+
+    Raises:
+        TraceError: one can't be finished; its rows stay as they are.
     """
     path = Path(path)
     if path.suffix != ".parquet":
         return
-    for rows_path in path.parent.glob(f"{glob.escape(path.stem)}*.partial.csv"):
-        finished = rows_path.with_name(rows_path.name.removesuffix(".partial.csv") + ".parquet")
-        _to_parquet(rows_path, finished)
-        rows_path.unlink()
+    for left in path.parent.glob(f"{glob.escape(path.stem)}*{PARTIAL}"):
+        finish_rows(left)
 
 
-def _to_parquet(rows_path: Path, path: Path) -> None:
-    # Only a user of Parquet needs pyarrow; it comes with the `bench` extra.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def finish_rows(rows: Path) -> None:
+    """Turn `FILE.partial.csv` into `FILE.parquet`; nothing where it is gone.
 
-    rows = [_typed(rows_path, number, row) for number, row in _csv_rows(rows_path)]
-    types = {"kind": pa.string(), "meta": pa.string()}
-    schema = pa.schema(
-        (name, types.get(name, pa.int64() if name in _WHOLE else pa.float64())) for name in COLUMNS
-    )
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    pyarrow does it piece by piece, so that a day takes no more memory than a minute.
+
+    Raises:
+        TraceError: there is a `FILE.parquet`, pyarrow is missing, or the disk is full; the
+            rows stay as they are, and can be read.
+    """
+    path = rows.with_name(rows.name.removesuffix(PARTIAL) + ".parquet")
+    made = False
+    try:
+        # Only a user of Parquet needs pyarrow; it comes with the `bench` extra.
+        import pyarrow as pa
+        import pyarrow.csv as pa_csv
+        import pyarrow.parquet as pq
+
+        text = {"kind": pa.string(), "meta": pa.string()}
+        types = {c: text.get(c, pa.int64() if c in _WHOLE else pa.float64()) for c in COLUMNS}
+        with _complete_lines(rows) as source:
+            made = _created(path)
+            pieces = pa_csv.open_csv(
+                source,
+                # The longest row is the meta row, with the model's whole configuration.
+                read_options=pa_csv.ReadOptions(block_size=_BLOCK_BYTES),
+                convert_options=pa_csv.ConvertOptions(
+                    column_types=types, null_values=[""], strings_can_be_null=True
+                ),
+            )
+            with pieces, pq.ParquetWriter(path, pieces.schema) as writer:
+                for piece in pieces:
+                    writer.write_batch(piece)
+        rows.unlink()
+    except FileNotFoundError:
+        # Whoever finished it was quicker.
+        return
+    except (ImportError, OSError, ValueError) as error:
+        if made:
+            path.unlink(missing_ok=True)
+        raise TraceError(
+            f"{path} can't be made: {error}; the rows are in {rows}, which can be read as it is"
+        ) from error
+
+
+def _created(path: Path) -> bool:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+    return True
+
+
+@contextlib.contextmanager
+def _complete_lines(rows: Path) -> Iterator[Any]:
+    """The file up to its last line end: a kill may have left half a row."""
+    with rows.open("rb+") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = max(0, end - _BLOCK_BYTES)
+        file.seek(start)
+        last = file.read(end - start).rfind(b"\n")
+        file.truncate(start + last + 1)
+        file.seek(0)
+        yield file
 
 
 def read_recording(path: str | Path) -> Recording:
@@ -168,6 +282,24 @@ def read_recording(path: str | Path) -> Recording:
     return Recording(meta, tuple(steps), tuple(samples))
 
 
+def recorded_meta(path: Path) -> dict[str, Any]:
+    """What the first row of a recording says of it; nothing for a table of samples alone.
+
+    Raises:
+        TraceError: that row is broken.
+    """
+    try:
+        if path.suffix == ".csv":
+            with path.open(newline="") as file:
+                first: Mapping[str, Any] = next(csv.DictReader(file), {})
+        else:
+            first = next((cells for _, cells in _rows(path)), {})
+        found = json.loads(first["meta"]) if first.get("kind") == "meta" else {}
+    except (OSError, ValueError, csv.Error, TypeError) as error:
+        raise TraceError(f"{path}: its meta row can't be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
 def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     if path.suffix == ".parquet":
         import pyarrow as pa
@@ -183,7 +315,8 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     with path.open(newline="") as file:
-        reader = csv.DictReader(file)
+        # Half a row at the end, left by a kill, is none.
+        reader = csv.DictReader(line for line in file if line.endswith("\n"))
         if "kind" not in (reader.fieldnames or ()):
             raise TraceError(f"{path}: has no column 'kind'; is it a recording?")
         yield from enumerate(reader, start=2)

@@ -29,7 +29,7 @@ RUN_VARIABLE = "_SHAPER_RUN_ID"
 _HEADER_BYTES = 4096
 _SECTION_SLOTS = 256
 _SECTION_BYTES = 8 * (_SECTION_SLOTS + 1)
-_SECTIONS = ("scheduler", "sampler", "control", "standing", "flex", "group")
+_SECTIONS = ("scheduler", "sampler", "control", "standing", "flex", "group", "recording")
 _SIZE = _HEADER_BYTES + len(_SECTIONS) * _SECTION_BYTES
 _READ_TRIES = 100
 

@@ -63,7 +63,7 @@ EMULATED = ("serve", "llama-3.1-8b", "--emulate", "h200-sxm", "--port", "0")
     ("arguments", "message"),
     [
         (("srve",), "did you mean 'serve'"),
-        (("frobnicate",), "commands: serve, budget, mode, simulate, predict, fit, version"),
+        (("frobnicate",), "commands: serve, budget, mode, simulate, predict, record, fit, doctor"),
         (("version", "now"), "no arguments"),
         (("serve", "llama-3.1-8b", "--emulate", "h300"), r"unknown GPU 'h300'; known: .*h200-sxm"),
         (("serve", "llama-9", "--emulate", "h200-sxm", "--port", "0"), "llama-9.*qwen3-8b"),

@@ -6,6 +6,8 @@ import os
 
 EMULATE_VARIABLE = "SHAPER_EMULATE"
 """Name of a GPU profile, or path to one."""
+REPLAY_VARIABLE = "SHAPER_EMULATE_REPLAY"
+"""Recording whose readings are played instead of metering the emulated GPU."""
 TRACE_VARIABLE = "SHAPER_EMULATE_TRACE"
 """Where the true power goes: `PREFIX.rank0` and so on."""
 TIME_SCALE_VARIABLE = "SHAPER_EMULATE_TIME_SCALE"

@@ -19,10 +19,12 @@ from shaper.core.types import StepBatch
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.host import ProcessorWait, sleep_until
 from shaper.emulator.meter import EmulatedReader
+from shaper.emulator.playback import PlaybackReader
 from shaper.emulator.silicon import EmulatedGpus, StepRun
 from shaper.emulator.trace import PowerTraceWriter
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
+from shaper.gpu.reader import GpuReader
 
 STALL_SECONDS = 0.002
 """A longer delay that the host itself adds to the engine is noted in the trace."""
@@ -45,12 +47,15 @@ class EmulatedDevice:
         tensor_parallel: GPUs of the engine.
         rank: data-parallel rank; names the trace file and seeds the meter.
         trace_prefix: where the true power goes, see `trace_path`. None: nowhere.
+        replay: recording whose readings the meter says instead of what the steps draw; of
+            all ranks' GPUs, in their order. None: it meters.
         real_time: False lets every step end at once; the meter then runs ahead
             of the clock and means nothing.
 
     Raises:
         UnknownGpuError: there is no such profile.
         ConfigError: the model can't be split over that many GPUs.
+        TraceError: the recording can't be played.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class EmulatedDevice:
         tensor_parallel: int = 1,
         rank: int = 0,
         trace_prefix: str | None = None,
+        replay: Path | None = None,
         real_time: bool = True,
     ) -> None:
         self.profile: GpuProfile = load_profile(gpu)
@@ -84,7 +90,10 @@ class EmulatedDevice:
             # power over the limit, which no controller that trusts its meter can see.
             exact_meter=True,
         )
-        self.reader = EmulatedReader(self._gpus, time.monotonic)
+        self.reader: GpuReader = EmulatedReader(self._gpus, time.monotonic)
+        if replay is not None:
+            first = rank * tensor_parallel
+            self.reader = PlaybackReader(replay, time.monotonic, first=first, count=tensor_parallel)
         self._trace: PowerTraceWriter | None = None
         self._trace_lock = threading.Lock()
         self._closing = threading.Event()

@@ -12,6 +12,7 @@ import weakref
 from collections import deque
 from concurrent.futures import Future
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,12 @@ from vllm.v1.outputs import (
 
 from shaper.core.shape import ModelShape
 from shaper.core.types import StepBatch
-from shaper.emulator.activate import EMULATE_VARIABLE, TIME_SCALE_VARIABLE, TRACE_VARIABLE
+from shaper.emulator.activate import (
+    EMULATE_VARIABLE,
+    REPLAY_VARIABLE,
+    TIME_SCALE_VARIABLE,
+    TRACE_VARIABLE,
+)
 from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.device import EmulatedDevice
 from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
@@ -38,13 +44,13 @@ from shaper.errors import ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from shaper.emulator.meter import EmulatedReader
     from shaper.emulator.silicon import StepRun
+    from shaper.gpu.reader import GpuReader
 
 _executors: weakref.WeakValueDictionary[int, EmulatedExecutor] = weakref.WeakValueDictionary()
 
 
-def emulated_reader(vllm_config: VllmConfig) -> EmulatedReader | None:
+def emulated_reader(vllm_config: VllmConfig) -> GpuReader | None:
     """The meter of the emulated GPUs that serve `vllm_config` in this process.
 
     None where no `EmulatedExecutor` was made for this very object.
@@ -101,12 +107,14 @@ class EmulatedExecutor(Executor):
         _refuse_unsupported(config)
         self._shape = ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
         parallel = config.parallel_config
+        replay = os.environ.get(REPLAY_VARIABLE)
         self.device = EmulatedDevice(
             os.environ[EMULATE_VARIABLE],
             self._shape,
             tensor_parallel=parallel.tensor_parallel_size,
             rank=getattr(parallel, "data_parallel_index", parallel.data_parallel_rank),
             trace_prefix=os.environ.get(TRACE_VARIABLE) or None,
+            replay=Path(replay) if replay else None,
             real_time=_real_time(),
         )
         self._tracker = RequestTracker()

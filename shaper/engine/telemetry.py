@@ -18,8 +18,6 @@ from shaper.core.standing import EngineDemand, Standing
 from shaper.core.supervisor import Supervisor
 from shaper.core.types import (
     Decision,
-    GpuIdentity,
-    GpuSample,
     PowerBudget,
     PowerLimit,
     PowerState,
@@ -27,9 +25,15 @@ from shaper.core.types import (
 )
 from shaper.engine.flex import FlexQueue
 from shaper.engine.meter_windows import MeterWindows
-from shaper.gpu.reader import GpuReader
-from shaper.metric_values import NAN, SchedulerCounters, flex_values, or_nan, standing_values
-from shaper.recording import RecordedStep, RecordingWriter
+from shaper.gpu.sampler import NO_REPORT, SensorReport
+from shaper.metric_values import (
+    NAN,
+    SchedulerCounters,
+    flex_values,
+    or_nan,
+    sensor_values,
+    standing_values,
+)
 from shaper.status import StatusWriter
 
 logger = logging.getLogger(__name__)
@@ -102,59 +106,6 @@ def _line(decision: Decision, meter_watts: float | None) -> str:
     )
 
 
-class Recorder:
-    """Collects steps and samples for a recording, and writes them on the sampler's thread."""
-
-    def __init__(self, writer: RecordingWriter) -> None:
-        self._writer: RecordingWriter | None = writer
-        self._steps: deque[RecordedStep] = deque(maxlen=_MAX_PENDING)
-        self._samples: list[GpuSample] = []
-
-    def add_step(self, step: RecordedStep) -> None:
-        """Called by the scheduler's thread."""
-        self._steps.append(step)
-
-    def tap(self, reader: GpuReader) -> GpuReader:
-        """The same reader; what it reads is recorded."""
-        return _Tap(reader, self._samples.extend)
-
-    def drain(self) -> None:
-        """Write what is pending. A full disk costs the recording, not the engine."""
-        if self._writer is None:
-            return
-        steps = [self._steps.popleft() for _ in range(len(self._steps))]
-        samples, self._samples[:] = list(self._samples), ()
-        try:
-            self._writer.write(steps, samples)
-        except OSError as error:
-            logger.error("the recording ends here: %s", error)
-            self._writer = None
-
-    def close(self) -> None:
-        """Write what is pending and finish the file."""
-        self.drain()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-
-
-class _Tap:
-    def __init__(self, reader: GpuReader, sink: Callable[[tuple[GpuSample, ...]], object]) -> None:
-        self._reader, self._sink = reader, sink
-
-    @property
-    def gpus(self) -> tuple[GpuIdentity, ...]:
-        return self._reader.gpus
-
-    def read(self) -> tuple[GpuSample, ...]:
-        samples = self._reader.read()
-        self._sink(samples)
-        return samples
-
-    def close(self) -> None:
-        self._reader.close()
-
-
 class Supervised(Protocol):
     """The part of the shaper that is looked at and told of extra limits."""
 
@@ -177,13 +128,12 @@ class Supervised(Protocol):
 
 
 class Telemetry:
-    """The sampler's `on_tick`: judges, then writes the status block, the log and the recording.
+    """The sampler's `on_tick`: judges, then writes the status block and the log.
 
     Args:
         status: the block.
         idle_watts: what the engine's GPUs draw with nothing to do.
         log: of decisions; drained here.
-        recorder: of steps and samples; drained here.
         supervisor: judges the engine; None: nobody does.
 
     The shaper's counters are read here while its thread counts, so two numbers of one
@@ -196,11 +146,10 @@ class Telemetry:
         status: StatusWriter,
         idle_watts: float,
         log: DecisionLog,
-        recorder: Recorder | None = None,
         *,
         supervisor: Supervisor | None = None,
     ) -> None:
-        self._status, self._log, self._recorder = status, log, recorder
+        self._status, self._log = status, log
         self._windows = MeterWindows(idle_watts)
         self._supervisor = supervisor
         self._shaper: Supervised | None = None
@@ -223,14 +172,19 @@ class Telemetry:
         self._shaper, self._flex = shaper, flex
 
     def tick(
-        self, now_seconds: float, state: PowerState | None, errors: int, rejected: int
+        self,
+        now_seconds: float,
+        state: PowerState | None,
+        errors: int,
+        rejected: int,
+        report: SensorReport = NO_REPORT,
     ) -> None:
         """Judge and write everything once."""
         self._supervise(now_seconds, state)
         if state is not None and state is not self._last:
             self._derived = self._windows.observe(state, self._limits())
             self._last = state
-        self._status.write("sampler", self._values(now_seconds, state, errors, rejected))
+        self._status.write("sampler", self._values(now_seconds, state, (errors, rejected), report))
         if self._shaper is not None:
             self._status.write("scheduler", self._shaper.counters.values())
         self._status.write(
@@ -240,8 +194,6 @@ class Telemetry:
         if queue is not None:
             self._status.write("flex", flex_values(queue, now_seconds))
         self._log.drain()
-        if self._recorder is not None:
-            self._recorder.drain()
 
     def _supervise(self, now_seconds: float, state: PowerState | None) -> None:
         """A supervisor that fails must not take the metrics with it; its last limit stays."""
@@ -270,9 +222,13 @@ class Telemetry:
         return (() if self._shaper is None else self._shaper.budget.limits) + extra
 
     def _values(
-        self, now_seconds: float, state: PowerState | None, errors: int, rejected: int
+        self,
+        now_seconds: float,
+        state: PowerState | None,
+        reads: tuple[int, int],
+        report: SensorReport,
     ) -> list[float]:
-        counts = [errors, rejected, self._supervisor_errors]
+        counts = [*reads, self._supervisor_errors, *sensor_values(state, report)]
         if state is None:
             return [NAN] * 9 + [*counts, NAN, now_seconds]
         energy = state.energy_joules
