@@ -6,11 +6,11 @@ PY := $(VENV)/bin/python
 export VENV PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rack test check format lock clean
+.PHONY: help setup demo demo-rack test test-versions check format lock clean
 .NOTPARALLEL:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup: ## make .venv, or bring it up to date
 	@scripts/setup
@@ -23,6 +23,9 @@ demo-rack: setup ## two servers in one power group and the same unshaped, with n
 
 test: setup ## every test; ARGS='-k sampler' picks some
 	@"$(PY)" -m pytest $(ARGS)
+
+test-versions: setup ## the scheduler's suites over other vLLMs; VERSIONS="0.23.0 0.33.0" picks
+	@"$(PY)" scripts/test-versions $(VERSIONS) $(ARGS)
 
 check: setup ## format, lint, types and every test; ARGS go to pytest
 	@scripts/check $(ARGS)

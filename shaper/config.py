@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -93,6 +94,9 @@ class ShaperConfig(Frozen):
     static_caps: StaticCapsConfig = StaticCapsConfig()
     """For `policy = "static"`."""
 
+    force_version: bool = False
+    """Shape under a version of vLLM that was not tried; else such an engine is passed through."""
+
     shape_heat: bool | None = None
     """Hold the GPUs below the temperature at which they slow down, with a power limit of its
     own. None: where there is anything to keep, since without that vLLM is left alone."""
@@ -126,6 +130,9 @@ class ShaperConfig(Frozen):
 
     record: str | None = None
     """Path (.csv or .parquet) of a recording of steps and samples, for `shaper fit`."""
+
+    record_directory: str | None = None
+    """Directory of recordings that are asked for over HTTP. None: the working directory."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -162,6 +169,11 @@ class ShaperConfig(Frozen):
         if self.group is not None:
             check_membership(self.group.name, self.policy, self.sample_interval_seconds)
         return self
+
+    @property
+    def recording_directory(self) -> Path:
+        """Where a recording that is asked for over HTTP goes, as an absolute path."""
+        return Path(self.record_directory or ".").absolute()
 
     @property
     def group(self) -> GroupTerms | None:

@@ -3,14 +3,35 @@
 | what | from | before |
 |---|---|---|
 | admission cap | `max_num_active_reqs` (0.31) | `max_num_running_reqs`, at least `len(running)` |
+| sessions that wait for their next part | count as running (0.25) | don't |
+| admission stops | at the cap and above it (0.25) | at the cap alone (`==`), hence the "at least" |
 | waiting requests that hold KV blocks | `kv_holding_waiting` (0.31) | in `waiting` |
 | deferred requests of their own queue | in `waiting` (0.31) | `skipped_waiting` |
+| unfinished requests | summed from `get_request_counts` (0.31) | from the queues themselves |
+| letting a blocked request go | `_handle_blocked_...` (0.31) | `_try_promote_blocked_...` |
+| laying out a KV cache | `kv_cache_planning`, the groups are given (0.33) | `kv_cache_utils` |
 | hold a request for a step | `next_decode_eligible_step`, `current_step` (0.23) | not supported |
+| `schedule(throttle_prefills)` | 0.24; not used, passed on | no argument |
+| requests whose remote KV failed | `failed_recving` (0.30) | ids of blocks |
+| tokens sampled in a step | `num_sampled_tokens_per_step` (0.24) | one |
+| GPUs that were dealt to a rank | `assigned_physical_gpu_ids` (0.24) | the environment's |
+| utility calls | not used: control goes through files | |
+| endpoint plug-ins (0.26) | not used: `--middleware` serves all versions | |
+| command line's defaults | in `common.startup` (0.33) | in `serve.utils.api_utils` |
+| log configuration | `configure_logging_from_args` (0.31) | at import |
+
+The emulator's own differences, in `shaper/emulator/executor.py`, are methods that some
+versions call and others don't: `compile_or_warm_up_model` (0.27), those of the KV layout
+(0.29; one more argument in 0.33), `cache_config.kv_cache_layout` (0.29).
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import importlib.util
 from collections.abc import Iterator
+from functools import cache
 from importlib import metadata
 from itertools import chain
 from typing import Any
@@ -38,13 +59,66 @@ def vllm_version() -> str:
     )
 
 
-def supported(version: str) -> bool:
-    """Whether this version of vLLM is one that the shaper was tried on."""
+def _release(version: str) -> tuple[int, int] | None:
+    """Major and minor; None where a version names none, as a build from source may."""
     try:
         major, minor = (int(part) for part in version.split(".")[:2])
     except ValueError:
-        return False
-    return OLDEST <= (major, minor) <= NEWEST
+        return None
+    return major, minor
+
+
+def supported(version: str) -> bool:
+    """Whether this version of vLLM is one that the shaper was tried on."""
+    release = _release(version)
+    return release is not None and OLDEST <= release <= NEWEST
+
+
+SINCE: dict[str, tuple[int, int]] = {
+    "throttled_prefills": (0, 24),
+    "counted_sessions": (0, 25),
+    "failed_receiving": (0, 30),
+    "own_admission_cap": (0, 31),
+    "handled_blocked": (0, 31),
+}
+"""What some versions have and others lack, where no attribute tells; see the table above."""
+
+
+@cache
+def has(capability: str) -> bool:
+    """Whether the installed vLLM has it. A version without a number is taken for the newest."""
+    return (_release(vllm_version()) or NEWEST) >= SINCE[capability]
+
+
+RANGE = "0.23 to 0.33"
+
+
+def why_not_shaped(vllm_config: Any, version: str, force_version: bool) -> str | None:
+    """Why this engine is vLLM's alone, in words; None where it is shaped.
+
+    Args:
+        vllm_config: of the engine.
+        version: of vLLM.
+        force_version: shape under a version that was not tried.
+    """
+    if not supported(version) and not force_version:
+        return (
+            f"vLLM {version} is outside {RANGE}, the versions that the shaper was tried on "
+            "(--force-version shapes all the same)"
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.pipeline_parallel_size > 1:
+        # Several steps run at once, each on some of the GPUs: neither a step's time nor its
+        # watts are those of the model.
+        return f"pipeline parallelism (of {parallel.pipeline_parallel_size}) is not modelled"
+    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
+        # A rank that schedules nothing runs a dummy batch, so that a pause draws power, and
+        # its experts still serve the other ranks.
+        return (
+            f"the {parallel.data_parallel_size} data-parallel ranks of a mixture-of-experts "
+            "model step together: none can pause by itself"
+        )
+    return None
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -61,26 +135,31 @@ def check_scheduler(scheduler: Any) -> None:
             )
 
 
+def admission_attribute(scheduler: Any) -> str:
+    """The scheduler's attribute that stops admission."""
+    own = hasattr(scheduler, "max_num_active_reqs")
+    return "max_num_active_reqs" if own else "max_num_running_reqs"
+
+
 def admission_limit(scheduler: Any, running: int) -> tuple[str, int]:
     """The scheduler's attribute that stops admission, and its value for this cap.
 
-    With it no request enters while `running` or more run; 0 is none at all. vLLM counts
-    sessions that wait for a stream's next part as running, because they hold a slot; they
+    With it no request enters while `running` or more run; 0 is none at all. vLLM (since
+    0.25) counts sessions that wait for a stream's next part as running, as they hold a slot; they
     would stop admission for as long as they wait, so they are added. Requests that wait
     for remote KV hold blocks and no slot: vLLM doesn't count them, and takes them first.
     """
-    if running:
+    if running and has("counted_sessions"):
         running += getattr(scheduler, "num_waiting_for_streaming_input", 0)
-    if hasattr(scheduler, "max_num_active_reqs"):
-        name = "max_num_active_reqs"
-    else:
-        name, running = "max_num_running_reqs", max(running, len(scheduler.running))
+    name = admission_attribute(scheduler)
+    if name == "max_num_running_reqs":
+        running = max(running, len(scheduler.running))
     return name, min(getattr(scheduler, name), running)
 
 
 def admission_cap(scheduler: Any) -> int:
     """How many requests may run at once."""
-    cap: int = getattr(scheduler, "max_num_active_reqs", scheduler.max_num_running_reqs)
+    cap: int = getattr(scheduler, admission_attribute(scheduler))
     return cap
 
 
@@ -116,3 +195,72 @@ def copies_returned_requests(scheduler: Any) -> bool:
     Runner V1 drops it from its batch and copies all its token ids again; V2 keeps it.
     """
     return not getattr(scheduler, "use_v2_model_runner", False)
+
+
+def one_token_each(scheduler: Any) -> bool:
+    """Whether a step adds one token to each decode: no drafts, diffusion or pipeline stages."""
+    return (
+        scheduler.num_spec_tokens == 0
+        and getattr(scheduler, "num_sampled_tokens_per_step", 1) == 1
+        and not getattr(scheduler, "use_pp", False)
+    )
+
+
+def counts_from_requests(scheduler: Any) -> bool:
+    """Whether vLLM's count of unfinished requests already has those of `get_request_counts`."""
+    return hasattr(scheduler, "kv_holding_waiting")
+
+
+def assigned_gpus(parallel_config: Any) -> tuple[int | str, ...]:
+    """The GPUs that vLLM dealt to this engine; none where it left that to the environment."""
+    return tuple(getattr(parallel_config, "assigned_physical_gpu_ids", None) or ())
+
+
+def set_up_command_line() -> None:
+    """vLLM's own defaults of the environment, wherever this version keeps them."""
+    for name in (
+        "vllm.entrypoints.common.startup",
+        "vllm.entrypoints.serve.utils.api_utils",
+    ):
+        if _exists(name):
+            set_up = getattr(importlib.import_module(name), "cli_env_setup", None)
+            if set_up is not None:
+                set_up()
+                return
+
+
+def _exists(module_name: str) -> bool:
+    try:
+        return importlib.util.find_spec(module_name) is not None
+    except ModuleNotFoundError:  # nor is its package
+        return False
+
+
+def configure_logging(arguments: argparse.Namespace) -> None:
+    """As vLLM's command line asks; versions before do it when they are imported."""
+    configure = getattr(importlib.import_module("vllm.logger"), "configure_logging_from_args", None)
+    if configure is not None:
+        configure(arguments)
+
+
+def laid_out_kv_cache(vllm_config: Any, specs: dict[str, Any], available_bytes: int) -> Any:
+    """vLLM's own layout of one GPU's KV cache, as its scheduler takes it.
+
+    Args:
+        vllm_config: of the engine.
+        specs: by layer.
+        available_bytes: of memory.
+
+    Raises:
+        ValueError: not one request of the model's length fits.
+    """
+    utils: Any = importlib.import_module("vllm.v1.core.kv_cache_utils")
+    if getattr(vllm_config.cache_config, "kv_cache_layout", "") is None:
+        vllm_config.cache_config.kv_cache_layout = "LBNHC"  # the emulated executor's only one
+    if hasattr(utils, "get_kv_cache_configs"):
+        found = utils.get_kv_cache_configs(vllm_config, [specs], [available_bytes])
+    else:
+        planning: Any = importlib.import_module("vllm.v1.core.kv_cache_planning")
+        groups = planning.get_global_kv_cache_groups(vllm_config, [specs])
+        found = planning.get_kv_cache_configs(vllm_config, [specs], [available_bytes], groups)
+    return utils.generate_scheduler_kv_cache_config(found)

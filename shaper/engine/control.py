@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 from shaper.budget_config import check_idle
-from shaper.control import EngineControl, Follower, Mode
+from shaper.control import EngineControl, Follower, Mode, RecordOrder
 from shaper.core.budget import BudgetPlan, InForce, describe, resolve
 from shaper.errors import ConfigError
 from shaper.wall_clock import wall_seconds
@@ -34,6 +34,7 @@ class BudgetControl:
         idle_watts: what its GPUs draw together between steps.
         now_seconds: of the monotonic clock.
         wall: the wall clock.
+        passes_through: why this engine is not to be shaped; it is then off, whatever is asked.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class BudgetControl:
         idle_watts: float,
         now_seconds: float,
         wall: Callable[[], float] = wall_seconds,
+        passes_through: str | None = None,
     ) -> None:
         self._plan, self._configured_mode, self._follower = plan, mode, follower
         self._gpu_count, self._idle_watts = gpu_count, idle_watts
         self._wall = wall
+        self._passes_through = passes_through
         self._record = follower.record
         # An engine that starts late, or again, finds what was asked for before.
         self._follow()
@@ -59,6 +62,11 @@ class BudgetControl:
     def state(self) -> EngineControl:
         """What holds now, and what was acknowledged."""
         return self._state
+
+    @property
+    def record_order(self) -> RecordOrder | None:
+        """The recording that is asked for now. A budget that can't be kept does not forbid it."""
+        return self._follower.record.record
 
     def tick(self, now_seconds: float) -> bool:
         """Look again; whether `state` has another budget or mode now."""
@@ -76,6 +84,9 @@ class BudgetControl:
         if not self._follower.poll():
             return False
         record = self._follower.record
+        if self._passes_through and record.mode is not None and record.mode.mode != "off":
+            self._follower.refuse(f"{record.mode.mode}: {self._passes_through}")
+            return True
         if record.budget is not None:
             change = record.budget.change()
             try:
@@ -94,6 +105,8 @@ class BudgetControl:
         self._entries = found.entries
         self._look_seconds = now_seconds + min(_LOOK_AGAIN_SECONDS, found.seconds_left)
         mode = self._configured_mode if self._record.mode is None else self._record.mode.mode
+        if self._passes_through:
+            mode = "off"
         return EngineControl(
             resolve(found.terms, self._gpu_count),
             mode,

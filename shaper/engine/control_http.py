@@ -3,6 +3,7 @@
     PUT     /v1/shaper/budget    put a budget in force, for a time or until it is cleared
     DELETE  /v1/shaper/budget    back to the configured and scheduled one
     PUT     /v1/shaper/mode      on, shadow, off
+    PUT     /v1/shaper/record    have the engines write a recording; DELETE ends it
     GET     /v1/shaper/state     what was asked for, what holds, how each engine fares
 
 They exist only where `SHAPER_ADMIN_KEY` is set, and want that key as a bearer token. A
@@ -28,6 +29,7 @@ from shaper.control_state import describe_state
 from shaper.engine.asgi import App, Header, Receive, Scope, Send, openai_error, send_json
 from shaper.engine.logs import share_log_handlers
 from shaper.errors import ConfigError
+from shaper.record_desk import start_recording, stop_recording
 from shaper.settings import ADDITIONAL_CONFIG_KEY, admin_key, load_config
 from shaper.status import read_statuses, run_id
 from shaper.wall_clock import wall_seconds
@@ -38,6 +40,7 @@ PREFIX = "/v1/shaper"
 METHODS = {
     f"{PREFIX}/budget": ("PUT", "DELETE"),
     f"{PREFIX}/mode": ("PUT",),
+    f"{PREFIX}/record": ("PUT", "DELETE"),
     f"{PREFIX}/state": ("GET",),
 }
 # The longest request that makes sense has some tens of limits.
@@ -108,6 +111,12 @@ class ControlRoutes:
         address = str((scope.get("client") or ("?",))[0])
         if path.endswith("/mode"):
             sequence = await self._desk.set_mode(body, address)
+        elif path.endswith("/record") and method == "PUT":
+            config = _config(scope)
+            directory = None if config is None else config.recording_directory
+            sequence = await start_recording(self._desk, body, address, directory)
+        elif path.endswith("/record"):
+            sequence = await stop_recording(self._desk, body, address)
         elif method == "PUT":
             sequence = await self._desk.set_budget(body, address)
         else:

@@ -137,7 +137,7 @@ class Deferral:
         # A further part of a session is no new request.
         if found is None or self._scheduler.requests.get(request.request_id) is not request:
             return
-        if getattr(request, "resumable", False) or not is_flex(request):
+        if request.resumable or not is_flex(request):
             self._prompts.append((request, now))
         elif found.state is AdmissionState.OPEN and not self._deferred:
             self._let_in[request.request_id] = _Flex(request, now)

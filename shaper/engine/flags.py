@@ -66,6 +66,11 @@ def new_parser() -> argparse.ArgumentParser:
         help="predict, decide, record and expose everything, apply nothing",
     )
     group.add_argument(
+        "--force-version",
+        action="store_true",
+        help="shape under a version of vLLM that was not tried; without it vLLM schedules alone",
+    )
+    group.add_argument(
         "--record",
         metavar="FILE",
         help="write what each step computed and took, and all readings, to FILE (.csv or .parquet)",
@@ -82,7 +87,13 @@ def new_parser() -> argparse.ArgumentParser:
         "--emulate",
         metavar="GPU",
         help="serve on an emulated GPU: the name of a profile, like h200-sxm, or a path to one; "
-        "MODEL may then be a built-in shape, like llama-3.1-8b",
+        "MODEL may then be a built-in shape, like llama-3.1-8b; replay:FILE plays recorded "
+        "readings (shaper record), whatever the load is",
+    )
+    group.add_argument(
+        "--gpu-profile",
+        metavar="NAME|PATH",
+        help="predict with this profile; by default that of the GPU's own name",
     )
     return parser
 
@@ -148,7 +159,7 @@ _LIMITS = (
     ("group_limit", "group_limits"),
 )
 _AS_THEY_ARE = (
-    *((key, key) for key in ("objective", "policy", "record", "power_group")),
+    *((key, key) for key in ("objective", "policy", "record", "power_group", "gpu_profile")),
     ("psu_efficiency", "psu_efficiency_ratio"),
 )
 
@@ -174,9 +185,10 @@ def _given(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]
         if getattr(options, name) is not None:
             given[key] = getattr(options, name)
             flags[key] = f"--{name.replace('_', '-')}"
-    if options.shadow:
-        given["shadow"] = True
-        flags["shadow"] = "--shadow"
+    for name in ("shadow", "force_version"):
+        if getattr(options, name):
+            given[name] = True
+            flags[name] = f"--{name.replace('_', '-')}"
     return given, flags
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING
 from shaper.config import ShaperConfig
 from shaper.core.profile import GpuProfile
 from shaper.core.types import GpuIdentity, GpuSample
+from shaper.engine.compat import assigned_gpus
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import known_profiles, load_profile, profile_for_device
 from shaper.gpu.reader import GpuReader
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
 
 EMULATE_VARIABLE = "SHAPER_EMULATE"
 
@@ -62,15 +66,29 @@ def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
                 f"with, one of {', '.join(known_profiles())}"
             )
         return EngineGpus(NoSensor(), load_profile(config.gpu_profile))
-    from shaper.gpu.nvml import NvmlReader, visible_gpus
+    from shaper.gpu.nvml import NvmlReader
+    from shaper.gpu.visible import dealt_gpus, visible_gpus
 
     parallel = vllm_config.parallel_config
     world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
     rank = parallel.data_parallel_rank_local or 0
     # What `--device-ids` or vLLM's own dealing to ranks has settled; else as CUDA counts.
-    assigned = getattr(parallel, "assigned_physical_gpu_ids", None)
-    nvml = NvmlReader(tuple(assigned or ()) or visible_gpus(os.environ, world, rank))
+    assigned = assigned_gpus(parallel)
+    own = dealt_gpus(assigned, world, rank) or visible_gpus(os.environ, world, rank)
+    nvml = NvmlReader(own)
+    if not assigned:
+        _warn_of_order(own)
     return EngineGpus(nvml, _profile_of(nvml, config))
+
+
+def _warn_of_order(selectors: tuple[int | str, ...]) -> None:
+    from shaper.gpu.nvml import host_gpus
+    from shaper.gpu.visible import device_order_warning
+
+    names = [gpu.name for gpu in host_gpus()]
+    warning = device_order_warning(os.environ, selectors, names)
+    if warning is not None:
+        logger.warning("%s", warning)
 
 
 def _profile_of(reader: GpuReader, config: ShaperConfig) -> GpuProfile:

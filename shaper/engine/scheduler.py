@@ -16,6 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from shaper.engine.compat import counts_from_requests
 from shaper.engine.deferral import Deferral
 from shaper.engine.protocols import EngineShaper
 from shaper.engine.startup import attach
@@ -35,6 +36,11 @@ class _Shaped:
         super().__init__(*args, **kwargs)
         self.shaper: EngineShaper = attach(self)
         self.deferral = Deferral(self, self.shaper)
+
+    @property
+    def _unpaused(self) -> bool:
+        state: PauseState = self.pause_state  # type: ignore[attr-defined]
+        return bool(state == PauseState.UNPAUSED)
 
     def add_request(self, request: Request) -> None:
         """vLLM's, which may then wait outside its queue."""
@@ -58,13 +64,19 @@ class _Shaped:
         running, waiting = super().get_request_counts()  # type: ignore[misc]
         return running, waiting + len(self.deferral)
 
+    def get_num_unfinished_requests(self) -> int:
+        """vLLM's, with the deferred requests; none of them while the engine is paused."""
+        count: int = super().get_num_unfinished_requests()  # type: ignore[misc]
+        if counts_from_requests(self) or not self._unpaused:
+            return count
+        return count + len(self.deferral)
+
     def has_unfinished_requests(self) -> bool:
         """As long as this is true the engine core asks again: a deferred request keeps it so,
         as one in vLLM's queue does, unless the engine is paused."""
         if super().has_unfinished_requests():  # type: ignore[misc]
             return True
-        paused = getattr(self, "pause_state", PauseState.UNPAUSED)
-        return len(self.deferral) > 0 and paused == PauseState.UNPAUSED
+        return len(self.deferral) > 0 and self._unpaused
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """vLLM's schedule() under the limits that the shaper decides."""

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from shaper.config import ShaperConfig, check_floor, check_gpu_limits
 from shaper.core.profile import GpuProfile
-from shaper.emulator.activate import EMULATE_VARIABLE
+from shaper.emulator.activate import EMULATE_VARIABLE, REPLAY_VARIABLE
+from shaper.engine.compat import configure_logging, set_up_command_line
 from shaper.engine.flags import new_parser, shaper_config
 from shaper.engine.middleware import add_admission, add_control_routes
 from shaper.engine.preflight import (
@@ -32,6 +33,7 @@ from shaper.engine.preflight import (
     engine_count,
     engine_gpu_count,
 )
+from shaper.engine.replayed import check_gpu_count, take_replay
 from shaper.errors import ConfigError, GpuError
 from shaper.fleet import check_group, sweep_groups
 from shaper.gpu.profiles import load_profile
@@ -56,6 +58,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: a flag is wrong, contradicts another, or names what is not there.
         EngineError: vLLM is not installed.
         GpuError: there is no GPU to read, and none is emulated.
+        TraceError: the readings to play can't be read.
         FleetError: the power group is there already, with other limits.
     """
     options, passed_on = new_parser().parse_known_args(list(argv))
@@ -63,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
     if help_flag is not None:
         return _print_help(help_flag)
     config = shaper_config(options)
+    take_replay(options, config)
     check_vllm()
     if config is not None and config.group is not None:
         check_group(config.group.name, config.group.limits)
@@ -80,6 +84,8 @@ def main(argv: Sequence[str]) -> int:
         from shaper.emulator.serving import fill_in
 
         idle_watts = fill_in(arguments, profile)
+        if options.replay is not None:
+            check_gpu_count(options.replay, engine_gpu_count(arguments), engine_count(arguments))
         if config is not None:
             check_floor(config, idle_watts, engine_gpu_count(arguments))
             if config.group is not None:
@@ -137,11 +143,14 @@ def prepare_environment(
     environ.pop(CONFIG_VARIABLE, None)
     if config is not None:
         environ[CONFIG_VARIABLE] = config.model_dump_json(exclude_unset=True)
-    environ.pop(EMULATE_VARIABLE, None)
+    for variable in (EMULATE_VARIABLE, REPLAY_VARIABLE):
+        environ.pop(variable, None)
     wanted = ["shaper"]
     if options.emulate is not None:
         path = Path(options.emulate)
         environ[EMULATE_VARIABLE] = str(path.resolve()) if path.is_file() else options.emulate
+        if getattr(options, "replay", None) is not None:
+            environ[REPLAY_VARIABLE] = str(options.replay)
         environ.setdefault("HF_HUB_OFFLINE", "1")
         # An emulated machine must not show up in vLLM's usage statistics.
         environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -170,7 +179,7 @@ def _parse_with_vllm(passed_on: Sequence[str]) -> argparse.Namespace:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    _vllm_cli_setup()
+    set_up_command_line()
     parser = FlexibleArgumentParser(prog="shaper", description="vllm serve, shaped")
     subparsers = parser.add_subparsers(required=True, dest="subparser")
     serve = ServeSubcommand().subparser_init(subparsers)
@@ -179,29 +188,10 @@ def _parse_with_vllm(passed_on: Sequence[str]) -> argparse.Namespace:
     return arguments
 
 
-def _vllm_cli_setup() -> None:
-    # It moved between vLLM's releases, and is a default or two of the environment.
-    for module_name in (
-        "vllm.entrypoints.serve.utils.api_utils",
-        "vllm.entrypoints.utils",
-    ):
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError:
-            continue
-        setup = getattr(module, "cli_env_setup", None)
-        if setup is not None:
-            setup()
-            return
-
-
 def _run_vllm(arguments: argparse.Namespace) -> None:
-    from vllm import logger as vllm_logger
     from vllm.entrypoints.cli.serve import ServeSubcommand
 
-    configure = getattr(vllm_logger, "configure_logging_from_args", None)
-    if configure is not None:
-        configure(arguments)
+    configure_logging(arguments)
     command = ServeSubcommand()
     command.validate(arguments)
     command.cmd(arguments)

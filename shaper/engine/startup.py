@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Any
 
 from shaper import __version__
@@ -17,24 +16,31 @@ from shaper.core.controller import Controller
 from shaper.core.power_model import StepModel
 from shaper.core.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget
-from shaper.engine.compat import check_scheduler, supported, vllm_version
+from shaper.engine.compat import check_scheduler, vllm_version, why_not_shaped
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import flex_queue, prompt_wait_seconds
 from shaper.engine.membership import Membership, join
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
+from shaper.engine.recorder import Recorder
 from shaper.engine.runtime import LiveShaper
 from shaper.engine.safe_cap import SafeCap, safe_cap
-from shaper.engine.telemetry import DecisionLog, Recorder, Telemetry
+from shaper.engine.telemetry import DecisionLog, Telemetry
 from shaper.engine.work import engine_coefficients
 from shaper.errors import ShaperError
+from shaper.gpu.meter_facts import MeterWatch
 from shaper.gpu.sampler import Sampler
-from shaper.recording import RecordingWriter
+from shaper.recording import path_of_rank
 from shaper.settings import ADDITIONAL_CONFIG_KEY, load_config
 from shaper.status import StatusWriter, run_id
 
 logger = logging.getLogger(__name__)
+
+_MODE_NOTES = {
+    "shadow": " (shadow: decides, applies nothing)",
+    "off": " (off: vLLM schedules alone)",
+}
 
 
 def attach(scheduler: Any) -> EngineShaper:
@@ -57,11 +63,21 @@ def attach(scheduler: Any) -> EngineShaper:
         return PassThrough()
 
 
-def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
-    check_scheduler(scheduler)
-    version = vllm_version()
-    if not supported(version):
-        logger.warning("the shaper was not tried on vLLM %s; it was on 0.23 to 0.33", version)
+def _attach(scheduler: Any, config: ShaperConfig) -> EngineShaper:
+    why = why_not_shaped(scheduler.vllm_config, vllm_version(), config.force_version)
+    if why is None:
+        check_scheduler(scheduler)
+        return _start(scheduler, config)
+    logger.warning("passing through, vLLM schedules alone: %s", why)
+    try:
+        return _start(scheduler, config, why)
+    # The boundary to a vLLM that nobody has tried: it serves on, without metrics of ours.
+    except Exception:
+        logger.exception("the shaper can't watch this engine either")
+        return PassThrough()
+
+
+def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = None) -> LiveShaper:
     vllm_config = scheduler.vllm_config
     gpus = engine_gpus(vllm_config, config)
     model = StepModel(gpus.profile, engine_coefficients(vllm_config))
@@ -74,14 +90,17 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
         gpu_count=model.gpu_count,
         idle_watts=model.idle_watts,
         now_seconds=time.monotonic(),
+        passes_through=passes_through,
     )
     first = control.state
     _warn_of_loose_limits(first.budget, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
     rank = _rank(vllm_config)
     member = join(config.group, gpus, model, f"{run_id()}/{rank}")
-    status = StatusWriter(run_id(), rank, _info(config, gpus, model, vllm_config))
+    status = StatusWriter(
+        run_id(), rank, _info(config, gpus, model, vllm_config) | {"passes_through": passes_through}
+    )
     sweep_control_files()
-    log = DecisionLog(_of_rank(config.decision_log, rank))
+    log = DecisionLog(config.decision_log and str(path_of_rank(config.decision_log, rank)))
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config)
     admission = EngineAdmission(
         lambda now_seconds: Look(
@@ -95,13 +114,15 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
     supervisor = Supervisor(
         gpus.profile, gpus.reader.gpus, admission=admission, shapes_heat=config.shapes_heat
     )
-    telemetry = Telemetry(status, model.idle_watts, log, recorder, supervisor=supervisor)
+    telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor)
 
     def tick(now_seconds: float) -> None:
         try:
             if control.tick(now_seconds):
                 shaper.set_budget(control.state.budget)
                 shaper.set_mode(control.state.mode)
+            recorder.follow(control.record_order, now_seconds)
+            status.write("recording", recorder.state.values())
             status.write("control", control.state.values())
         finally:
             if member is not None:
@@ -109,7 +130,11 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
                     shaper.renew_cap()
                 status.write("group", member.values())
             telemetry.tick(
-                now_seconds, sampler.latest, sampler.read_errors, sampler.rejected_readings
+                now_seconds,
+                sampler.latest,
+                sampler.read_errors,
+                sampler.rejected_readings,
+                sampler.report(now_seconds),
             )
 
     def cap(budget: PowerBudget) -> SafeCap:
@@ -119,10 +144,11 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
         return safe_cap(model.predict, model.gap_watts, budget)
 
     sampler = Sampler(
-        recorder.tap(gpus.reader) if recorder else gpus.reader,
+        recorder.tap(gpus.reader),
         time.monotonic,
         interval_seconds=config.sample_interval_seconds,
         on_tick=tick,
+        meter=MeterWatch(),
     )
 
     def close() -> None:
@@ -131,8 +157,7 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
         if member is not None:
             member.leave()
         log.close()
-        if recorder is not None:
-            recorder.close()
+        recorder.close()
 
     shaper = LiveShaper(
         scheduler,
@@ -142,13 +167,14 @@ def _attach(scheduler: Any, config: ShaperConfig) -> LiveShaper:
         mode=first.mode,
         sampler=sampler,
         log=log,
-        record=recorder.add_step if recorder else None,
+        record=recorder.add_step,
         on_close=close,
     )
     shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
     telemetry.attach(shaper, lambda: flex_queue(scheduler))
+    recorder.start()
     sampler.start()
-    note = " (shadow: decides, applies nothing)" if first.mode == "shadow" else ""
+    note = _MODE_NOTES.get(first.mode, "")
     if config.group is not None:
         shared = describe(PowerBudget(config.group.limits))
         note += f", in power group {config.group.name} with {shared}"
@@ -183,7 +209,7 @@ def _new_controller(
 
 def _rank(vllm_config: Any) -> int:
     parallel = vllm_config.parallel_config
-    return int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+    return int(parallel.data_parallel_index)
 
 
 def _info(
@@ -203,25 +229,14 @@ def _info(
     }
 
 
-def _of_rank(path: str | None, rank: int) -> str | None:
-    """A file of each data-parallel rank's own: `run.csv`, `run.rank1.csv`, ..."""
-    if path is None or not rank:
-        return path
-    whole = Path(path)
-    return str(whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix}"))
-
-
-def _recorder(config: ShaperConfig, rank: int, gpu: str, vllm_config: Any) -> Recorder | None:
-    path = _of_rank(config.record, rank)
-    if path is None:
-        return None
+def _recorder(config: ShaperConfig, rank: int, gpu: str, vllm_config: Any) -> Recorder:
     meta = {
         "version": __version__,
         "gpu": gpu,
         "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
         "model_config": vllm_config.model_config.hf_config.to_dict(),
     }
-    return Recorder(RecordingWriter(path, meta))
+    return Recorder(config.recording_directory, rank, meta, config.record)
 
 
 def _warn_of_loose_limits(budget: PowerBudget, enforced: list[float | None]) -> None:

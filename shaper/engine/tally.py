@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shaper.core.types import StepBatch
+from shaper.engine.compat import one_token_each
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +92,7 @@ class RunningTally:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         # With drafts, diffusion or pipeline stages a step doesn't add one token to each.
-        self._regular = (
-            scheduler.num_spec_tokens == 0
-            and getattr(scheduler, "num_sampled_tokens_per_step", 1) == 1
-            and not getattr(scheduler, "use_pp", False)
-        )
+        self._regular = one_token_each(scheduler)
         self.mismatches = 0
         """Times that the kept counts were found wrong."""
         self._reads = 0

@@ -22,7 +22,8 @@ def leaks(world: Attacked) -> list[str]:
 
     expect(scheduler.requests, "requests of the scheduler")
     expect(scheduler.running, "running")
-    for name in ("waiting", "kv_holding_waiting", "deferred_waiting", "_inflight_prefills"):
+    queues = ("waiting", "skipped_waiting", "kv_holding_waiting", "deferred_waiting")
+    for name in (*queues, "_inflight_prefills"):
         expect(getattr(scheduler, name, ()), name)
     deferral = scheduler.deferral
     for name in ("_deferred", "_let_in", "_prompts"):

@@ -35,6 +35,7 @@ from shaper.core.policy.static import StaticCaps
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.standing import AdmissionState
 from shaper.core.types import PowerBudget, Reason
+from shaper.engine.compat import admission_cap
 from tests import strategies
 from tests.engine.attack import SEAMS, SENSOR_FAULTS, Sabotage
 from tests.engine.harness import Attacked, attacked, worst_ratio
@@ -217,7 +218,7 @@ class Liveness(RuleBasedStateMachine):
         config = scheduler.scheduler_config
         return (
             scheduler.max_num_scheduled_tokens,
-            scheduler.max_num_active_reqs,
+            admission_cap(scheduler),
             scheduler.max_num_running_reqs,
             config.long_prefill_token_threshold,
         )

@@ -18,6 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.v1.outputs import KVConnectorOutput
 
+from shaper.engine.compat import has
+
 NEVER = math.inf
 
 
@@ -69,9 +71,11 @@ class ScriptedConnector(KVConnectorBase_V1):  # type: ignore[misc]
         for name in due:
             del self._due[name]
         self._loaded |= due.keys()
-        return KVConnectorOutput(
-            finished_recving=set(due), failed_recving={name for name, fails in due.items() if fails}
-        )
+        failed = {name for name, fails in due.items() if fails}
+        if has("failed_receiving"):
+            return KVConnectorOutput(finished_recving=set(due), failed_recving=failed)
+        assert not failed
+        return KVConnectorOutput(finished_recving=set(due))
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         return KVConnectorMetadata()

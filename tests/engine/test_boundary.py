@@ -12,6 +12,7 @@ from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.power_model import StepModel
 from shaper.core.types import PowerBudget, PowerLimit, Reason, StepLimits
 from shaper.core.work import ModelShape, WorkCoefficients
+from shaper.engine.compat import admission_cap
 from shaper.engine.safe_cap import MAX_SPACING_SECONDS, safe_cap
 from shaper.gpu.profiles import load_profile
 from tests.engine.test_budget import sliding
@@ -106,7 +107,7 @@ def test_a_failure_anywhere_in_the_shaper_is_caught(make_rig, random_traffic, mo
     assert rig.shaper.counters.errors > 0
     cap = rig.engine.scheduler
     assert cap.max_num_scheduled_tokens == 8192
-    assert cap.max_num_active_reqs == 1024
+    assert admission_cap(cap) == 1024
 
 
 class HoldAllButTwo:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from shaper.core.standing import AdmissionState, Standing
+from shaper.engine.compat import admission_attribute
 from shaper.engine.deferral import MAX_LET_IN
 from shaper.engine.flex import REFUSED
 from shaper.simulate.engine import new_request
@@ -144,7 +145,7 @@ def test_aged_requests_enter_one_at_a_time(make_rig: Any) -> None:
         desk.add(flex=True)
     desk.run(5.0)
     # Nothing can start: the queue is blocked, and only one of them stands in it.
-    desk.scheduler.max_num_active_reqs = 0
+    setattr(desk.scheduler, admission_attribute(desk.scheduler), 0)
     desk.run(0.5)
     assert len(desk.wait_queue()) == 1
     assert len(desk.deferral) == 3

@@ -15,6 +15,7 @@ from shaper.engine.compat import supported
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import PassThrough
 from shaper.errors import ConfigError, GpuUnavailableError
+from shaper.recording import path_of_rank
 
 
 def scheduler(settings):
@@ -75,9 +76,8 @@ def test_limits_above_the_enforced_one_warn(caplog, limits, warns):
 
 def test_each_rank_has_files_of_its_own():
     """Data-parallel ranks must not write over each other."""
-    assert startup._of_rank("a/run.csv", 0) == "a/run.csv"
-    assert startup._of_rank("a/run.csv", 2) == "a/run.rank2.csv"
-    assert startup._of_rank(None, 1) is None
+    assert str(path_of_rank("a/run.csv", 0)) == "a/run.csv"
+    assert str(path_of_rank("a/run.csv", 2)) == "a/run.rank2.csv"
 
 
 @pytest.mark.parametrize(

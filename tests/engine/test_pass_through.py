@@ -1,0 +1,136 @@
+"""An engine that can't be shaped safely is vLLM's alone, and says so."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from shaper.config import build_config
+from shaper.control import ControlFile, ControlRecord, ModeRecord
+from shaper.engine import startup
+from shaper.engine.flags import new_parser, shaper_config
+from shaper.engine.protocols import PassThrough
+from shaper.engine.runtime import LiveShaper
+from shaper.status import read_statuses, run_id
+from tests.controlled import ORIGIN, engine, record, run, watts
+from tests.engine.conftest import plain
+from tests.engine.harness import GPU, MODEL
+
+__all__ = ["run"]
+
+WHY = "vLLM 0.99.0 is outside"
+SETTINGS = {"limits": "420W@100ms"}
+
+
+def test_it_is_off_whatever_is_asked(run, caplog):
+    """A wish to shape it is refused, in words, and counted; a budget and "off" are taken."""
+    control, file = engine(run, passes_through=WHY), ControlFile(run)
+    assert control.state.mode == "off"
+    on, shadow = ModeRecord(mode="on", origin=ORIGIN), ModeRecord(mode="shadow", origin=ORIGIN)
+    for sequence, wish in ((1, on), (2, shadow)):
+        file.write(ControlRecord(run=run, sequence=sequence, mode=wish))
+        control.tick(0.02 * sequence)
+        assert control.state.mode == "off"
+        assert (control.state.refused, control.state.taken_sequence) == (sequence, 0)
+    assert WHY in caplog.text
+    file.write(record(run, 3))
+    assert control.tick(0.1)
+    assert (control.state.mode, watts(control)) == ("off", 400.0)
+    off = ModeRecord(mode="off", origin=ORIGIN)
+    file.write(ControlRecord(run=run, sequence=4, mode=off))
+    control.tick(0.2)
+    assert control.state.taken_sequence == 4
+
+
+@cache
+def config() -> Any:
+    from shaper.simulate.engine import engine_config
+
+    return engine_config(MODEL, GPU, additional_config={"power_shaper": SETTINGS})
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[..., tuple[Any, list[Any]]]]:
+    """Serves traffic on a scheduler that starts as in a live engine, or on vLLM's own."""
+    made = []
+
+    def serve(traffic: Any, attached: bool) -> tuple[Any, list[Any]]:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        from shaper.core.power_model import StepModel
+        from shaper.emulator.silicon import EmulatedGpus
+        from shaper.engine.scheduler import power_scheduler
+        from shaper.engine.work import engine_coefficients
+        from shaper.gpu.profiles import load_profile
+        from shaper.simulate.engine import VirtualEngine, kv_cache, new_request, new_scheduler
+
+        model = StepModel(load_profile(GPU), engine_coefficients(config()))
+        outputs: list[Any] = []
+        kind = power_scheduler if attached else AsyncScheduler
+        scheduler = new_scheduler(config(), kind, kv_cache(config(), model, 2500))
+        made.append(scheduler)
+        gpus = EmulatedGpus(model.profile, model, start_seconds=0.0)
+        virtual = VirtualEngine(
+            scheduler, gpus, on_output=lambda output: outputs.append(plain(output))
+        )
+        for index, (arrival, prompt, tokens) in enumerate(traffic):
+            virtual.run_until(arrival)
+            virtual.add(new_request(f"r{index}", prompt, tokens, config()))
+        while virtual.busy:
+            virtual.step()
+        return scheduler, outputs
+
+    yield serve
+    for scheduler in made:
+        scheduler.shutdown()
+
+
+def test_under_an_untried_version_vllm_schedules_alone(served, random_traffic, monkeypatch, caplog):
+    """Under a budget that would bind every output is vLLM's; log, state and metrics say so."""
+    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0")
+    traffic = random_traffic(4, count=30)
+    with caplog.at_level(logging.WARNING, logger="shaper"):
+        scheduler, outputs = served(traffic, True)
+    assert isinstance(scheduler.shaper, LiveShaper)
+    assert not scheduler.shaper.shaping
+    assert "0.99.0" in caplog.text
+    assert "0.23 to 0.33" in caplog.text
+    (status,) = [each for each in read_statuses(run_id()) if each.info["passes_through"]]
+    assert WHY in str(status.info["passes_through"])
+    assert outputs == served(traffic, False)[1]
+
+
+def test_forced_it_is_shaped_as_any(served, monkeypatch):
+    """`force_version` alone makes the difference."""
+    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0")
+    monkeypatch.setenv("SHAPER_FORCE_VERSION", "true")
+    scheduler, _ = served([(0.0, [1] * 50, 3)], True)
+    assert scheduler.shaper.shaping
+
+
+def test_a_vllm_that_has_nothing_of_what_we_know_is_served_on(monkeypatch, caplog):
+    """Whatever raises while the shaper looks around, with a limit set: vLLM runs, unwatched."""
+    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0")
+    bare = SimpleNamespace(additional_config={"power_shaper": SETTINGS})
+    found = startup.attach(SimpleNamespace(vllm_config=bare))
+    assert isinstance(found, PassThrough)
+    assert found.schedule(lambda: "vLLM's own") == "vLLM's own"
+    assert "0.99.0" in caplog.text
+
+
+def test_the_flag_is_a_setting():
+    """And without it none is forced."""
+
+    def flags(*arguments: str) -> argparse.Namespace:
+        return new_parser().parse_args(arguments)
+
+    forced = shaper_config(flags("--force-version"))
+    assert forced is not None
+    assert forced.force_version
+    assert not build_config({}).force_version
