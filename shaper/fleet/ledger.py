@@ -30,12 +30,11 @@ import numpy as np
 import numpy.typing as npt
 
 from shaper.core.group import Committed, EngineShare, GroupView, Step
-from shaper.core.room import WindowPart
 from shaper.core.types import PowerLimit
 from shaper.fleet.fair import fair_terms
 from shaper.fleet.locks import Gate
 from shaper.fleet.rows import Reading, Rows, table_bytes
-from shaper.fleet.sums import window_parts
+from shaper.fleet.sums import Question
 
 # Who could not have the lock plans on its static share for so long, about a step: its share
 # may be too little for any claim that would find the lock free again.
@@ -57,6 +56,7 @@ class GroupLedger:
     ) -> None:
         self._rows, self._row, self._gate = rows, row, gate
         self.limits = tuple(limits)
+        self._asked: Question | None = None
         self._seen: npt.NDArray[np.int64] | None = None
         self._static_until_seconds = -math.inf
         self._writing = threading.Lock()
@@ -88,31 +88,41 @@ class GroupLedger:
         self, start_seconds: float, now_seconds: float, share: EngineShare, kept_ratio: float
     ) -> GroupView:
         """See `PowerGroup.look`."""
-        parts, reading = self._parts(start_seconds, now_seconds, share, kept_ratio)
+        reading = self._rows.read()
         self._seen = reading.versions
+        asked = self._question(start_seconds, now_seconds, kept_ratio, reading=reading)
+        self._asked = asked
+        parts = asked.parts(share.floor_watts)
         if now_seconds < self._static_until_seconds:
             # A plan that can't be claimed would be made again and again.
-            parts += self._parts(start_seconds, now_seconds, share, kept_ratio, static=True)[0]
-        table = reading.table
-        own = int(reading.rows.searchsorted(self._row))
-        return GroupView(parts, *fair_terms(table, own, self.limits, kept_ratio, now_seconds))
+            own = self._question(start_seconds, now_seconds, kept_ratio, static=True)
+            parts += own.parts(share.floor_watts)
+        place = int(reading.rows.searchsorted(self._row))
+        terms = fair_terms(reading.table, place, self.limits, kept_ratio, now_seconds)
+        return GroupView(parts, *terms)
 
-    def _parts(
+    def _question(
         self,
         start_seconds: float,
         now_seconds: float,
-        share: EngineShare,
         kept_ratio: float,
         *,
+        reading: Reading | None = None,
         static: bool = False,
         retracting: bool = False,
-    ) -> tuple[tuple[WindowPart, ...], Reading]:
+    ) -> Question:
         """What the limits leave, or where `static` this engine's share of them, taken alone."""
         limits = self.static_limits if static else self.limits
         watts = [limit.watts * kept_ratio for limit in limits]
-        asked = start_seconds, now_seconds, share.floor_watts
-        return window_parts(
-            self._rows, watts, self._row, *asked, alone=static, retracting=retracting
+        return Question(
+            self._rows,
+            watts,
+            self._row,
+            start_seconds,
+            now_seconds,
+            reading=reading,
+            alone=static,
+            retracting=retracting,
         )
 
     def tell(self, share: EngineShare, now_seconds: float) -> None:
@@ -146,6 +156,9 @@ class GroupLedger:
     ) -> bool:
         """See `PowerGroup.claim`. False also where this engine was stopped on the way."""
         gate = self._gate
+        if step is None and self._asked is not None:
+            # Nobody asked about what is forced, but its headroom will be recorded.
+            self._asked.read()
         with self._writing:
             held = gate is None or self._enter(gate, now_seconds)
             try:
@@ -171,14 +184,18 @@ class GroupLedger:
 
     def _fits(self, step: Step, share: EngineShare, now_seconds: float, held: bool) -> bool:
         """Whether a step that was entered fits beside what the others have entered by now."""
-        asked = step.start_seconds, now_seconds, share, step.kept_ratio
-        parts: tuple[WindowPart, ...] = ()
+        asked = step.start_seconds, now_seconds, step.kept_ratio
+        questions = []
         if self._others_entered():
-            parts += self._parts(*asked, retracting=True)[0]
+            questions.append(self._question(*asked, retracting=True))
         if not held:
-            parts += self._parts(*asked, static=True, retracting=True)[0]
+            questions.append(self._question(*asked, static=True, retracting=True))
         seconds, watts = step.prediction.seconds, step.prediction.watts
-        return all(part.fits(seconds, watts) for part in parts)
+        return all(
+            part.fits(seconds, watts)
+            for question in questions
+            for part in question.parts(share.floor_watts)
+        )
 
     def _others_entered(self) -> bool:
         """Whether anything was entered since the last look, by others."""

@@ -72,6 +72,11 @@ ROW = np.dtype(
 floor goes on until the engine says otherwise; `waiting_since_seconds` and
 `decodes_due_seconds` are NaN where there is nothing of it."""
 
+_SAID = (
+    *("floor_watts", "decode_joules", "decode_seconds", "prefill_watts", "burst_joules"),
+    *("waiting_since_seconds", "decodes_due_seconds", "entered_seconds"),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Grid:
@@ -130,6 +135,8 @@ class Rows:
         self.versions: npt.NDArray[np.int64] = np.ndarray((capacity,), np.int64, buffer, offset)
         offset += capacity * 8
         self.table: Table = np.ndarray((capacity,), ROW, buffer, offset)
+        # One assignment for what an engine says takes a quarter of the time of eight.
+        self._said = self.table[list(_SAID)]
         offset += capacity * ROW.itemsize
         self._ends: Array = np.ndarray((2 * capacity,), np.float64, buffer, offset)
         offset += 2 * capacity * 8
@@ -193,17 +200,17 @@ class Rows:
         self._say(row, share, now_seconds)
 
     def _say(self, row: int, share: EngineShare, now_seconds: float) -> None:
-        values = self.table[row]
-        values["floor_watts"] = share.floor_watts
-        values["decode_joules"] = share.decode_joules
-        values["decode_seconds"] = share.decode_seconds
-        values["prefill_watts"] = share.prefill_watts
-        values["burst_joules"] = share.burst_joules
-        since = share.waiting_since_seconds
-        values["waiting_since_seconds"] = math.nan if since is None else since
-        due = share.decodes_due_seconds
-        values["decodes_due_seconds"] = math.nan if due is None else due
-        values["entered_seconds"] = now_seconds
+        since, due = share.waiting_since_seconds, share.decodes_due_seconds
+        self._said[row] = (
+            share.floor_watts,
+            share.decode_joules,
+            share.decode_seconds,
+            share.prefill_watts,
+            share.burst_joules,
+            math.nan if since is None else since,
+            math.nan if due is None else due,
+            now_seconds,
+        )
 
     def enter(self, row: int, committed: Committed, share: EngineShare, now: float) -> None:
         """Replace what the row holds from `committed.final_seconds` on.
@@ -268,7 +275,7 @@ class Rows:
         copies = 2 * rows + (versions[rows] & 1)
         if retracting is not None:
             copies[rows == retracting] ^= 1
-        table = self.table[rows]
+        table = self.table.take(rows)
         table["end_seconds"] = self._ends[copies]
         return Reading(versions, rows, copies, table)
 

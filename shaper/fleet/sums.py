@@ -19,42 +19,95 @@ _READ_TRIES = 8
 _INSTANT_SECONDS = 1e-6
 
 
-def window_parts(
-    rows: Rows,
-    watts: Sequence[float],
-    own: int,
-    start_seconds: float,
-    now_seconds: float,
-    floor_watts: float,
-    *,
-    alone: bool = False,
-    retracting: bool = False,
-) -> tuple[tuple[WindowPart, ...], Reading]:
+class Question:
     """What the limits' windows leave for a step of row `own` that starts at `start_seconds`.
+
+    The rows are read when the first window is asked about, and once: half of all plans follow
+    from whose turn it is alone. Stateful fields: what was read.
 
     Args:
         rows: of the group.
         watts: what each limit's window may hold on the mean.
-        own, start_seconds, now_seconds, floor_watts: as for `PowerGroup.look`.
+        own, start_seconds, now_seconds: as for `PowerGroup.look`.
+        reading: the rows, just read; for an engine that retracts nothing and is not `alone`.
         alone: count nothing of other engines.
         retracting: as if what was entered last were taken back.
     """
-    asked = np.array([own]) if alone else None
-    for _ in range(_READ_TRIES):
-        reading = rows.read(asked, own if retracting else None)
-        found: dict[int, WindowPart] = {}
-        for grid in rows.grids:
-            curve = _curve(grid, reading, own, start_seconds, now_seconds)
-            for index in grid.judged:
-                window, allowed = rows.windows[index], watts[index]
-                x, room = _room(curve.edges, curve.under(allowed), start_seconds, window)
-                room += allowed * window
-                found[index] = WindowPart(window, allowed, floor_watts, x, room)
-        if rows.versions.tobytes() == reading.versions.tobytes():
-            break
-    else:
-        rows.torn += 1
-    return tuple(found[index] for index in range(len(watts))), reading
+
+    __slots__ = (
+        *("_alone", "_corners", "_now_seconds", "_own", "_reading", "_retracting"),
+        *("_rows", "_start_seconds", "_watts"),
+    )
+
+    def __init__(
+        self,
+        rows: Rows,
+        watts: Sequence[float],
+        own: int,
+        start_seconds: float,
+        now_seconds: float,
+        *,
+        reading: Reading | None = None,
+        alone: bool = False,
+        retracting: bool = False,
+    ) -> None:
+        self._rows, self._watts, self._own = rows, watts, own
+        self._start_seconds, self._now_seconds = start_seconds, now_seconds
+        self._reading, self._alone, self._retracting = reading, alone, retracting
+        self._corners: dict[int, tuple[Array, Array]] = {}
+
+    def parts(self, floor_watts: float) -> tuple[WindowPart, ...]:
+        """One for each limit; `floor_watts` is the engine's power after the step."""
+        windows = self._rows.windows
+        return tuple(
+            [
+                GroupWindow(self, index, windows[index], watts, floor_watts)
+                for index, watts in enumerate(self._watts)
+            ]
+        )
+
+    def corners(self, index: int) -> tuple[Array, Array]:
+        """Of a limit's window: seconds after the start, and joules that are left there."""
+        self.read()
+        return self._corners[index]
+
+    def read(self) -> None:
+        """Read the rows as they are now, unless that was done."""
+        if self._corners:
+            return
+        rows, own, start = self._rows, self._own, self._start_seconds
+        asked = np.array([own]) if self._alone else None
+        reading = self._reading
+        for _ in range(_READ_TRIES):
+            if reading is None:
+                reading = rows.read(asked, own if self._retracting else None)
+            for grid in rows.grids:
+                curve = _curve(grid, reading, own, start, self._now_seconds)
+                for index in grid.judged:
+                    window, allowed = rows.windows[index], self._watts[index]
+                    x, room = _room(curve.edges, curve.under(allowed), start, window)
+                    room += allowed * window
+                    self._corners[index] = x, room
+            if rows.versions.tobytes() == reading.versions.tobytes():
+                break
+            reading = None
+        else:
+            rows.torn += 1
+
+
+class GroupWindow(WindowPart):
+    """The part of one limit, summed over all rows when it is asked about."""
+
+    __slots__ = ("_index", "_question")
+
+    def __init__(
+        self, question: Question, index: int, window_seconds: float, watts: float, floor: float
+    ) -> None:
+        super().__init__(window_seconds, watts, floor)
+        self._question, self._index = question, index
+
+    def _solve(self) -> None:
+        self._put(*self._question.corners(self._index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +197,8 @@ def _curve(
     now = max(math.floor(now_seconds / length) - first, 0)
     joules, floors = np.zeros(len(edges)), np.zeros(len(edges))
     np.add.accumulate(np.add.reduce(spent), out=joules[1:])
-    np.add.accumulate((above * length) @ found.after[:, now:], out=floors[now + 1 :])
+    if above.any():
+        np.add.accumulate((above * length) @ found.after[:, now:], out=floors[now + 1 :])
     return _Curve(edges, joules, floors, above_watts, float(found.quiet_watts.sum()))
 
 

@@ -15,6 +15,7 @@ so that several engines can take part in one order of time (`shaper.simulate.rac
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import deque
@@ -69,13 +70,10 @@ def kv_cache(config: Any, model: StepModel, blocks: int | None) -> Any:
     Raises:
         ConfigError: the weights don't fit, or not one request of the model's length does.
     """
-    from vllm.v1.core.kv_cache_utils import (
-        generate_scheduler_kv_cache_config,
-        get_kv_cache_configs,
-    )
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
     from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
+    from shaper.engine.compat import laid_out_kv_cache
 
     specs = kv_cache_specs(config, _shape(config))
     if blocks is not None:
@@ -89,13 +87,10 @@ def kv_cache(config: Any, model: StepModel, blocks: int | None) -> Any:
         config.cache_config.gpu_memory_utilization,
         config.scheduler_config.max_num_batched_tokens,
     )
-    if getattr(config.cache_config, "kv_cache_layout", "") is None:
-        config.cache_config.kv_cache_layout = "LBNHC"  # the emulated executor's only one
     try:
-        found = get_kv_cache_configs(config, [specs], [left_bytes])
+        return laid_out_kv_cache(config, specs, int(left_bytes))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return generate_scheduler_kv_cache_config(found)
 
 
 def _shape(config: Any) -> ModelShape:
@@ -118,18 +113,27 @@ def new_scheduler(config: Any, kind: Callable[..., Any], cache: Any) -> Any:
     )
 
 
+@functools.cache
+def _block_hasher(algorithm: str, block_size: int) -> Callable[..., Any]:
+    """Made once: before vLLM 0.29 each `init_none_hash` starts every chain of hashes elsewhere."""
+    from vllm.utils.hashing import get_hash_fn_by_name
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+
+    hash_fn = get_hash_fn_by_name(algorithm)
+    init_none_hash(hash_fn)
+    hasher: Callable[..., Any] = get_request_block_hasher(block_size, hash_fn)
+    return hasher
+
+
 def new_request(request_id: str, prompt: list[int], output_tokens: int, config: Any) -> Any:
     """A request of exactly `output_tokens` tokens, with prefix caching as configured."""
     from vllm.sampling_params import SamplingParams
-    from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
     from vllm.v1.request import Request
 
+    cache = config.cache_config
     hasher = None
-    if config.cache_config.enable_prefix_caching:
-        hash_fn = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
-        init_none_hash(hash_fn)
-        hasher = get_request_block_hasher(config.cache_config.block_size, hash_fn)
+    if cache.enable_prefix_caching:
+        hasher = _block_hasher(cache.prefix_caching_hash_algo, cache.block_size)
     return Request(
         request_id,
         prompt,
@@ -189,6 +193,7 @@ class VirtualEngine:
         self._inbox: list[Any] = []
         self._return_seconds: float | None = None
         self._executed = False
+        self._nothing: Any = None
         self._tracker = RequestTracker()
         self._on_output = on_output
         self._host_late_seconds = host_late_seconds
@@ -255,6 +260,10 @@ class VirtualEngine:
         if self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self._executed = output.total_num_scheduled_tokens > 0
+            if output is self._nothing and len(self._queue) == self._depth - 1:
+                # One more poll of a pause, as the one before; what is queued is this output, too.
+                self.now_seconds += EMPTY_STEP_SECONDS
+                return
             self._queue.append(self._launch(output))
             if len(self._queue) < self._depth:
                 self._after()
@@ -297,6 +306,8 @@ class VirtualEngine:
                 # Which token is of no interest here; 65 is a letter.
                 sampled_token_ids=[[] if o is None else [65] for o in batch.step.outputs],
             )
+        else:
+            self._nothing = batch.output
         for outputs in self.scheduler.update_from_output(batch.output, answer).values():
             for each in outputs.outputs:
                 record = self.requests[each.request_id]

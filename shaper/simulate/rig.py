@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from shaper.core.controller import Controller
@@ -101,7 +102,7 @@ def new_engine(
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from shaper.engine.scheduler import power_scheduler
+    from shaper.simulate.pauses import VirtualAsyncScheduler, VirtualScheduler
 
     profile = load_profile(gpu)
     model = StepModel(profile, engine_coefficients(config))
@@ -157,11 +158,9 @@ def new_engine(
             sampler.on_tick = tick
         return shaper
 
-    def shaped(*args: Any, **kwargs: Any) -> Any:
-        return power_scheduler(*args, attach=attach, **kwargs)
-
     own = AsyncScheduler if asynchronous else Scheduler
-    kind = own if limits is None else shaped
+    shaped = VirtualAsyncScheduler if asynchronous else VirtualScheduler
+    kind = own if limits is None else partial(shaped, attach=attach)
     engine = VirtualEngine(
         new_scheduler(config, kind, kv_cache(config, model, kv_blocks)),
         gpus,

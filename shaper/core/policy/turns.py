@@ -7,6 +7,13 @@ Prompts take turns: while another engine's prompts have waited for longer than t
 engine's (since the last chunk of each), its own wait, until they have waited for their
 bound. And while anybody's prompts wait, all decodes go at their slowest cadence, which
 leaves the prompts the room.
+
+So turns are counted, too: whoever ran a chunk has waited for the shorter time and comes after
+who waits still. While prompts wait for `t` seconds, with `b` the longest pause, each other
+engine runs at most `1 + floor(t / b)` steps with prompts before them: one that it had waited
+for, and one each time that its own have waited for the bound. Those waits end at `2 b`
+(`core/guard.py`): three of each other engine at most, and one more of those who decided at
+the same moment.
 """
 
 from __future__ import annotations
