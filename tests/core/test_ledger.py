@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from shaper.core.ledger import Ledger
@@ -60,6 +60,7 @@ def worst_excess(curve: Curve, limit: PowerLimit, start: float, end: float) -> f
 
 
 @given(strategies.runs, strategies.limits, strategies.step_seconds, st.floats(IDLE, 450.0))
+@example([(0.001, 0.002, 475.0)], [PowerLimit(200.0, 2.0)], 0.125, 100.0)
 def test_what_fits_keeps_every_window_and_a_watt_more_does_not(runs, limits, seconds, floor):
     """A step at exactly the allowed watts breaks no window that it touches; at more, it does."""
     ledger, _ = build(runs, limits)
@@ -77,7 +78,7 @@ def test_what_fits_keeps_every_window_and_a_watt_more_does_not(runs, limits, sec
                 [
                     b + limit.window_seconds
                     for _, b, _ in curve.segments
-                    if b <= start and b + limit.window_seconds > start + 1e-9
+                    if b <= start and b + limit.window_seconds > start + 1e-6
                 ]
                 + [start + seconds]
             )
@@ -86,7 +87,9 @@ def test_what_fits_keeps_every_window_and_a_watt_more_does_not(runs, limits, sec
         return worst
 
     assert excess(allowed) <= 1e-6 * max(1.0, abs(allowed))
-    assert excess(allowed + 2.0) > 0.0
+    # Corners that lie close are merged, and what that may hide is kept free.
+    hidden_joules = 0.01 * max(limit.watts * limit.window_seconds for limit in limits)
+    assert excess(allowed + 2.0 + hidden_joules / seconds) > 0.0
 
 
 @given(strategies.runs)
