@@ -17,7 +17,7 @@ from statistics import median
 
 from shaper.core.types import GpuIdentity, GpuSample
 from shaper.errors import GpuLostError, TraceError
-from shaper.gpu.replay import ReplayReader
+from shaper.gpu.replay import ReplayReader, replayed_gpus
 
 logger = logging.getLogger(__name__)
 
@@ -82,15 +82,7 @@ class PlaybackReader:
             for gpu in range(count)
         ]
         self._start_seconds: float | None = None
-        self._gpus = tuple(
-            GpuIdentity(
-                index=sample.gpu_index,
-                name=f"replay of {path.name}",
-                uuid=f"REPLAY-{sample.gpu_index}",
-                enforced_limit_watts=sample.enforced_limit_watts,
-            )
-            for sample in self._readings[0]
-        )
+        self._gpus = replayed_gpus(path, self._readings[0])
         logger.warning(
             "readings of the GPU are played from %s, %.1f s in a loop: they do not depend on the "
             "load, so the budget is kept by prediction and not by what they say",

@@ -39,15 +39,7 @@ class ReplayReader:
         self._path = path
         self._clock = clock
         self._readings = _group(path, [_sample(path, *row) for row in _rows(path)])
-        self._gpus = tuple(
-            GpuIdentity(
-                index=sample.gpu_index,
-                name=f"replay of {path.name}",
-                uuid=f"REPLAY-{sample.gpu_index}",
-                enforced_limit_watts=sample.enforced_limit_watts,
-            )
-            for sample in self._readings[0]
-        )
+        self._gpus = replayed_gpus(path, self._readings[0])
         last, before = self._readings[-1][0], self._readings[max(0, len(self._readings) - 2)][0]
         self._end_seconds = 2 * last.read_seconds - before.read_seconds
         self._next = 0
@@ -138,6 +130,19 @@ def _sample(path: Path, number: int, row: Mapping[str, object]) -> GpuSample:
             raise TraceError(f"{path}, row {number}: {name} is {cell!r}, not a number") from None
     reasons = ClockEventReasons(int(values.pop("clock_event_reasons", None) or 0))
     return GpuSample(**values, clock_event_reasons=reasons)  # type: ignore[arg-type]
+
+
+def replayed_gpus(path: Path, reading: Iterable[GpuSample]) -> tuple[GpuIdentity, ...]:
+    """The GPUs of one reading of a recording, in its order."""
+    return tuple(
+        GpuIdentity(
+            index=sample.gpu_index,
+            name=f"replay of {path.name}",
+            uuid=f"REPLAY-{sample.gpu_index}",
+            enforced_limit_watts=sample.enforced_limit_watts,
+        )
+        for sample in reading
+    )
 
 
 def _group(path: Path, samples: list[GpuSample]) -> list[tuple[GpuSample, ...]]:
