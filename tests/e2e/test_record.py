@@ -103,6 +103,15 @@ def put(server: Server, **body: object) -> tuple[int, str]:
             return error.code, str(json.load(error)["error"]["code"])
 
 
+def phases(server: Server) -> set[str]:
+    """How the last recording goes, of all engines."""
+    request = urllib.request.Request(
+        f"{server.url}/v1/shaper/state", headers={"Authorization": f"Bearer {KEY}"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as found:
+        return {each["recording"]["phase"] for each in json.load(found)["engines"]}
+
+
 def test_each_engine_writes_its_steps_and_the_readings_that_are_played(
     server: Server, directory: Path
 ) -> None:
@@ -110,7 +119,7 @@ def test_each_engine_writes_its_steps_and_the_readings_that_are_played(
     client = recorder(server, "run.parquet", "--duration", "10min")
     assert client.stdout is not None
     first = [client.stdout.readline() for _ in range(2)]
-    assert [line.split()[1] for line in first] == ["0", "1"]
+    assert [line.split()[1:2] for line in first] == [["0"], ["1"]], first
     for _ in range(2):
         ask(server, 8)
     assert put(server, file="other.csv") == (409, "busy")
@@ -150,7 +159,8 @@ def test_it_ends_by_itself_when_its_client_is_killed(server: Server, directory: 
     ask(server)
     server.wait_for("the end", lambda: put(server, file="next.csv", **{"for": "1s"})[0] == 200)
     assert len(read_recording(directory / "alone.csv").samples) > 20
-    server.wait_for("the end of that", lambda: put(server, file="next.csv")[1] == "exists")
+    server.wait_for("the end of that", lambda: phases(server) == {"ended"})
+    assert put(server, file="next.csv") == (409, "exists")
 
 
 def test_no_file_is_written_over_and_no_path_is_taken(server: Server, directory: Path) -> None:
