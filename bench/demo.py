@@ -20,11 +20,12 @@ from typing import Any
 from bench import machine
 from bench.compare import Comparison, DemoSettings, compare, phases
 from bench.interrupt import Termination
-from bench.options import Parser, add_workload_options, ratio, workload
+from bench.options import add_workload_options, ratio, workload
 from bench.options import seconds as duration
 from bench.page import comparison_page, self_check_lines
 from bench.progress import PhaseProgress
 from bench.tables import comparison_checks, comparison_table, run_data, without_nan
+from shaper.arguments import Parser
 from shaper.config import build_config
 from shaper.emulator.shapes import known_models
 from shaper.errors import ConfigError, ShaperError

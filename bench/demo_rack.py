@@ -26,10 +26,11 @@ from bench.demo_rack_page import (
 )
 from bench.interrupt import Termination
 from bench.live_rack import RackSettings, rack_phases, run_rack
-from bench.options import Parser, add_workload_options, count, ratio, workload
+from bench.options import add_workload_options, count, ratio, workload
 from bench.options import seconds as duration
 from bench.progress import Phase, PhaseProgress
 from bench.tables import without_nan
+from shaper.arguments import Parser
 from shaper.config import build_config
 from shaper.core.types import PowerLimit
 from shaper.emulator.shapes import known_models

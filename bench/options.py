@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
 
 from shaper.errors import ConfigError
 from shaper.traffic.synthetic import load_summary, synthesise
@@ -14,14 +13,6 @@ from shaper.units import parse_seconds
 
 MAX_DURATION_SECONDS = 24 * 3600.0
 MAX_RATE_HERTZ = 1000.0
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises `ConfigError` in place of printing the usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        """See the class."""
-        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def seconds(text: str) -> float:

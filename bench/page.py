@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -134,6 +136,24 @@ def _meter_source(from_log: list[str], names: list[str]) -> str:
     )
 
 
+def tail_plots(
+    names: Sequence[str], itl: Sequence[FloatArray], ttft: Sequence[FloatArray]
+) -> tuple[Plot, Plot]:
+    """What a budget costs: the tail of the inter-token latency, and TTFT; milliseconds, by run."""
+    return (
+        Plot(
+            "Inter-token latency, the tail",
+            distribution(names, itl, "inter-token latency (ms)", tail=True),
+            wide=False,
+        ),
+        Plot(
+            "Time to first token",
+            distribution(names, ttft, "time to first token (ms)"),
+            wide=False,
+        ),
+    )
+
+
 def _latency_plots(comparison: Comparison) -> tuple[Plot, ...]:
     names = [run.name for run in comparison.runs]
     finished = [latency.finished(run.replay) for run in comparison.runs]
@@ -150,16 +170,7 @@ def _latency_plots(comparison: Comparison) -> tuple[Plot, ...]:
             distribution(names, itl, "inter-token latency (ms)"),
             wide=False,
         ),
-        Plot(
-            "Inter-token latency, the tail",
-            distribution(names, itl, "inter-token latency (ms)", tail=True),
-            wide=False,
-        ),
-        Plot(
-            "Time to first token",
-            distribution(names, ttft, "time to first token (ms)"),
-            wide=False,
-        ),
+        *tail_plots(names, itl, ttft),
         Plot(
             "End-to-end latency",
             distribution(names, e2el, "end-to-end latency (s)"),

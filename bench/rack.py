@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.options import Parser, count, rate, seconds, seed
+from bench.options import count, rate, seconds, seed
 from bench.racks.output import Report, check_writable, write
 from bench.racks.plan import (
     LIMIT_RATIOS,
@@ -32,6 +32,7 @@ from bench.racks.plan import (
 from bench.racks.pool import Runner, Told
 from bench.racks.store import Store
 from bench.racks.variants import vary
+from shaper.arguments import Parser
 from shaper.errors import ConfigError, ShaperError
 from shaper.simulate.arrivals import loop_seconds
 from shaper.simulate.checks import check_setup

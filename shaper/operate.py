@@ -14,8 +14,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
+from shaper.arguments import Parser
 from shaper.budget_config import parse_power_limit
 from shaper.control import MODES
 from shaper.core.budget import describe, resolve
@@ -27,11 +28,6 @@ from shaper.settings import ADMIN_KEY_VARIABLE, admin_key
 DEFAULT_URL = "http://127.0.0.1:8000"
 # The server waits 5 s for its engines; the rest is for a busy host.
 _ANSWER_SECONDS = 20.0
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -66,7 +62,7 @@ def mode_main(argv: Sequence[str]) -> int:
         ConfigError: an argument is wrong, or there is no key.
         ControlError: the server is not there, or refuses.
     """
-    parser = _Parser(prog="shaper mode", description="Switch a running server's shaper.")
+    parser = Parser(prog="shaper mode", description="Switch a running server's shaper.")
     parser.add_argument("mode", choices=MODES)
     _common(parser, signed=True)
     options = parser.parse_args(list(argv))
@@ -75,12 +71,12 @@ def mode_main(argv: Sequence[str]) -> int:
 
 
 def _budget_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="shaper budget",
         description="The power budget of a running server. The server must have been started with "
         f"{ADMIN_KEY_VARIABLE}; give the same here.",
     )
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=_Parser)
+    actions = parser.add_subparsers(dest="action", required=True, parser_class=Parser)
     setting = actions.add_parser("set", help="put a budget in force")
     setting.add_argument(
         "limits",

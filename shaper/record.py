@@ -15,9 +15,10 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 from shaper import __version__
+from shaper.arguments import Parser
 from shaper.calendar_spans import iso
 from shaper.core.types import GpuSample
 from shaper.errors import ConfigError, GpuUnavailableError, TraceError
@@ -36,14 +37,9 @@ _WRITE_SECONDS = 0.2
 _EMULATED_SHAPE = "llama-3.1-8b"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `shaper record`."""
-    parser = _Parser(prog="shaper record", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="shaper record", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "out",
         metavar="OUT",
@@ -218,16 +214,12 @@ def stopped_by_signals() -> Iterator[threading.Event]:
 
 def _real() -> GpuReader:
     from shaper.gpu.nvml import NvmlReader, host_gpus
-    from shaper.gpu.visible import visible_gpus
+    from shaper.gpu.visible import visible_count, visible_gpus
 
-    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
-        if variable is None:
+        count = visible_count(os.environ)
+        if count is None:
             count = len(host_gpus())
-        else:
-            entries = [entry.strip() for entry in variable.split(",")]
-            ends = [n for n, entry in enumerate(entries) if not entry or entry.startswith("-")]
-            count = min([len(entries), *ends])
         if not count:
             raise GpuUnavailableError("no GPU is visible here")
         return NvmlReader(visible_gpus(os.environ, count))

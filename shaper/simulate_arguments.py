@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
+from shaper.arguments import Parser
 from shaper.budget_config import LimitConfig, parse_power_limit
 from shaper.config import ShaperConfig
 from shaper.core.types import PowerLimit
@@ -31,13 +32,6 @@ with --search-limit. The meters' errors, an error of the step model and what the
 late by are drawn from the seed; --exact leaves them out.
 """
 CONVERSATION = "conversation"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a `ConfigError`: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def _one_of(kind: str, words: Sequence[str]) -> Callable[[str], str]:
@@ -82,7 +76,7 @@ def _number(text: str) -> float:
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `shaper simulate`."""
-    parser = _Parser(
+    parser = Parser(
         prog="shaper simulate",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -5,19 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import NoReturn
 
 from bench.characterise.plan import QUICK, STAGE_SECONDS, STAGES, TOTAL_SECONDS, Plan
-from shaper.errors import ConfigError
+from shaper.arguments import Parser
 
 PROGRAM = "bench.gpu_characterise"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a `ConfigError`: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see python -m {PROGRAM} --help")
 
 
 def _positive(text: str) -> float:
@@ -39,7 +31,7 @@ def _share(text: str) -> float:
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The arguments, under a text for `--help`."""
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m {PROGRAM}",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,8 @@ from pathlib import Path
 from bench.gpu_serving import plan
 from bench.gpu_serving.plan import parse_knobs, runs
 from bench.gpu_serving.store import Settings, read_settings
-from bench.options import Parser, count, rate, ratio, seconds, seed
+from bench.options import count, rate, ratio, seconds, seed
+from shaper.arguments import Parser
 from shaper.config import build_config
 from shaper.emulator.shapes import load_model_config
 from shaper.errors import ConfigError

@@ -18,6 +18,7 @@ from bench.gpu_serving.figures import (
 )
 from bench.gpu_serving.measure import FloatArray
 from bench.gpu_serving.plan import WINDOW_SECONDS
+from bench.page import tail_plots
 from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, definitions, paragraph, render
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
@@ -166,18 +167,7 @@ def _latency(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:
     done = [latency.finished(run.stored.replay) for run in runs]
     itl = [1e3 * latency.itl_seconds(records) for records in done]
     ttft = [1e3 * latency.ttft_seconds(records) for records in done]
-    return (
-        Plot(
-            "Inter-token latency, the tail",
-            distribution(names, itl, "inter-token latency (ms)", tail=True),
-            wide=False,
-        ),
-        Plot(
-            "Time to first token",
-            distribution(names, ttft, "time to first token (ms)"),
-            wide=False,
-        ),
-    )
+    return tail_plots(names, itl, ttft)
 
 
 def _virtual(found: Found) -> tuple[Plot, ...]:

@@ -17,9 +17,9 @@ import tempfile
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
-from shaper.doctor.findings import Finding, finding_of, plain, values
+from shaper.doctor.findings import Finding, finding_of, json_object, plain, values
 
 # After SIGKILL a process is gone at once, unless it is stuck in the kernel.
 _KILL_SECONDS = 1.0
@@ -74,7 +74,7 @@ def probe(module: str, arguments: Sequence[str], silence_seconds: float) -> Prob
         stage, hung = "Python is started", True
         try:
             while (line := lines.get(timeout=silence_seconds)) is not None:
-                said = _object(line)
+                said = json_object(line)
                 stage = str(said.get("stage", stage))
                 # A library may print what looks like ours and is not.
                 with contextlib.suppress(KeyError, TypeError, ValueError):
@@ -94,14 +94,6 @@ def _pass_on(output: IO[str], lines: queue.Queue[str | None]) -> None:
         for line in output:
             lines.put(line)
     lines.put(None)
-
-
-def _object(line: str) -> dict[str, Any]:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _end(process: subprocess.Popen[str], *, hung: bool) -> int | None:

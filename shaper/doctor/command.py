@@ -13,8 +13,8 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NoReturn
 
+from shaper.arguments import Parser
 from shaper.doctor import gpus
 from shaper.doctor.bounded import Probed, probe
 from shaper.doctor.findings import Checks, Finding, document, exit_code, plain
@@ -34,13 +34,8 @@ _MAX_SECONDS = 60.0
 _INTERRUPTED = 130
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="shaper doctor",
         description="Whether this host can run the shaper, and how a running server fares. It "
         "reads only. Exit code: 0 well or warnings only, 1 something fails, 2 usage.",

@@ -11,6 +11,7 @@ The document, `SCHEMA` 1. Names of checks and keys stay what they are; new ones 
 from __future__ import annotations
 
 import enum
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,3 +154,12 @@ def _json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     return plain(value)
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """What another program said; empty where it is no JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

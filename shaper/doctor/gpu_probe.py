@@ -29,7 +29,7 @@ from shaper.gpu.meter_facts import measure_meter
 from shaper.gpu.nvml import NvmlReader, host_gpus
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.reader import GpuReader
-from shaper.gpu.visible import device_order_warning, visible_gpus
+from shaper.gpu.visible import device_order_warning, visible_count, visible_gpus
 from shaper.settings import load_config
 
 # What the emulated GPU works on: a meter is seen to refresh only where power moves.
@@ -132,11 +132,8 @@ def _visible(checks: Checks) -> Iterator[int | str]:
     if not count:
         say_findings([checks.fail("gpu.driver", found, gpus.NO_GPU_ADVICE, **data)])
         return
-    own: tuple[int | str, ...] = tuple(range(count))
-    if variable is not None:
-        entries = [entry.strip() for entry in variable.split(",")]
-        ends = [i for i, entry in enumerate(entries) if not entry or entry.startswith("-")]
-        own = visible_gpus(os.environ, ends[0] if ends else len(entries))
+    named = visible_count(os.environ)
+    own = visible_gpus(os.environ, count if named is None else named)
     using = ", ".join(map(str, own))
     found += f"; CUDA_VISIBLE_DEVICES is {shown}, so this process would use {using or 'none'}"
     if not own:

@@ -8,7 +8,6 @@ server that was named and nowhere else; what it answers is shown only in part.
 from __future__ import annotations
 
 import http.client
-import json
 import math
 import queue
 import re
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from shaper.doctor.findings import Checks, Finding, plain
+from shaper.doctor.findings import Checks, Finding, json_object, plain
 from shaper.errors import ConfigError
 from shaper.settings import ADMIN_KEY_VARIABLE, admin_key
 
@@ -273,7 +272,7 @@ def route_findings(base: str, environ: Mapping[str, str], timeout_seconds: float
     answer = ask(base, "/v1/shaper/state", None, timeout_seconds)
     if key is not None and _wants_key(answer):
         answer = ask(base, "/v1/shaper/state", key, timeout_seconds)
-    said = _object(answer.body)
+    said = json_object(answer.body)
     if answer.error:
         text = f"/v1/shaper/state does not answer: {answer.error}"
         return [_CHECKS.fail("server.routes", text, "see the server's log", up=False)]
@@ -304,7 +303,7 @@ def route_findings(base: str, environ: Mapping[str, str], timeout_seconds: float
 
 
 def _wants_key(answer: Answer) -> bool:
-    detail = _object(answer.body).get("error")
+    detail = json_object(answer.body).get("error")
     code = detail.get("code") if isinstance(detail, dict) else None
     return answer.status == 401 and code == "invalid_admin_key"
 
@@ -338,11 +337,3 @@ def _state(state: Mapping[str, Any], engines: Sequence[Mapping[str, Any]]) -> Fi
         else "no change was asked for"
     )
     return _CHECKS.ok("server.routes", f"they answer with the key; {change}", **data)
-
-
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

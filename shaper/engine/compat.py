@@ -131,7 +131,7 @@ def check_scheduler(scheduler: Any) -> None:
         if not hasattr(scheduler, name):
             raise EngineError(
                 f"this vLLM ({vllm_version()}) has no Scheduler.{name}: "
-                "use vLLM 0.23 to 0.33, or start with --shaper-off"
+                f"use vLLM {RANGE}, or start with --shaper-off"
             )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
+from shaper.arguments import Parser
 from shaper.budget_config import parse_power_limit
 from shaper.config import ShaperConfig, build_config
 from shaper.errors import ConfigError
@@ -22,14 +23,9 @@ Flags that are not listed here go to vLLM; `shaper serve --help=all` lists them 
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; see shaper serve --help")
-
-
 def new_parser() -> argparse.ArgumentParser:
     """Knows the shaper's flags alone; the rest of a command line is left over."""
-    parser = _Parser(
+    parser = Parser(
         prog="shaper serve",
         usage="shaper serve MODEL [shaper's flags] [any flag of vllm serve]",
         description=DESCRIPTION,

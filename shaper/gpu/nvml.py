@@ -21,7 +21,7 @@ from shaper.gpu.capabilities import GpuCapabilities, HostGpu
 from shaper.gpu.nvml_device import Device
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.nvml_errors import Behaviour, behaviour
-from shaper.gpu.nvml_ways import MODULE_SCOPE, optional
+from shaper.gpu.nvml_ways import MODULE_SCOPE, mig_mode, optional
 from shaper.gpu.visible import visible_gpus
 
 __all__ = ["NvmlReader", "host_gpus", "visible_gpus"]
@@ -167,15 +167,10 @@ def host_gpus(library: Any = None) -> tuple[HostGpu, ...]:
         found = []
         for index, uuid, handle in _shown(driver)[0]:
             name = str(driver.call("nvmlDeviceGetName", handle))
-            found.append(HostGpu(index, name, uuid, _mig(driver, handle)))
+            found.append(HostGpu(index, name, uuid, mig_mode(driver, handle, "the NVIDIA driver")))
         return tuple(found)
     finally:
         driver.call("nvmlShutdown")
-
-
-def _mig(driver: Driver, handle: Any) -> bool | None:
-    modes = optional(lambda: driver.call("nvmlDeviceGetMigMode", handle))
-    return None if modes is None else bool(modes[0])
 
 
 def _shown(driver: Driver) -> tuple[list[tuple[int, str, Any]], list[str]]:

@@ -29,6 +29,7 @@ from shaper.gpu.nvml_ways import (
     limit_range,
     max_sm_clock_hertz,
     meters_instant,
+    mig_mode,
     optional,
     power_scopes,
 )
@@ -59,8 +60,7 @@ class Device:
         shown = int(driver.call("nvmlDeviceGetIndex", handle))
         name = str(driver.call("nvmlDeviceGetName", handle))
         self._subject = subject = f"GPU {shown} ({name})"
-        mig = optional(lambda: driver.call("nvmlDeviceGetMigMode", handle, subject=subject))
-        self._mig = None if mig is None else bool(mig[0])
+        self._mig = mig_mode(driver, handle, subject)
         if self._mig:
             raise GpuUnavailableError(
                 f"{subject} is in MIG mode, in which its power cannot be told apart by "

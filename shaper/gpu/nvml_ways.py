@@ -190,3 +190,9 @@ def max_sm_clock_hertz(driver: Driver, handle: Any, subject: str) -> float | Non
         lambda: driver.call("nvmlDeviceGetMaxClockInfo", handle, kind, subject=subject)
     )
     return None if found is None else float(found) * _HERTZ_PER_MEGAHERTZ
+
+
+def mig_mode(driver: Driver, handle: Any, subject: str) -> bool | None:
+    """Whether this GPU is in MIG mode; None: it knows none."""
+    modes = optional(lambda: driver.call("nvmlDeviceGetMigMode", handle, subject=subject))
+    return None if modes is None else bool(modes[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 
 from shaper.errors import GpuUnavailableError
 
@@ -28,14 +29,12 @@ def visible_gpus(
     if variable is None:
         return tuple(range(first, last))
     names: list[int | str] = []
-    for entry in (part.strip() for part in variable.split(",")):
+    for entry in _entries(variable):
         if entry.upper().startswith("MIG"):
             raise GpuUnavailableError(
                 f"CUDA_VISIBLE_DEVICES names {entry}: MIG slices are not supported, because the "
                 "driver meters the power of whole GPUs only; use a GPU with MIG off"
             )
-        if entry.startswith("-") or not entry:
-            break
         names.append(int(entry) if entry.isascii() and entry.isdigit() else entry)
     if len(names) < last:
         raise GpuUnavailableError(
@@ -48,6 +47,17 @@ def visible_gpus(
             f"CUDA_VISIBLE_DEVICES={variable!r} names a GPU of this engine twice"
         )
     return own
+
+
+def visible_count(environ: Mapping[str, str]) -> int | None:
+    """How many GPUs `CUDA_VISIBLE_DEVICES` names; None where it is not set, and all are visible."""
+    variable = environ.get("CUDA_VISIBLE_DEVICES")
+    return None if variable is None else len(_entries(variable))
+
+
+def _entries(variable: str) -> list[str]:
+    entries = (part.strip() for part in variable.split(","))
+    return list(takewhile(lambda entry: entry and not entry.startswith("-"), entries))
 
 
 def dealt_gpus(
