@@ -203,6 +203,60 @@ def test_a_target_that_no_chunk_keeps_does_not_stop_prompts(slack):
     assert waited.reason is Reason.DECODE_ONLY
 
 
+def test_decodes_alone_keep_their_pace_while_no_prompt_waits():
+    """Without a target only a prompt that waits slows them; with one a burst may ask for it."""
+    limits = [PowerLimit(600.0, 0.1)]
+    free = view(DECODES, limits, burst_joules=45.0, prefill_watts=50.0)
+    assert WindowedPlanner().plan(free).reason is Reason.UNCONSTRAINED
+    paced = view(DECODES, limits, itl=0.05, burst_joules=45.0, prefill_watts=50.0)
+    assert WindowedPlanner().plan(paced).reason is Reason.CADENCE
+
+
+def test_a_prompt_that_ends_early_in_a_chunk_ends_it():
+    """Its first token does not wait for a long piece of the next prompt."""
+    short = EngineLoad(8, 8, 8000, prefills=(PrefillDemand(100, 3000), PrefillDemand(4000, 0)))
+    assert WindowedPlanner().plan(view(short, itl=0.05)).limits.prefill_tokens == 100
+    longer = EngineLoad(8, 8, 8000, prefills=(PrefillDemand(1000, 3000), PrefillDemand(4000, 0)))
+    chunk = WindowedPlanner().plan(view(longer, itl=0.05)).limits.prefill_tokens
+    assert chunk is not None
+    assert chunk > 1000
+    assert WindowedPlanner().plan(view(short)).reason is Reason.UNCONSTRAINED
+
+
+def test_a_window_that_holds_no_efficient_chunk_gets_the_largest_that_it_may():
+    """A window of 10 ms never holds 192 tokens or more, and 128 when it is empty enough."""
+    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.01),)), IDLE, 0.0)
+    plan = WindowedPlanner().plan(view(PROMPTS, ledger=ledger))
+    assert plan.limits.prefill_tokens == 128
+    ledger.spend(0.0, 0.01, 6.0)  # now 64 would fit, and 128 are waited for
+    assert ledger.ask(0.01, IDLE).fits(predict(PROMPTS.batch(64)))
+    assert not WindowedPlanner().plan(view(PROMPTS, ledger=ledger)).limits.run
+
+
+@given(
+    st.lists(st.integers(1, 9000), unique=True, max_size=150).map(sorted),
+    st.integers(0, 9000),
+    st.integers(0, 9000),
+)
+def test_the_search_finds_the_largest_size_that_fits(sizes, most, last):
+    """From wherever it begins; a size that has just been found costs two questions."""
+    planner = WindowedPlanner()
+    planner._last_chunk = last
+    asked = []
+
+    def fits(tokens: int) -> bool:
+        asked.append(tokens)
+        return bool(tokens <= most)
+
+    found = planner._largest_fitting(sizes, fits)
+    assert found == max((size for size in sizes if size <= most), default=0)
+    assert len(set(asked)) == len(asked)
+    planner._last_chunk = found
+    asked.clear()
+    assert planner._largest_fitting(sizes, fits) == found
+    assert len(asked) <= 2
+
+
 @given(
     strategies.loads(),
     strategies.limits,

@@ -13,8 +13,9 @@ The cadence spends the ITL target's slack first: fewer, larger steps read the we
 often for the same tokens, and leave each window the room for prompts as they come: those
 that find it run at once. The cap comes behind it: where even the slowest cadence that
 the target allows draws more than the budget, fewer requests may run, and the others wait.
-Without an ITL target the slowest cadence is `EASY_STEPS` decode steps, and there is no cap.
-In a group the cadence is the slower one of this and of what all of it can hold.
+Without an ITL target there is no cap. An engine alone then has no cadence, and one in a group
+goes at `EASY_STEPS` decode steps at the slowest. In a group the cadence is the slower one of this
+and of what all of it can hold.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from shaper.core.types import LatencyTargets, StepBatch, StepPrediction
 
 # How much of the ITL target decodes wait for joules alone. The rest is room for a chunk under
 # the same deadline: waiting for all of it saves little more energy and costs TTFT.
-SLACK_SHARE = 0.30
+SLACK_SHARE = 0.28
 # And where a budget asks for it: under a tight one more of it goes to the prompts' TTFT.
 BUDGET_SHARE = 0.40
 # Without a target: in decode steps. Half the pace of the unshaped engine while it is calm is
@@ -55,9 +56,8 @@ def cadence_seconds(view: PlanInput) -> float | None:
     decodes = view.decodes
     if decodes is None or not view.room.bounded:
         return None
-    alone = view.targets.itl_seconds is None and view.group is None
-    if alone and decodes.watts + view.prefill_watts > view.room.sustained_watts:
-        # Demand exceeds the budget: slower decodes would only make it swing.
+    if view.targets.itl_seconds is None and view.group is None:
+        # Nobody has named a price for it: their pace falls while prompts wait, and no longer.
         return None
     extra = decodes.joules_above(view.idle_watts)
     available = min(

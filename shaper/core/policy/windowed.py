@@ -11,11 +11,13 @@ leaves for a step of its length, with decodes going on after it. In order:
 1. where only decodes are ready and their target leaves time: nothing, for `SLACK_SHARE` of
    the target if slack shall be spent, else for the cadence that the budget asks for. A
    decode step mostly reads weights, so its joules hardly depend on how many share it. Without
-   a target the slowest cadence that the budget may ask for is an easy one (`EASY_STEPS`);
+   a target they go on at once while no prompt waits, unless a group asks for an easy cadence
+   (`EASY_STEPS`);
 2. what the engine wants, if it fits: then nothing is limited;
 3. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
-   don't come back as one long step; where no chunk keeps the ITL target, 64 tokens;
+   don't come back as one long step; where no chunk keeps the ITL target, 64 tokens; where no
+   empty window would hold an efficient one, the largest that one would;
 4. while prompts wait for the budget: nothing, for the decodes' share of slack, so that the
    room which they leave goes to the prompts; without an ITL target an easy pace, or a share
    of the time for which prompts have been held;
@@ -37,6 +39,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.sustained import RunningCap, cadence_seconds, slowest_seconds
@@ -55,12 +58,12 @@ from shaper.core.types import (
     StepPrediction,
 )
 
-# Chunk sizes tried, in tokens. Steps of about a third: finer ones change the step's
-# energy by less than the prediction's error. Multiples of 64, the tile of a GEMM.
-CHUNK_TOKENS = (
-    *(64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
-    *(1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192),
-)
+# Chunk sizes tried, in tokens: what a chunk leaves of its deadline, the prompt's last tokens
+# wait for. Multiples of 64, the tile of a GEMM.
+CHUNK_TOKENS = tuple(range(64, 8192 + 1, 64))
+# A prompt that ends within this part of a chunk ends the chunk: the next prompts lose the time
+# of a small step, and its first token does not wait for theirs.
+_TAIL_SHARE = 0.25
 # A chunk this long costs about the least joules a token on every profile.
 _LONG_CHUNK_TOKENS = 2048
 # A chunk that costs up to a quarter more a token than a long one is still efficient: when no
@@ -68,9 +71,9 @@ _LONG_CHUNK_TOKENS = 2048
 # profiles here, and about a thousand for the mixture of experts.
 _EFFICIENT_RATIO = 1.25
 # A held engine is asked again after a millisecond, and is then launched with nothing
-# queued before it; a step may take a little longer than predicted.
+# queued before it; a step takes longer than predicted where the clock sags under way.
 _POLL_SECONDS = 0.003
-_LATE_RATIO = 1.02
+_LATE_RATIO = 1.03
 # A look at all engines of a group costs some tens of microseconds: not at every poll.
 _GROUP_POLL_SECONDS = 0.0015
 # In decode steps. Without this bound the p99 of ITL rises over the unshaped one at 85% of
@@ -169,20 +172,37 @@ class WindowedPlanner:
                 return False
             return view.room.fits(prediction)
 
-        # Steps in a row get about the same: the search begins where the last one ended.
-        low, high = -1, len(sizes)
-        middle = max(0, bisect_right(sizes, self._last_chunk) - 1)
-        if fits(sizes[middle]):
-            low, middle = middle, middle + 1
-        else:
-            high, middle = middle, 0
-        while high - low > 1:
-            low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
-            middle = (low + high) // 2
-        if low < 0:
+        def possible(tokens: int) -> bool:
+            return not _never_fits(view, view.predict(load.batch(tokens)))
+
+        chunk = self._largest_fitting(sizes, fits)
+        if not chunk and not possible(least):
+            below = CHUNK_TOKENS[: bisect_left(CHUNK_TOKENS, least)]
+            most_possible = self._largest_fitting(below, possible)
+            chunk = most_possible if most_possible and fits(most_possible) else 0
+        if not chunk:
             return self._crumb(view, least)
-        self._last_chunk = sizes[low]
-        return sizes[low]
+        self._last_chunk = chunk
+        tail = load.prefills[0].remaining_tokens
+        return tail if tail < most and tail <= _TAIL_SHARE * chunk and fits(tail) else chunk
+
+    def _largest_fitting(self, sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
+        """The largest of these ascending sizes that fits, 0 if none does."""
+        if not sizes:
+            return 0
+        # Steps in a row get about the same: the search begins where the last one ended, and
+        # goes in strides that double until it has passed the answer.
+        low, high, stride = -1, len(sizes), 1
+        at = max(0, bisect_right(sizes, self._last_chunk) - 1)
+        while high - low > 1:
+            if fits(sizes[at]):
+                low, at = at, at + stride
+            else:
+                high, at = at, at - stride
+            if not low < at < high:
+                at = (low + high) // 2
+            stride *= 2
+        return sizes[low] if low >= 0 else 0
 
     def _crumb(self, view: PlanInput, least: int) -> int:
         """A chunk of 64 tokens where only the ITL target refuses an efficient one, else 0.
@@ -247,7 +267,7 @@ def _largest_whole(view: PlanInput) -> int:
 
 def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
     """How many decodes to run where even an empty window would not hold all, else 0."""
-    if decodes.watts <= view.room.empty_watts(decodes.seconds):
+    if not _never_fits(view, decodes):
         return 0  # they fit soon: one step for all costs less than two for some
     load = view.load
     count = load.decode_requests // 2
@@ -257,6 +277,11 @@ def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
             return count
         count //= 2
     return 0
+
+
+def _never_fits(view: PlanInput, step: StepPrediction) -> bool:
+    """Whether not even an empty window would hold the step."""
+    return step.watts > view.room.empty_watts(step.seconds)
 
 
 def _decode_batch(load: EngineLoad, count: int) -> StepBatch:
