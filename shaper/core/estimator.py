@@ -11,8 +11,9 @@ long enough that its ends, as well as they are dated, are a fortieth of it. The 
 truth: limits hold in metered watts, so the meter's own error is learned as gain.
 
 The margin leans on the meter: what the last second counted above the corrected prediction
-is kept free at once, less what the dating of spans explains, and fades as the gains follow. It
-also covers idle power that the meter shows above the model's, which the ledger enters.
+is kept free at once, less what the dating of spans explains, and fades as the gains follow; of
+what the last three seconds counted above it, all but that dating. It also covers idle power that
+the meter shows above the model's, which the ledger enters.
 Where the last seconds differ by more than the gains can follow, the estimator disagrees
 with the meter.
 """
@@ -253,8 +254,12 @@ class Estimator:
         gains = self._joules.applied
         untouched = all(gain == 1.0 for gain in gains[:KNOTS])
         self.joules_gain_ratio = 1.0 if untouched else 1.0 + self._steps.excess_ratio
-        free = _LEAN_FREE_RATIO + _LEAN_DEVIATIONS * self._joules.noise_seconds / _LEAN_SECONDS
-        margin = max(0.0, self._lean.excess_ratio - free)
+        noise = _LEAN_DEVIATIONS * self._joules.noise_seconds
+        margin = max(
+            0.0,
+            self._lean.excess_ratio - _LEAN_FREE_RATIO - noise / _LEAN_SECONDS,
+            self._late.excess_ratio - noise / _DISAGREE_SECONDS,
+        )
         if gains[IDLE] > 1.0:
             margin += (gains[IDLE] - 1.0) * self._idle_joules / self._late.predicted
         margin = min(margin, MAX_MARGIN_RATIO)

@@ -56,7 +56,8 @@ _ONE_SIDED_DEVIATIONS, _DOUBT_BACK = 3.0, 0.1
 # The mix of work that the gains are judged by is that of a few seconds.
 _MIX_SECONDS = 3.0
 # Deviations by which a gain below is shortened, and by which one above must stand out: the
-# mix, which the counter shows well, and what knots differ by, where dating errors add up.
+# mix and idle power, which the counter shows well, and what knots differ by, where dating
+# errors add up.
 _MIX_CARE, _KNOT_CARE = (1.5, 0.75), (3.0, 1.5)
 # A gain this near to 1 is the meter's grain.
 _BAND = 0.004
@@ -185,7 +186,7 @@ class JouleGains:
         idle = np.zeros(GAINS)
         idle[IDLE] = 1.0
         off = float(self._gains[IDLE]) - 1.0
-        self.applied[IDLE] = 1.0 + _careful(off, *self._known(idle), _KNOT_CARE)
+        self.applied[IDLE] = 1.0 + _careful(off, *self._known(idle), _MIX_CARE)
 
     def _known(self, row: Array) -> tuple[float, float]:
         """The deviation of a combination of gains, and how much of its doubt was removed."""
