@@ -91,12 +91,12 @@ class Engine:
 
     def step(self, now_seconds: float) -> tuple[float, float, float] | None:
         """Look and claim; the run, if there was room for it."""
-        share = EngineShare(IDLE_WATTS + 40.0, 3.0, 0.008, 60.0, 20.0)
+        share = EngineShare(IDLE_WATTS + 40.0, 3.0, 0.008, 60.0, 20.0, margin_ratio=0.02)
         seconds = STEP_SECONDS * self.random.uniform(0.6, 1.3)
 
         def look() -> float:
             # The rows are read when the first question is asked.
-            view = self.group.look(now_seconds, now_seconds, share, 0.98)
+            view = self.group.look(now_seconds, now_seconds, share)
             return min(part.max_watts(seconds) for part in view.parts)
 
         fits = self._timed("look", look)
@@ -105,7 +105,7 @@ class Engine:
             return None
         run = now_seconds, now_seconds + seconds, watts * seconds
         committed = self._committed(run)
-        step = Step(now_seconds, StepPrediction(seconds, run[2]), 0.98)
+        step = Step(now_seconds, StepPrediction(seconds, run[2]))
         claimed = self._timed(
             "claim", lambda: self.group.claim(committed, share, now_seconds, step)
         )

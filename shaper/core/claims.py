@@ -52,6 +52,7 @@ class Claims:
         floor_watts: float,
         decoded_seconds: float,
         prompts_run: bool,
+        margin_ratio: float,
         now_seconds: float,
     ) -> None:
         """How this engine stands before its next step.
@@ -62,6 +63,7 @@ class Claims:
             floor_watts: what it draws whatever is decided.
             decoded_seconds: when its decodes ran last, or were ready first.
             prompts_run: a chunk is in flight: the next one is not what others wait for.
+            margin_ratio: part of each limit to keep free for its errors.
             now_seconds: now.
         """
         self._claimed = None
@@ -77,11 +79,12 @@ class Claims:
             burst_joules=self._demand.burst_joules,
             waiting_since_seconds=self._demand.waiting_since_seconds if waits else None,
             decodes_due_seconds=due,
+            margin_ratio=margin_ratio,
         )
 
-    def look(self, start_seconds: float, now_seconds: float, kept_ratio: float) -> GroupView:
+    def look(self, start_seconds: float, now_seconds: float) -> GroupView:
         """What the group leaves for a step that starts then."""
-        return self._group.look(start_seconds, now_seconds, self._share, kept_ratio)
+        return self._group.look(start_seconds, now_seconds, self._share)
 
     def claim(
         self,

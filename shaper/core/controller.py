@@ -211,9 +211,14 @@ class Controller:
         floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or easy)
         since = self._flights.since_decode(load, start, in_flight)
         claims = self._claims
+        state, longest = self._state, self._ledger.longest_window_seconds
+        blind = state is None or state.age_seconds(now) > STALE_SECONDS
         if claims is not None:
-            prompts_run = self._flights.holds_prompts
-            claims.stand(load, decodes, floor_watts, start - since, prompts_run, now)
+            longest = max(longest, claims.longest_window_seconds)
+        margin_ratio = self._margin.follow(self.estimator.margin_ratio, blind, longest, now)
+        if claims is not None:
+            run = self._flights.holds_prompts
+            claims.stand(load, decodes, floor_watts, start - since, run, margin_ratio, now)
 
         def look() -> PlanInput:
             view = self._view(load, start, now, decodes, in_flight, floor_watts, since)
@@ -242,17 +247,11 @@ class Controller:
         since_decode_seconds: float,
     ) -> PlanInput:
         """What the policy sees."""
-        state, claims = self._state, self._claims
-        blind = state is None or state.age_seconds(now) > STALE_SECONDS
-        longest = self._ledger.longest_window_seconds
-        if claims is not None:
-            longest = max(longest, claims.longest_window_seconds)
-        asked = self.estimator.margin_ratio
-        margin_ratio = self._margin.follow(asked, blind, longest, now)
-        room = self._ledger.ask(start, floor_watts, in_flight, margin_ratio)
+        claims = self._claims
+        room = self._ledger.ask(start, floor_watts, in_flight, self._margin.kept_ratio)
         group = None
         if claims is not None:
-            group = claims.look(start, now, 1.0 - margin_ratio)
+            group = claims.look(start, now)
             room = room.beside(group.parts, group.sustained_watts)
         self._room = room
         return PlanInput(
@@ -260,7 +259,7 @@ class Controller:
             room=room,
             predict=self.predict,
             now_seconds=now,
-            state=state,
+            state=self._state,
             targets=self._targets,
             decodes=decodes,
             decode_deadline_seconds=self._decode_deadline_seconds,
@@ -283,7 +282,7 @@ class Controller:
         if batch is None or not batch.requests:
             claims.nothing(now)
             return True
-        step = Step(start, self.predict(batch), 1.0 - self._margin.kept_ratio)
+        step = Step(start, self.predict(batch))
         # What the guard forces runs whether it fits or not, and is counted.
         whatever = self._plan.reason is Reason.FORCED
         return claims.claim(in_flight, step, now, whatever=whatever)

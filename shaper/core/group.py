@@ -41,6 +41,8 @@ class EngineShare:
     """When the first of the prompts that are held back began to wait; None where none is."""
     decodes_due_seconds: float | None = None
     """When its decodes should run at the latest; None where none is ready."""
+    margin_ratio: float = 0.0
+    """Part of each limit that it asks to keep free: by how much its prediction may be wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,6 @@ class Step:
 
     start_seconds: float
     prediction: StepPrediction
-    kept_ratio: float
-    """Part of each limit that is in use, 1 less the margin."""
 
 
 class PowerGroup(Protocol):
@@ -89,16 +89,13 @@ class PowerGroup(Protocol):
         """The group's limits; fixed while it lives."""
         ...
 
-    def look(
-        self, start_seconds: float, now_seconds: float, share: EngineShare, kept_ratio: float
-    ) -> GroupView:
+    def look(self, start_seconds: float, now_seconds: float, share: EngineShare) -> GroupView:
         """What a step that starts at `start_seconds` may draw.
 
         Args:
             start_seconds: when it would start: when this engine's runs in flight end, or now.
             now_seconds: now.
             share: what this engine says of itself; its floor goes on after the step.
-            kept_ratio: part of each limit that is in use, 1 less the margin.
         """
         ...
 

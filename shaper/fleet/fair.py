@@ -1,13 +1,17 @@
 """Who comes first, and at which pace: what each engine works out from the rows alone.
 
-Laws. With `L` a limit less the margin, sums over the group's engines that were heard of
-lately, `extra` the joules above idle of an engine's decode step, and `burst` the most that
-the prompts of one of them take when they come together:
+Laws. With sums over the group's engines that were heard of lately, `idle` and `margin` of
+each, `extra` the joules above idle of an engine's decode step, `burst` the most that the
+prompts of one of them take when they come together, and `L` a limit less what is kept free:
 
+    kept     = limit * sum(margin * idle) / sum(idle)
     spare    = the least of  L - sum(idle) - sum(prompts' watts)
                and, for every window,  L - sum(idle) - burst / window
     cadence  = sum(extra) / spare
     sustained watts of an engine = L - what the others draw at that cadence
+
+The margin is one for all: an engine that keeps more free than the others would never find room
+in windows that these fill. It is a mean, since nobody's error is more than its part of the sum.
 
 An engine's prompts come after those of another that have been held for longer.
 """
@@ -21,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from shaper.core.group import EngineShare
 from shaper.core.types import PowerLimit
 from shaper.fleet.rows import HEARD_SECONDS
 
@@ -33,6 +38,8 @@ _FASTEST_SECONDS = 1e-3
 class Terms(NamedTuple):
     """What one engine works out."""
 
+    kept_ratio: float
+    """Part of each limit that is in use: 1 less the mean of the engines' margins."""
     sustained_watts: float
     cadence_seconds: float
     others_held_seconds: float
@@ -42,7 +49,7 @@ class Terms(NamedTuple):
 
 
 def fair_terms(
-    table: Table, own: int, limits: Sequence[PowerLimit], kept_ratio: float, now_seconds: float
+    table: Table, own: int, share: EngineShare, limits: Sequence[PowerLimit], now_seconds: float
 ) -> Terms:
     """The pace that the group's limits leave, and whose turn it is.
 
@@ -51,8 +58,8 @@ def fair_terms(
     Args:
         table: [rows] of the engines in the group.
         own: this engine's place in it.
+        share: what this engine says of itself now.
         limits: of the group.
-        kept_ratio: part of each limit that is in use.
         now_seconds: now.
     """
     column = {name: table[name].tolist() for name in _COLUMNS}
@@ -61,16 +68,20 @@ def fair_terms(
     spoke = zip(column["entered_seconds"], column["end_seconds"], strict=True)
     heard = [row for row, (said, end) in enumerate(spoke) if said >= oldest or end >= oldest]
     extra = prefill = burst = held = 0.0
+    weight, margin = idle_watts[own], idle_watts[own] * share.margin_ratio
     due = math.inf
     for row in heard:
         extra += column["decode_joules"][row]
         prefill += column["prefill_watts"][row]
         burst = max(burst, column["burst_joules"][row])
         if row != own:
+            weight += idle_watts[row]
+            margin += idle_watts[row] * column["margin_ratio"][row]
             # What is NaN is neither longer nor earlier.
             held = max(held, now_seconds - column["waiting_since_seconds"][row])
             due = min(due, column["decodes_due_seconds"][row])
     idle = sum(idle_watts)
+    kept_ratio = 1.0 - margin / max(weight, 1e-9)
     lowest = min(limit.watts for limit in limits) * kept_ratio
     least = min(limit.watts * kept_ratio - burst / limit.window_seconds for limit in limits)
     spare = min(lowest - prefill, least) - idle
@@ -82,10 +93,11 @@ def fair_terms(
             others += column["prefill_watts"][row]
             others += column["decode_joules"][row] / max(column["decode_seconds"][row], pace)
     fair = lowest * idle_watts[own] / max(idle, 1e-9)
-    return Terms(max(fair, lowest - others), cadence, held, due)
+    return Terms(kept_ratio, max(fair, lowest - others), cadence, held, due)
 
 
 _COLUMNS = (
     *("entered_seconds", "end_seconds", "idle_watts", "decode_joules", "decode_seconds"),
     *("prefill_watts", "burst_joules", "waiting_since_seconds", "decodes_due_seconds"),
+    "margin_ratio",
 )

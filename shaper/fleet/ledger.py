@@ -57,6 +57,7 @@ class GroupLedger:
         self._rows, self._row, self._gate = rows, row, gate
         self.limits = tuple(limits)
         self._asked: Question | None = None
+        self._kept_ratio = 1.0
         self._seen: npt.NDArray[np.int64] | None = None
         self._static_until_seconds = -math.inf
         self._writing = threading.Lock()
@@ -84,28 +85,26 @@ class GroupLedger:
             for x in self.limits
         )
 
-    def look(
-        self, start_seconds: float, now_seconds: float, share: EngineShare, kept_ratio: float
-    ) -> GroupView:
+    def look(self, start_seconds: float, now_seconds: float, share: EngineShare) -> GroupView:
         """See `PowerGroup.look`."""
         reading = self._rows.read()
         self._seen = reading.versions
-        asked = self._question(start_seconds, now_seconds, kept_ratio, reading=reading)
+        place = int(reading.rows.searchsorted(self._row))
+        terms = fair_terms(reading.table, place, share, self.limits, now_seconds)
+        self._kept_ratio = terms.kept_ratio
+        asked = self._question(start_seconds, now_seconds, reading=reading)
         self._asked = asked
         parts = asked.parts(share.floor_watts)
         if now_seconds < self._static_until_seconds:
             # A plan that can't be claimed would be made again and again.
-            own = self._question(start_seconds, now_seconds, kept_ratio, static=True)
+            own = self._question(start_seconds, now_seconds, static=True)
             parts += own.parts(share.floor_watts)
-        place = int(reading.rows.searchsorted(self._row))
-        terms = fair_terms(reading.table, place, self.limits, kept_ratio, now_seconds)
-        return GroupView(parts, *terms)
+        return GroupView(parts, *terms[1:])
 
     def _question(
         self,
         start_seconds: float,
         now_seconds: float,
-        kept_ratio: float,
         *,
         reading: Reading | None = None,
         static: bool = False,
@@ -113,7 +112,7 @@ class GroupLedger:
     ) -> Question:
         """What the limits leave, or where `static` this engine's share of them, taken alone."""
         limits = self.static_limits if static else self.limits
-        watts = [limit.watts * kept_ratio for limit in limits]
+        watts = [limit.watts * self._kept_ratio for limit in limits]
         return Question(
             self._rows,
             watts,
@@ -184,7 +183,7 @@ class GroupLedger:
 
     def _fits(self, step: Step, share: EngineShare, now_seconds: float, held: bool) -> bool:
         """Whether a step that was entered fits beside what the others have entered by now."""
-        asked = step.start_seconds, now_seconds, step.kept_ratio
+        asked = step.start_seconds, now_seconds
         questions = []
         if self._others_entered():
             questions.append(self._question(*asked, retracting=True))

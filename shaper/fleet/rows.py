@@ -66,6 +66,7 @@ ROW = np.dtype(
         ("burst_joules", np.float64),
         ("waiting_since_seconds", np.float64),
         ("decodes_due_seconds", np.float64),
+        ("margin_ratio", np.float64),
     ]
 )
 """`end_seconds` is filled in where a table is read; `entered_seconds` is infinity where the
@@ -74,7 +75,8 @@ floor goes on until the engine says otherwise; `waiting_since_seconds` and
 
 _SAID = (
     *("floor_watts", "decode_joules", "decode_seconds", "prefill_watts", "burst_joules"),
-    *("waiting_since_seconds", "decodes_due_seconds", "entered_seconds"),
+    *("waiting_since_seconds", "decodes_due_seconds", "margin_ratio"),
+    "entered_seconds",
 )
 
 
@@ -209,6 +211,7 @@ class Rows:
             share.burst_joules,
             math.nan if since is None else since,
             math.nan if due is None else due,
+            share.margin_ratio,
             now_seconds,
         )
 
@@ -283,7 +286,7 @@ class Rows:
 def _check(share: EngineShare) -> None:
     """One engine's fault must not become that of all who sum."""
     total = share.floor_watts + share.decode_joules + share.decode_seconds
-    if not math.isfinite(total + share.prefill_watts + share.burst_joules):
+    if not math.isfinite(total + share.prefill_watts + share.burst_joules + share.margin_ratio):
         raise LedgerError(f"{share} can't be told to others")
 
 

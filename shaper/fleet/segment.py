@@ -30,7 +30,7 @@ from shaper.fleet.rows import BINS, ROW, Rows, table_bytes
 
 CAPACITY = 64
 """Engines of one group: 4 MB of memory for each grid that its limits need."""
-LAYOUT = 1
+LAYOUT = 2
 _MAGIC = b"SHAPERGR"
 # Magic, layout, capacity, bins, sizes of a row and a mark, number of limits, boot.
 _FIXED = struct.Struct("<8sIIIIII36s4x")

@@ -217,6 +217,6 @@ def test_time_in_the_ledger_is_counted_and_the_ledger_put_back() -> None:
 
     own = GroupLedger.look
     with ledger_time() as spent, pytest.raises(AttributeError):
-        GroupLedger.look(object(), 0.0, 0.0, object(), 1.0)  # type: ignore[arg-type]
+        GroupLedger.look(object(), 0.0, 0.0, object())  # type: ignore[arg-type]
     assert spent[0] > 0.0
     assert GroupLedger.look is own

@@ -53,7 +53,7 @@ class Recording:
         self.claims: list[tuple[Committed, Step | None]] = []
         self.entered: list[Committed] = []
 
-    def look(self, start_seconds, now_seconds, share, kept_ratio):
+    def look(self, start_seconds, now_seconds, share):
         """See the protocol."""
         return self.view
 

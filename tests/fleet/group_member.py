@@ -71,7 +71,7 @@ class Member:
         if len(device.flying) > 1:
             return
         start, seconds = device.free_seconds(now), chance.uniform(0.003, 0.03)
-        view = self.group.look(start, now, share, 1.0)
+        view = self.group.look(start, now, share)
         fits = min(part.max_watts(seconds) for part in view.parts)
         watts = min(chance.choice((300.0, MOST_WATTS, MOST_WATTS)), fits)
         if watts <= IDLE_WATTS:
@@ -79,7 +79,7 @@ class Member:
         # Others claim in between.
         time.sleep(chance.choice((0.0, 0.002)))
         run = start, start + seconds, watts
-        step = Step(start, StepPrediction(seconds, watts * seconds), 1.0)
+        step = Step(start, StepPrediction(seconds, watts * seconds))
         if self.group.claim(device.committed([run]), share, time.monotonic(), step):
             self.write("run", *run)
             device.launch(run)

@@ -75,7 +75,7 @@ class Engine:
         idle = self.device.drawn.idle_watts
         self.share = EngineShare(idle + floor_watts)
         start = self.device.free_seconds(now)
-        view = self.group.look(start, now, self.share, 1.0)
+        view = self.group.look(start, now, self.share)
         fits = min(watts, *(part.max_watts(seconds) for part in view.parts))
         self.asked = ((start, start + seconds, fits), now) if fits > idle else None
 
@@ -88,7 +88,7 @@ class Engine:
         start, end, watts = run
         if start < now or start != self.device.free_seconds(now):
             return
-        step = Step(start, StepPrediction(end - start, watts * (end - start)), 1.0)
+        step = Step(start, StepPrediction(end - start, watts * (end - start)))
         if self.group.claim(self.device.committed([run]), self.share, now, step):
             self.device.launch(run)
             note(f"{self.row} runs {run}")

@@ -39,7 +39,7 @@ def device() -> Device:
 
 
 def room(group: GroupLedger, now: float, seconds: float = 0.02) -> list[float]:
-    view = group.look(now, now, IDLE, 1.0)
+    view = group.look(now, now, IDLE)
     return [part.max_watts(seconds) for part in view.parts]
 
 
@@ -53,9 +53,9 @@ def test_a_claim_that_is_taken_back_leaves_no_trace():
         claimer.launch(run)
     two.tell(IDLE, 1000.54)
     before = room(other, 1000.54)
-    two.look(1000.54, 1000.54, IDLE, 1.0)
+    two.look(1000.54, 1000.54, IDLE)
     heavy = 1000.54, 1000.64, 5000.0
-    step = Step(1000.54, StepPrediction(0.1, 500.0), 1.0)
+    step = Step(1000.54, StepPrediction(0.1, 500.0))
     one.enter(claimer.committed(), IDLE, 1000.54)
     for _ in range(3):
         assert not two.claim(device().committed([heavy]), IDLE, 1000.54, step)
@@ -73,10 +73,10 @@ def test_nothing_new_since_the_look_is_not_checked_again():
     """What the engine decided is its affair: it may have to go on at its floor."""
     one, two = groups()
     heavy = 1000.5, 1000.6, 5000.0
-    step = Step(1000.5, StepPrediction(0.1, 500.0), 1.0)
-    one.look(1000.5, 1000.5, IDLE, 1.0)
+    step = Step(1000.5, StepPrediction(0.1, 500.0))
+    one.look(1000.5, 1000.5, IDLE)
     assert one.claim(device().committed([heavy]), IDLE, 1000.5, step)
-    two.look(1000.5, 1000.5, IDLE, 1.0)
+    two.look(1000.5, 1000.5, IDLE)
     one.enter(device().committed(), IDLE, 1000.5)
     assert not two.claim(device().committed([heavy]), IDLE, 1000.5, step)
     assert two.claim(device().committed([heavy]), IDLE, 1000.5, None)
@@ -229,15 +229,15 @@ def test_who_missed_the_lock_plans_and_claims_on_its_static_share():
     """For about a step; then it tries again what the whole group has room for."""
     free, _ = groups()
     group = GroupLedger(free._rows, 0, LIMITS, cast(Gate, NoLock()))
-    group.look(1000.5, 1000.5, IDLE, 1.0)
+    group.look(1000.5, 1000.5, IDLE)
     assert room(group, 1000.5, 0.1)[0] == pytest.approx(900.0, abs=1.0)
     for watts, claimed in ((900.0, False), (490.0, True)):
         run = 1000.5, 1000.6, watts
-        step = Step(1000.5, StepPrediction(0.1, 0.1 * watts), 1.0)
+        step = Step(1000.5, StepPrediction(0.1, 0.1 * watts))
         assert group.claim(device().committed([run]), IDLE, 1000.5, step) is claimed
         assert group.static_steps == 1 + claimed
     group.enter(device().committed(), IDLE, 1000.5)
-    view = group.look(1000.505, 1000.505, IDLE, 1.0)
+    view = group.look(1000.505, 1000.505, IDLE)
     assert min(part.max_watts(0.1) for part in view.parts) == pytest.approx(500.0, abs=1.0)
-    view = group.look(1000.52, 1000.52, IDLE, 1.0)
+    view = group.look(1000.52, 1000.52, IDLE)
     assert min(part.max_watts(0.1) for part in view.parts) == pytest.approx(900.0, abs=1.0)

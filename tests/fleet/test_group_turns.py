@@ -37,12 +37,12 @@ class Engine:
         if self.waiting_since is None and chance.random() < appetite:
             self.waiting_since, self.turns_of_others = now, 0
         share = EngineShare(IDLE_WATTS, waiting_since_seconds=self.waiting_since)
-        view = self.group.look(now, now, share, 1.0)
+        view = self.group.look(now, now, share)
         if self.waiting_since is None or view.others_held_seconds > now - self.waiting_since:
             self.group.tell(share, now)
             return False
         run = now, now + CHUNK_SECONDS, CHUNK_WATTS
-        step = Step(now, StepPrediction(CHUNK_SECONDS, CHUNK_WATTS * CHUNK_SECONDS), 1.0)
+        step = Step(now, StepPrediction(CHUNK_SECONDS, CHUNK_WATTS * CHUNK_SECONDS))
         fits = all(part.fits(CHUNK_SECONDS, CHUNK_WATTS) for part in view.parts)
         if not fits or not self.group.claim(self.device.committed([run]), share, now, step):
             self.group.tell(share, now)
