@@ -78,6 +78,7 @@ class Claims:
             prefill_watts=self._demand.prefill_watts(now_seconds),
             burst_joules=self._demand.burst_joules,
             waiting_since_seconds=self._demand.waiting_since_seconds if waits else None,
+            waiting_joules=self._demand.wanted_joules if waits else 0.0,
             decodes_due_seconds=due,
             margin_ratio=margin_ratio,
         )

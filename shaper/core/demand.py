@@ -48,6 +48,8 @@ class DemandMeter:
         self._held_since: float | None = None
         self._waiting_since: float | None = None
         self._burst_joules = self._burst_squares = 0.0
+        self.wanted_joules = 0.0
+        """Above idle power, of the step with prompts that was wanted last."""
         self._had_prompts = False
 
     def planned(
@@ -95,9 +97,12 @@ class DemandMeter:
         """What the engine would run if nothing held it back."""
         arrived = prefill_tokens > 0 and not self._had_prompts
         self._had_prompts = prefill_tokens > 0
-        if not arrived or whole is None:
+        if whole is None:
             return
-        joules = self._above_idle(whole) - self._above_idle(decodes)
+        self.wanted_joules = self._above_idle(whole)
+        if not arrived:
+            return
+        joules = self.wanted_joules - self._above_idle(decodes)
         self._burst_joules += _BURST_WEIGHT * (joules - self._burst_joules)
         self._burst_squares += _BURST_WEIGHT * (joules * joules - self._burst_squares)
 

@@ -39,6 +39,8 @@ class EngineShare:
     """What prompts that come together mostly take, above idle power."""
     waiting_since_seconds: float | None = None
     """When the first of the prompts that are held back began to wait; None where none is."""
+    waiting_joules: float = 0.0
+    """Above idle power, of the step that those prompts want, with its decodes."""
     decodes_due_seconds: float | None = None
     """When its decodes should run at the latest; None where none is ready."""
     margin_ratio: float = 0.0
@@ -57,8 +59,12 @@ class GroupView:
     """The fair pace of decode steps; 0: as fast as they go, infinity: none is slow enough."""
     others_held_seconds: float = 0.0
     """For how long the prompts of another engine have been held back, at the most."""
-    others_due_seconds: float = math.inf
-    """When the decodes of another engine should run at the latest, the earliest of all."""
+    late_joules: float = 0.0
+    """What others take before any step of this engine: their decodes that are later."""
+    ahead_joules: float = 0.0
+    """And before one with prompts: with the prompts that have waited for longer."""
+    waiting_joules: float = 0.0
+    """And before one of decodes that are not late: with all prompts that wait."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,11 @@ prompts of one of them take when they come together, and `L` a limit less what i
 The margin is one for all: an engine that keeps more free than the others would never find room
 in windows that these fill. It is a mean, since nobody's error is more than its part of the sum.
 
-An engine's prompts come after those of another that have been held for longer.
+What comes before an engine's step (`core/policy/turns.py` has the order), in joules above idle:
+
+    late     = sum(extra)  of others whose decodes are late, and due before its own
+    ahead    = late + sum(wanted step)  of others whose prompts have waited for longer
+    waiting  = late + sum(wanted step)  of all others whose prompts wait
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ Table = npt.NDArray[np.void]
 
 # No cadence is faster: an engine without decodes has none.
 _FASTEST_SECONDS = 1e-3
+# Decodes that are still late then wait for something that others can't give.
+DEFER_SECONDS = 0.05
 
 
 class Terms(NamedTuple):
@@ -44,12 +50,18 @@ class Terms(NamedTuple):
     cadence_seconds: float
     others_held_seconds: float
     """For how long the prompts of another engine have been held back, at the most."""
-    others_due_seconds: float
-    """When the decodes of another engine should run at the latest; infinity without any."""
+    late_joules: float
+    ahead_joules: float
+    waiting_joules: float
+    """These three: see `GroupView`."""
 
 
 def fair_terms(
-    table: Table, own: int, share: EngineShare, limits: Sequence[PowerLimit], now_seconds: float
+    table: Table,
+    own: int,
+    share: EngineShare,
+    limits: Sequence[PowerLimit],
+    now_seconds: float,
 ) -> Terms:
     """The pace that the group's limits leave, and whose turn it is.
 
@@ -67,9 +79,12 @@ def fair_terms(
     oldest = now_seconds - HEARD_SECONDS
     spoke = zip(column["entered_seconds"], column["end_seconds"], strict=True)
     heard = [row for row, (said, end) in enumerate(spoke) if said >= oldest or end >= oldest]
-    extra = prefill = burst = held = 0.0
+    extra = prefill = burst = held = late = ahead = waiting = 0.0
     weight, margin = idle_watts[own], idle_watts[own] * share.margin_ratio
-    due = math.inf
+    since, due = share.waiting_since_seconds, share.decodes_due_seconds
+    since = now_seconds if since is None else since
+    due = now_seconds if due is None else min(due, now_seconds)
+    latest = now_seconds - DEFER_SECONDS
     for row in heard:
         extra += column["decode_joules"][row]
         prefill += column["prefill_watts"][row]
@@ -78,8 +93,14 @@ def fair_terms(
             weight += idle_watts[row]
             margin += idle_watts[row] * column["margin_ratio"][row]
             # What is NaN is neither longer nor earlier.
-            held = max(held, now_seconds - column["waiting_since_seconds"][row])
-            due = min(due, column["decodes_due_seconds"][row])
+            their_since = column["waiting_since_seconds"][row]
+            held = max(held, now_seconds - their_since)
+            is_late = latest <= column["decodes_due_seconds"][row] < due
+            decodes = column["decode_joules"][row] if is_late else 0.0
+            wants = max(decodes, column["waiting_joules"][row])
+            late += decodes
+            ahead += wants if their_since < since else decodes
+            waiting += wants
     idle = sum(idle_watts)
     kept_ratio = 1.0 - margin / max(weight, 1e-9)
     lowest = min(limit.watts for limit in limits) * kept_ratio
@@ -93,11 +114,11 @@ def fair_terms(
             others += column["prefill_watts"][row]
             others += column["decode_joules"][row] / max(column["decode_seconds"][row], pace)
     fair = lowest * idle_watts[own] / max(idle, 1e-9)
-    return Terms(kept_ratio, max(fair, lowest - others), cadence, held, due)
+    return Terms(kept_ratio, max(fair, lowest - others), cadence, held, late, ahead, waiting)
 
 
 _COLUMNS = (
     *("entered_seconds", "end_seconds", "idle_watts", "decode_joules", "decode_seconds"),
-    *("prefill_watts", "burst_joules", "waiting_since_seconds", "decodes_due_seconds"),
-    "margin_ratio",
+    *("prefill_watts", "burst_joules", "waiting_since_seconds", "waiting_joules"),
+    *("decodes_due_seconds", "margin_ratio"),
 )

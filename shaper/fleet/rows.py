@@ -65,6 +65,7 @@ ROW = np.dtype(
         ("prefill_watts", np.float64),
         ("burst_joules", np.float64),
         ("waiting_since_seconds", np.float64),
+        ("waiting_joules", np.float64),
         ("decodes_due_seconds", np.float64),
         ("margin_ratio", np.float64),
     ]
@@ -75,7 +76,7 @@ floor goes on until the engine says otherwise; `waiting_since_seconds` and
 
 _SAID = (
     *("floor_watts", "decode_joules", "decode_seconds", "prefill_watts", "burst_joules"),
-    *("waiting_since_seconds", "decodes_due_seconds", "margin_ratio"),
+    *("waiting_since_seconds", "waiting_joules", "decodes_due_seconds", "margin_ratio"),
     "entered_seconds",
 )
 
@@ -210,6 +211,7 @@ class Rows:
             share.prefill_watts,
             share.burst_joules,
             math.nan if since is None else since,
+            share.waiting_joules,
             math.nan if due is None else due,
             share.margin_ratio,
             now_seconds,
@@ -286,7 +288,8 @@ class Rows:
 def _check(share: EngineShare) -> None:
     """One engine's fault must not become that of all who sum."""
     total = share.floor_watts + share.decode_joules + share.decode_seconds
-    if not math.isfinite(total + share.prefill_watts + share.burst_joules + share.margin_ratio):
+    total += share.prefill_watts + share.burst_joules + share.waiting_joules + share.margin_ratio
+    if not math.isfinite(total):
         raise LedgerError(f"{share} can't be told to others")
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from shaper.core.controller import Controller
 from shaper.core.group import Committed, EngineShare, GroupView, Step
-from shaper.core.policy.turns import DEFER_SECONDS
 from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.room import WindowPart
 from shaper.core.types import (
     EngineLoad,
     LatencyTargets,
@@ -144,29 +144,50 @@ def test_in_shadow_nothing_is_claimed_and_what_runs_is_entered():
     assert len(group.entered) == 1
 
 
-def test_prompts_wait_for_those_that_have_waited_longer():
-    """Another engine's prompts have waited for 30 ms, these for none: decodes alone, in time."""
-    view = GroupView((), others_held_seconds=0.03)
-    control = controller(Recording(view=view))
-    control.plan(BOTH, 1.0)
-    limits = control.plan(BOTH, 1.02)
-    assert limits.prefill_tokens == 0
-    assert limits.run
-    assert controller(Recording()).plan(BOTH, 1.0).prefill_tokens is None
+def leaving(joules: float, **first: float) -> GroupView:
+    """A window of 100 ms with room for so many joules above this engine's idle power."""
+    corners = np.array([0.0, 0.1])
+    room = np.array([joules, joules + IDLE * 0.1])
+    return GroupView((WindowPart(0.1, 2000.0, IDLE, corners, room),), **first)
 
 
-def test_late_decodes_of_others_come_first_for_a_while():
-    """An engine that is later than this one is let past; one that has been late for long isn't."""
-    late = GroupView((), others_due_seconds=1.0 - 0.01)
-    stuck = GroupView((), others_due_seconds=1.0 - 2 * DEFER_SECONDS)
-    own = GroupView((), others_due_seconds=1.5)
-    reasons = []
-    for view in (late, stuck, own):
-        control = controller(Recording(view=view))
+# Above idle power: 2.48 J for the decodes, and 22.4 J for the prompt.
+TAKES = 2.48 + 22.4
+
+
+def test_a_prompt_runs_beside_those_that_have_waited_longer_where_both_fit():
+    """With 20 J of others ahead it waits where they would not fit beside it, and only there."""
+    for room, runs in ((TAKES + 20.5, True), (TAKES + 19.5, False)):
+        control = controller(Recording(view=leaving(room, ahead_joules=20.0)), itl=0.2)
+        limits = control.plan(BOTH, 1.0)
+        assert (limits.run and limits.prefill_tokens is None) is runs
+
+
+def test_prompts_that_have_waited_for_their_bound_yield_to_nothing():
+    """After 0.3 s of others ahead they take the room themselves."""
+    group = Recording(view=leaving(TAKES + 1.0, ahead_joules=1000.0))
+    control = controller(group, max_pause_seconds=0.3)
+    ran = [now for now in np.arange(1.0, 1.5, 0.005) if control.plan(PROMPT, now).run]
+    assert ran[0] == pytest.approx(1.3, abs=0.01)
+
+
+def test_late_decodes_of_others_come_before_any_step():
+    """What they take is left to them; with room for both nobody waits."""
+    for room, runs in ((2.48 + 5.5, True), (2.48 + 4.5, False)):
+        control = controller(Recording(view=leaving(room, late_joules=5.0)))
+        assert control.plan(DECODES, 1.0).run is runs
+
+
+def test_decodes_slow_down_only_as_far_as_waiting_prompts_of_others_need():
+    """They wait for their slowest cadence where a prompt would not fit beside them, else not."""
+    for room, reason in ((2.48 + 30.5, Reason.UNCONSTRAINED), (2.48 + 29.5, Reason.CADENCE)):
+        view = leaving(room, waiting_joules=30.0)
+        control = controller(Recording(view=view), itl=0.1)
         limits = control.plan(DECODES, 1.0)
         batch = DECODES.batch() if limits.run else StepBatch()
-        reasons.append(control.launched(batch, 1.0).reason)
-    assert reasons == [Reason.PAUSE, Reason.UNCONSTRAINED, Reason.UNCONSTRAINED]
+        assert control.launched(batch, 1.0).reason is reason
+        # 40 ms after they were ready they are late, and run.
+        assert control.plan(DECODES, 1.033).run
 
 
 def test_prompts_of_two_engines_never_coincide_beyond_the_limit():

@@ -1,4 +1,4 @@
-"""What one engine works out from the rows: the margin in common."""
+"""What one engine works out from the rows: who comes before it, and the margin in common."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pytest
 from shaper.core.group import EngineShare
 from shaper.core.types import PowerLimit
 from shaper.fleet import GroupLedger, memory_groups
+from shaper.fleet.fair import DEFER_SECONDS
 
 NOW = 1.0
 
@@ -18,6 +19,36 @@ def groups(count: int) -> list[GroupLedger]:
 
 def share(**more: float) -> EngineShare:
     return EngineShare(100.0, decode_joules=2.0, decode_seconds=0.01, **more)
+
+
+def test_prompts_of_others_come_in_the_order_in_which_they_began_to_wait():
+    """Those that wait for longer come before this engine's, all before decodes in time."""
+    one, two, three, own = groups(4)
+    one.tell(share(waiting_since_seconds=NOW - 0.03, waiting_joules=20.0), NOW)
+    two.tell(share(waiting_since_seconds=NOW - 0.01, waiting_joules=30.0), NOW)
+    three.tell(share(), NOW)
+    mine = share(waiting_since_seconds=NOW - 0.02, waiting_joules=40.0)
+    view = own.look(NOW, NOW, mine)
+    assert (view.late_joules, view.ahead_joules, view.waiting_joules) == (0.0, 20.0, 50.0)
+    # Prompts that have just come are behind all that wait.
+    assert own.look(NOW, NOW, share()).ahead_joules == 50.0
+
+
+def test_decodes_come_first_while_they_are_late_and_due_before_this_engines_own():
+    """Neither those that are in time, nor those that are late beyond what others can give."""
+    dues = (NOW - 0.02, NOW - 0.01, NOW + 0.01, NOW - DEFER_SECONDS - 0.01)
+    *others, own = groups(5)
+    for other, due in zip(others, dues, strict=True):
+        other.tell(share(decodes_due_seconds=due), NOW)
+    assert own.look(NOW, NOW, share(decodes_due_seconds=NOW + 0.02)).late_joules == 4.0
+    assert own.look(NOW, NOW, share(decodes_due_seconds=NOW - 0.015)).late_joules == 2.0
+    # An engine that is late and has prompts waiting counts once, with the step of both.
+    others[0].tell(
+        share(decodes_due_seconds=dues[0], waiting_since_seconds=NOW - 0.03, waiting_joules=22.0),
+        NOW,
+    )
+    view = own.look(NOW, NOW, share())
+    assert (view.late_joules, view.ahead_joules) == (4.0, 24.0)
 
 
 def test_what_is_kept_free_is_the_mean_margin_and_the_same_for_all():

@@ -13,10 +13,11 @@ from shaper.fleet import GroupLedger, memory_groups
 from tests.fleet.group_judge import Device, Drawn
 
 IDLE_WATTS, CHUNK_WATTS, CHUNK_SECONDS = 100.0, 700.0, 0.03
+CHUNK_JOULES = (CHUNK_WATTS - IDLE_WATTS) * CHUNK_SECONDS
 
 
 class Engine:
-    """Prompts come by chance; a chunk runs when it fits and nobody has waited for longer."""
+    """Prompts come by chance; a chunk runs where it fits beside those that have waited longer."""
 
     def __init__(self, group: GroupLedger) -> None:
         self.group = group
@@ -36,14 +37,17 @@ class Engine:
             return False
         if self.waiting_since is None and chance.random() < appetite:
             self.waiting_since, self.turns_of_others = now, 0
-        share = EngineShare(IDLE_WATTS, waiting_since_seconds=self.waiting_since)
+        share = EngineShare(
+            IDLE_WATTS, waiting_since_seconds=self.waiting_since, waiting_joules=CHUNK_JOULES
+        )
         view = self.group.look(now, now, share)
-        if self.waiting_since is None or view.others_held_seconds > now - self.waiting_since:
+        if self.waiting_since is None:
             self.group.tell(share, now)
             return False
         run = now, now + CHUNK_SECONDS, CHUNK_WATTS
         step = Step(now, StepPrediction(CHUNK_SECONDS, CHUNK_WATTS * CHUNK_SECONDS))
-        fits = all(part.fits(CHUNK_SECONDS, CHUNK_WATTS) for part in view.parts)
+        beside = CHUNK_WATTS + view.ahead_joules / CHUNK_SECONDS
+        fits = all(part.fits(CHUNK_SECONDS, beside) for part in view.parts)
         if not fits or not self.group.claim(self.device.committed([run]), share, now, step):
             self.group.tell(share, now)
             return False

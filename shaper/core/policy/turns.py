@@ -1,27 +1,31 @@
 """Whose turn it is among engines that share a budget.
 
-Laws. Late decodes come first: while another engine's decodes are past the slowest cadence
-of decode steps, and are due before this engine's own, it holds everything back, for
-`DEFER_SECONDS` at most: who is still late then waits for something that others can't give.
-Prompts take turns: while another engine's prompts have waited for longer than this
-engine's (since the last chunk of each), its own wait, until they have waited for their
-bound. And while anybody's prompts wait, all decodes go at their slowest cadence, which
-leaves the prompts the room.
+Laws. A step yields what comes before it the room, and no more: it runs where the group's windows
+hold it and, beside it, what these want:
+
+    first    decodes of others that are late (past the slowest cadence) and due before this
+             engine's own, for `DEFER_SECONDS` (`fleet/fair.py`): who is still late then waits
+             for something that others can't give
+    then     prompts of others that have waited for longer than this engine's (since the
+             last chunk of each), one step of each; before a step with prompts
+    then     prompts of all others; before a step of decodes alone that are not late
+
+Prompts that have waited for their bound (`turn`) yield to nothing. So as many prompts run at
+once as fit, in the order in which they began to wait, and decodes slow down as far as what
+waits needs.
 
 So turns are counted, too: whoever ran a chunk has waited for the shorter time and comes after
 who waits still. While prompts wait for `t` seconds, with `b` the longest pause, each other
-engine runs at most `1 + floor(t / b)` steps with prompts before them: one that it had waited
-for, and one each time that its own have waited for the bound. Those waits end at `2 b`
-(`core/guard.py`): three of each other engine at most, and one more of those who decided at
-the same moment.
+engine runs at most `1 + floor(t / b)` steps with prompts that leave them no room: one that it
+had waited for, and one each time that its own have waited for the bound. Those waits end at
+`2 b` (`core/guard.py`): three of each other engine at most, and one more of those who decided
+at the same moment. Steps that leave them the room may be any number.
 """
 
 from __future__ import annotations
 
 from shaper.core.policy import PlanInput
-from shaper.core.policy.sustained import slowest_seconds
-
-DEFER_SECONDS = 0.05
+from shaper.core.types import StepPrediction
 
 
 def others_held_seconds(view: PlanInput) -> float:
@@ -29,19 +33,32 @@ def others_held_seconds(view: PlanInput) -> float:
     return 0.0 if view.group is None else view.group.others_held_seconds
 
 
-def others_prompts_first(view: PlanInput) -> bool:
-    """Whether the prompts of another engine come before this one's."""
-    return others_held_seconds(view) > view.waiting_seconds and not view.turn
+def comes_first_joules(view: PlanInput, *, prompts: bool) -> float:
+    """What comes before a step of this engine wants of the windows.
+
+    Args:
+        view: of this step.
+        prompts: it has prompts; else it is one of decodes that don't wait for any.
+    """
+    group = view.group
+    if group is None or view.turn:
+        return 0.0
+    return group.ahead_joules if prompts else group.late_joules
 
 
-def others_decodes_first(view: PlanInput) -> bool:
-    """Whether the decodes of another engine are late, and later than this one's."""
-    if view.group is None or view.turn:
+def fits_beside(view: PlanInput, step: StepPrediction, joules: float) -> bool:
+    """Whether a step fits, with so many joules of others beside it in the group's windows."""
+    if not view.room.fits(step):
         return False
-    now, due = view.now_seconds, view.group.others_due_seconds
-    if not now - DEFER_SECONDS <= due < now:
-        return False
-    if view.decodes is None:
+    if view.group is None or not joules:
         return True
-    slowest = slowest_seconds(view.targets, view.decodes)
-    return due < now - view.since_decode_seconds + slowest - view.decodes.seconds
+    seconds, watts = step.seconds, (step.joules + joules) / step.seconds
+    return all(part.fits(seconds, watts) for part in view.group.parts)
+
+
+def crowds_prompts(view: PlanInput) -> bool:
+    """Whether a step of decodes alone takes room that waiting prompts of others want."""
+    group = view.group
+    if group is None or view.decodes is None or not group.waiting_joules:
+        return False
+    return not fits_beside(view, view.decodes, group.waiting_joules)

@@ -44,9 +44,10 @@ from collections.abc import Callable, Sequence
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.sustained import RunningCap, cadence_seconds, slowest_seconds
 from shaper.core.policy.turns import (
-    others_decodes_first,
+    comes_first_joules,
+    crowds_prompts,
+    fits_beside,
     others_held_seconds,
-    others_prompts_first,
 )
 from shaper.core.types import (
     NOTHING,
@@ -114,22 +115,18 @@ class WindowedPlanner:
         if decodes and not wanted.prefill_tokens:
             if view.spend_slack and _may_wait(view, slack):
                 return _wait(view, Reason.SLACK, slack)
-            if others_held_seconds(view) and _may_wait(view, slack):
-                return _wait(view, Reason.CADENCE, slack)
+            if _may_wait(view, slack) and crowds_prompts(view):
+                return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
             if cadence is not None and _may_wait(view, cadence):
                 return _wait(view, Reason.CADENCE, cadence)
-        if others_decodes_first(view):
-            return Plan(NOTHING, Reason.PAUSE, until_seconds=_again_seconds(view))
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
-        yields = bool(wanted.prefill_tokens) and others_prompts_first(view)
-        if not yields and fits_itl and view.room.fits(prediction):
+        beside = comes_first_joules(view, prompts=bool(wanted.prefill_tokens))
+        if fits_itl and fits_beside(view, prediction, beside):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
             waits = _may_wait(view, slack)
-            chunk = 0
-            if not yields:
-                chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
+            chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
                 return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
@@ -138,7 +135,7 @@ class WindowedPlanner:
             if waits:
                 return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
         if decodes:
-            if view.room.fits(decodes):
+            if fits_beside(view, decodes, comes_first_joules(view, prompts=False)):
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
             some = _fitting_decodes(view, decodes)
             if some:
@@ -155,8 +152,9 @@ class WindowedPlanner:
                 they don't, and a crumb of a prompt would spend the room that they leave.
         """
         load = view.load
+        beside = comes_first_joules(view, prompts=True)
         if not load.splittable:
-            return _largest_whole(view)
+            return _largest_whole(view, beside)
         most = wanted.prefill_tokens
         least = min(self._least_efficient(view, sharing_decodes), most)
         first, last = bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most)
@@ -170,7 +168,7 @@ class WindowedPlanner:
                 return False
             if not (least_turn or _fits_itl(view, prediction)):
                 return False
-            return view.room.fits(prediction)
+            return fits_beside(view, prediction, beside)
 
         def possible(tokens: int) -> bool:
             return not _never_fits(view, view.predict(load.batch(tokens)))
@@ -181,7 +179,7 @@ class WindowedPlanner:
             most_possible = self._largest_fitting(below, possible)
             chunk = most_possible if most_possible and fits(most_possible) else 0
         if not chunk:
-            return self._crumb(view, least)
+            return self._crumb(view, least, beside)
         self._last_chunk = chunk
         tail = load.prefills[0].remaining_tokens
         return tail if tail < most and tail <= _TAIL_SHARE * chunk and fits(tail) else chunk
@@ -204,7 +202,7 @@ class WindowedPlanner:
             stride *= 2
         return sizes[low] if low >= 0 else 0
 
-    def _crumb(self, view: PlanInput, least: int) -> int:
+    def _crumb(self, view: PlanInput, least: int, beside: float) -> int:
         """A chunk of 64 tokens where only the ITL target refuses an efficient one, else 0.
 
         A target that no chunk keeps must not stop prompts: it is broken by the little
@@ -215,7 +213,7 @@ class WindowedPlanner:
         if view.spend_slack and view.decodes and view.since_decode_seconds > view.decodes.seconds:
             return 0
         crumb = min(CHUNK_TOKENS[0], least)
-        return crumb if view.room.fits(view.predict(view.load.batch(crumb))) else 0
+        return crumb if fits_beside(view, view.predict(view.load.batch(crumb)), beside) else 0
 
     def _least_efficient(self, view: PlanInput, decodes: int) -> int:
         # By powers of two: what a chunk costs changes slowly with the decode batch.
@@ -249,7 +247,7 @@ def _least_efficient_tokens(view: PlanInput, decodes: int) -> int:
     return _LONG_CHUNK_TOKENS
 
 
-def _largest_whole(view: PlanInput) -> int:
+def _largest_whole(view: PlanInput, beside: float) -> int:
     """Tokens of as many whole prompts as fit, for an engine that can't split a prompt."""
     best = tokens = 0
     for demand in view.load.prefills:
@@ -259,7 +257,7 @@ def _largest_whole(view: PlanInput) -> int:
             break
         prediction = view.predict(batch)
         itl = (view.turn and not best) or _fits_itl(view, prediction)
-        if not (itl and view.room.fits(prediction)):
+        if not (itl and fits_beside(view, prediction, beside)):
             break
         best = tokens
     return best
