@@ -14,12 +14,14 @@ Prompts that have waited for their bound (`turn`) yield to nothing. So as many p
 once as fit, in the order in which they began to wait, and decodes slow down as far as what
 waits needs.
 
-So turns are counted, too: whoever ran a chunk has waited for the shorter time and comes after
-who waits still. While prompts wait for `t` seconds, with `b` the longest pause, each other
-engine runs at most `1 + floor(t / b)` steps with prompts that leave them no room: one that it
-had waited for, and one each time that its own have waited for the bound. Those waits end at
-`2 b` (`core/guard.py`): three of each other engine at most, and one more of those who decided
-at the same moment. Steps that leave them the room may be any number.
+So turns are bounded, too. Nobody takes the room of whoever has waited longest, who has it when
+a window has let go of what ran before, and after that the next: prompts wait for about a
+window for each engine whose prompts come before them, beside what late decodes take. And a
+count holds whatever else keeps them: while prompts wait for `t` seconds, with `b` the
+longest pause, each other engine runs at most `1 + floor(t / b)` steps with prompts that
+leave them no room: one that it had waited for, and one each time that its own have waited
+for the bound. Those waits end at `2 b` (`core/guard.py`): three of each other engine at most,
+and one more of those who decided at the same moment.
 """
 
 from __future__ import annotations
