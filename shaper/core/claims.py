@@ -115,12 +115,13 @@ class Claims:
         """No step is planned."""
         self._group.tell(self._share, now_seconds)
 
-    def launched(
-        self, prediction: StepPrediction | None, runs: Sequence[Run], now_seconds: float
-    ) -> None:
-        """What the engine launched; None: nothing. Entered where that was not claimed."""
-        if prediction != self._claimed:
-            self._group.enter(self._committed(runs), self._share, now_seconds)
+    def claimed(self, prediction: StepPrediction | None) -> bool:
+        """Whether what the engine launched is what was claimed; None: nothing."""
+        return prediction is self._claimed or prediction == self._claimed
+
+    def launched(self, runs: Sequence[Run], now_seconds: float) -> None:
+        """The engine launched something else than what was claimed, or nothing."""
+        self._group.enter(self._committed(runs), self._share, now_seconds)
 
     def finished(self, final_seconds: float, runs: Sequence[Run], now_seconds: float) -> None:
         """A step is back, and what was entered since `final_seconds` is not what it was."""

@@ -37,7 +37,8 @@ class EnergyCurve:
         self.end_seconds = start_seconds
         """The last corner's time."""
         # Of the last corner and the one before, as floats: numpy's scalars are slow.
-        self._end_joules = 0.0
+        self.end_joules = 0.0
+        """The last corner's joules."""
         self._before_seconds = start_seconds
 
     def append(self, end_seconds: float, joules: float) -> None:
@@ -45,23 +46,23 @@ class EnergyCurve:
         count = self.count
         if count > 2 and end_seconds - self._before_seconds <= self._spacing_seconds:
             count -= 1
-            total = self._end_joules + joules
+            total = self.end_joules + joules
             self._leave_out(count, end_seconds, total)
         else:
             if count + _SPARE_CORNERS >= len(self.times):
                 self._compact()
                 count = self.count
-            total = self._end_joules + joules
+            total = self.end_joules + joules
             self._left_out.clear()
             self._before_seconds = self.end_seconds
         self.times[count] = end_seconds
         self.joules[count] = total
-        self.end_seconds, self._end_joules = end_seconds, total
+        self.end_seconds, self.end_joules = end_seconds, total
         self.count = count + 1
 
     def _leave_out(self, index: int, end_seconds: float, total_joules: float) -> None:
         """Let the line from the corner before `index` to the new end pass over `index`."""
-        self._left_out.append((self.end_seconds, self._end_joules))
+        self._left_out.append((self.end_seconds, self.end_joules))
         time, joules = float(self.times[index - 1]), float(self.joules[index - 1])
         slope = (total_joules - joules) / (end_seconds - time)
         for left_seconds, left_joules in self._left_out:
@@ -87,7 +88,7 @@ class EnergyCurve:
 
     def _know_end(self) -> None:
         last = self.count - 1
-        self.end_seconds, self._end_joules = float(self.times[last]), float(self.joules[last])
+        self.end_seconds, self.end_joules = float(self.times[last]), float(self.joules[last])
         self._before_seconds = float(self.times[max(0, last - 1)])
 
     def _compact(self) -> None:

@@ -62,7 +62,8 @@ class Ledger:
         self._idle_watts = idle_watts
         self._rest_watts = idle_watts if rest_watts is None else rest_watts
         self._rest_after_seconds = rest_after_seconds
-        self._end_seconds = start_seconds
+        self.end_seconds = start_seconds
+        """The time up to which energy is entered."""
         self._busy_end_seconds = start_seconds
         past_watts = max((x.watts for x in budget.limits), default=idle_watts)
         self._history = EnergyCurve(start_seconds - _HISTORY_SECONDS, _HISTORY_SECONDS)
@@ -70,13 +71,8 @@ class Ledger:
             start_seconds, (past_watts if full else self._rest_watts) * _HISTORY_SECONDS
         )
         self._windows: tuple[Window, ...] = ()
-        self.budget = PowerBudget()
+        self.budget, self.limited = PowerBudget(), False
         self.set_budget(budget)
-
-    @property
-    def end_seconds(self) -> float:
-        """The time up to which energy is entered."""
-        return self._end_seconds
 
     def set_budget(self, budget: PowerBudget, in_flight: Sequence[Run] = ()) -> None:
         """Put another budget in force.
@@ -94,13 +90,13 @@ class Ledger:
         count = self._history.count
         times, joules = self._history.times[:count], self._history.joules[:count]
         for window in windows:
-            first = int(times.searchsorted(self._end_seconds - window.keep_seconds, "right")) - 1
+            first = int(times.searchsorted(self.end_seconds - window.keep_seconds, "right")) - 1
             window.begin(times[max(0, first) :], joules[max(0, first) :], in_flight)
         self._windows = tuple(windows)
         self._lowest_watts = min((x.watts for x in budget.limits), default=math.inf)
         windows_seconds = (x.window_seconds for x in budget.limits)
         self.longest_window_seconds = max(windows_seconds, default=0.0)
-        self.budget = budget
+        self.budget, self.limited = budget, not budget.empty
 
     def spend(self, start_seconds: float, end_seconds: float, joules: float) -> None:
         """Enter a run that is over; the time since the last entry was idle.
@@ -110,10 +106,10 @@ class Ledger:
         """
         if not (math.isfinite(joules) and math.isfinite(end_seconds)):
             raise LedgerError(f"a run of {joules} J until {end_seconds} s can't be entered")
-        if start_seconds > self._end_seconds:
-            for run in self._idle(self._end_seconds, start_seconds, self._busy_end_seconds):
+        if start_seconds > self.end_seconds:
+            for run in self._idle(self.end_seconds, start_seconds, self._busy_end_seconds):
                 self._enter(*run)
-        start_seconds = self._end_seconds
+        start_seconds = self.end_seconds
         if end_seconds > start_seconds:
             self._enter(start_seconds, end_seconds, max(0.0, joules))
             self._busy_end_seconds = end_seconds
@@ -122,7 +118,7 @@ class Ledger:
         self._history.append(end_seconds, joules)
         for window in self._windows:
             window.enter(start_seconds, end_seconds, joules)
-        self._end_seconds = end_seconds
+        self.end_seconds = end_seconds
 
     def _idle(self, begin: float, end: float, busy_end: float) -> list[Run]:
         """The idle time `[begin, end]` after a run that ended at `busy_end`."""
@@ -144,7 +140,7 @@ class Ledger:
         Raises:
             LedgerError: `start_seconds` is older than what is kept.
         """
-        begin = max(start_seconds, self._end_seconds)
+        begin = max(start_seconds, self.end_seconds)
         idle = self._idle(begin, end_seconds, self._busy_end_seconds)
         return self._history.between(start_seconds, end_seconds) + sum(run[2] for run in idle)
 
@@ -172,13 +168,13 @@ class Ledger:
             return UNBOUNDED
         runs = self._until(start_seconds, in_flight)
         kept = 1.0 - margin_ratio
-        parts = tuple(WindowRoom(window, runs, floor_watts, kept) for window in self._windows)
-        return Room(parts, self._lowest_watts * kept)
+        parts = [WindowRoom(window, runs, floor_watts, kept) for window in self._windows]
+        return Room(tuple(parts), self._lowest_watts * kept)
 
     def _until(self, until_seconds: float, in_flight: Sequence[Run]) -> list[Run]:
         """Runs in flight and idle time, without gaps, from the last entry's end."""
         runs: list[Run] = []
-        time, busy_end = self._end_seconds, self._busy_end_seconds
+        time, busy_end = self.end_seconds, self._busy_end_seconds
         for begin, end, joules in in_flight:
             if begin > time:
                 runs += self._idle(time, begin, busy_end)
@@ -200,7 +196,7 @@ class Ledger:
         times = history.times[max(0, first) : history.count].tolist()
         joules = history.joules[max(0, first) : history.count].tolist()
         total = joules[-1]
-        for _, end, spent in self._until(self._end_seconds, in_flight):
+        for _, end, spent in self._until(self.end_seconds, in_flight):
             total += spent
             times.append(end)
             joules.append(total)

@@ -210,14 +210,14 @@ class WindowPart:
 class WindowRoom(WindowPart):
     """The same for one engine's own limit: others are its own runs of before."""
 
-    __slots__ = ("_kept_ratio", "_runs", "_window")
+    __slots__ = ("_kept_ratio", "_runs", "_start_seconds", "_window")
 
     def __init__(
         self, window: Window, runs: Sequence[Run], floor_watts: float, kept_ratio: float
     ) -> None:
         super().__init__(window.window_seconds, window.watts * kept_ratio, floor_watts)
         self._window, self._runs, self._kept_ratio = window, runs, kept_ratio
-        start = runs[-1][1] if runs else window.curve.end_seconds
+        start = self._start_seconds = runs[-1][1] if runs else window.curve.end_seconds
         # No power above the limit since a window ago: anything up to the limit fits.
         if window.hot_seconds > start - window.window_seconds:
             return
@@ -229,24 +229,26 @@ class WindowRoom(WindowPart):
 
     def paced_watts(self, burst_joules: float) -> float:
         """The limit less a burst once a window; without end where the limit is a ramp."""
-        return super().paced_watts(burst_joules) if self._window.watts else math.inf
+        if not self._window.watts:
+            return math.inf
+        return self.allowed_watts - burst_joules / self._span
 
     def _solve(self) -> None:
         window, curve = self._window, self._window.curve
-        count = curve.count
+        count, total = curve.count, curve.end_joules
         times, joules = curve.times, curve.joules
         for begin, end, spent in self._runs:
-            times[count] = end
-            joules[count] = joules[count - 1] + window.counted(begin, spent)
+            total += window.counted(begin, spent)
+            times[count], joules[count] = end, total
             count += 1
         times, joules = times[:count], joules[:count]
-        span, start = window.window_seconds, float(times[-1])
+        span, start = self._span, self._start_seconds
         allowed = window.allowed_watts(times, joules) * self._kept_ratio
         self.allowed_watts = allowed
-        budget = allowed * span - joules.item(-1) - curve.merged_joules
+        budget = allowed * span - total - curve.merged_joules
         # From just before the window's first moment: x[0] is 0 or before, and no corner. A
         # corner within the first microsecond is no more than rounding, and divides by it.
-        first = int(times.searchsorted(start - span + _INSTANT_SECONDS, side="right")) - 1
+        first = int(times.searchsorted(start - span + _INSTANT_SECONDS, "right")) - 1
         x = times[first:] + (span - start)
         room = joules[first:] + budget
         early = x.item(0)
@@ -290,7 +292,9 @@ class Room:
         seconds, watts = prediction.seconds, prediction.watts
         least = math.inf
         for part in self._parts:
-            least = min(least, part.headroom_watts(seconds, watts))
+            headroom = part.headroom_watts(seconds, watts)
+            if headroom < least:
+                least = headroom
         return least
 
     def max_watts(self, seconds: float) -> float:
@@ -311,7 +315,12 @@ class Room:
 
     def paced_watts(self, burst_joules: float) -> float:
         """Power that leaves every window room for a burst; infinity without limits."""
-        return min((part.paced_watts(burst_joules) for part in self._parts), default=math.inf)
+        least = math.inf
+        for part in self._parts:
+            paced = part.paced_watts(burst_joules)
+            if paced < least:
+                least = paced
+        return least
 
 
 UNBOUNDED = Room(())

@@ -79,28 +79,33 @@ def fair_terms(
     oldest = now_seconds - HEARD_SECONDS
     spoke = zip(column["entered_seconds"], column["end_seconds"], strict=True)
     heard = [row for row, (said, end) in enumerate(spoke) if said >= oldest or end >= oldest]
-    extra = prefill = burst = held = late = ahead = waiting = 0.0
+    joules, seconds = column["decode_joules"], column["decode_seconds"]
+    prompts, bursts = column["prefill_watts"], column["burst_joules"]
+    waiting_since, decodes_due = column["waiting_since_seconds"], column["decodes_due_seconds"]
+    wanted, margins = column["waiting_joules"], column["margin_ratio"]
+    extra = prefill = burst = late = ahead = waiting = 0.0
     weight, margin = idle_watts[own], idle_watts[own] * share.margin_ratio
     since, due = share.waiting_since_seconds, share.decodes_due_seconds
     since = now_seconds if since is None else since
     due = now_seconds if due is None else min(due, now_seconds)
-    latest = now_seconds - DEFER_SECONDS
+    latest, earliest = now_seconds - DEFER_SECONDS, math.inf
     for row in heard:
-        extra += column["decode_joules"][row]
-        prefill += column["prefill_watts"][row]
-        burst = max(burst, column["burst_joules"][row])
+        extra += joules[row]
+        prefill += prompts[row]
+        if bursts[row] > burst:
+            burst = bursts[row]
         if row != own:
             weight += idle_watts[row]
-            margin += idle_watts[row] * column["margin_ratio"][row]
+            margin += idle_watts[row] * margins[row]
             # What is NaN is neither longer nor earlier.
-            their_since = column["waiting_since_seconds"][row]
-            held = max(held, now_seconds - their_since)
-            is_late = latest <= column["decodes_due_seconds"][row] < due
-            decodes = column["decode_joules"][row] if is_late else 0.0
-            wants = max(decodes, column["waiting_joules"][row])
+            if waiting_since[row] < earliest:
+                earliest = waiting_since[row]
+            decodes = joules[row] if latest <= decodes_due[row] < due else 0.0
+            wants = decodes if decodes > wanted[row] else wanted[row]
             late += decodes
-            ahead += wants if their_since < since else decodes
+            ahead += wants if waiting_since[row] < since else decodes
             waiting += wants
+    held = max(0.0, now_seconds - earliest)
     idle = sum(idle_watts)
     kept_ratio = 1.0 - margin / max(weight, 1e-9)
     lowest = min(limit.watts for limit in limits) * kept_ratio
@@ -111,8 +116,8 @@ def fair_terms(
     others = idle - idle_watts[own]
     for row in heard:
         if row != own:
-            others += column["prefill_watts"][row]
-            others += column["decode_joules"][row] / max(column["decode_seconds"][row], pace)
+            others += prompts[row]
+            others += joules[row] / (seconds[row] if seconds[row] > pace else pace)
     fair = lowest * idle_watts[own] / max(idle, 1e-9)
     return Terms(kept_ratio, max(fair, lowest - others), cadence, held, late, ahead, waiting)
 

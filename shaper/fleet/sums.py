@@ -162,12 +162,12 @@ def _spent(
     idle, said = table["idle_watts"], np.maximum(table["entered_seconds"], end)
     heard = said >= now_seconds - HEARD_SECONDS
     rest_from = end + table["rest_after_seconds"]
-    if said.max() == np.inf:
+    if np.maximum.reduce(said) == np.inf:
         parked = said == np.inf
         idle = np.where(parked, np.maximum(table["floor_watts"], idle), idle)
         rest_from[parked] = np.inf
     np.copyto(joules, (idle * length)[:, None], where=after)
-    if rest_from.min() < edges[-1]:
+    if np.minimum.reduce(rest_from) < edges[-1]:
         now = max(math.floor(now_seconds / length) - first, 0)
         for row in np.flatnonzero(rest_from < edges[-1]).tolist():
             begin = max(math.ceil(rest_from[row] / length) - first, 0)
@@ -185,21 +185,21 @@ def _curve(
     Of row `own` only what lies before the step counts.
     """
     length, reach, table = grid.bin_seconds, grid.reach_seconds, reading.table
-    until = max(start_seconds + reach, float(table["end_seconds"].max()))
+    until = max(start_seconds + reach, float(np.maximum.reduce(table["end_seconds"])))
     found = _spent(grid, reading, start_seconds - reach, until, now_seconds)
     edges, spent = found.edges, found.joules
     first = math.floor((start_seconds - reach) / length)
     above = np.maximum(table["floor_watts"] - found.quiet_watts, 0.0) * found.heard
-    above_watts = float(above.sum())
+    above_watts = float(np.add.reduce(above))
     mine = int(reading.rows.searchsorted(own))
     spent[mine, max(math.ceil(start_seconds / length) - first, 0) :] = 0.0
     above[mine] = 0.0
     now = max(math.floor(now_seconds / length) - first, 0)
     joules, floors = np.zeros(len(edges)), np.zeros(len(edges))
     np.add.accumulate(np.add.reduce(spent), out=joules[1:])
-    if above.any():
+    if np.maximum.reduce(above) > 0.0:
         np.add.accumulate((above * length) @ found.after[:, now:], out=floors[now + 1 :])
-    return _Curve(edges, joules, floors, above_watts, float(found.quiet_watts.sum()))
+    return _Curve(edges, joules, floors, above_watts, float(np.add.reduce(found.quiet_watts)))
 
 
 def mean_watts(rows: Rows, reading: Reading, window_seconds: float, now_seconds: float) -> Array:
@@ -240,5 +240,5 @@ def _room(
     later = edges[last:]
     if len(later) > 1:
         full = np.interp(later, edges, total) - np.interp(later - window_seconds, edges, total)
-        room[-1] = min(room[-1], -float(full.max()))
+        room[-1] = min(room[-1], -float(np.maximum.reduce(full)))
     return x, room

@@ -54,21 +54,19 @@ def slowest_seconds(targets: LatencyTargets, decodes: StepPrediction) -> float:
 def cadence_seconds(view: PlanInput) -> float | None:
     """Time between decode steps that the budget asks for; None: as fast as they go."""
     decodes = view.decodes
-    if decodes is None or not view.room.bounded:
+    room, group = view.room, view.group
+    if decodes is None or not room.bounded:
         return None
-    if view.targets.itl_seconds is None and view.group is None:
+    if view.targets.itl_seconds is None and group is None:
         # Nobody has named a price for it: their pace falls while prompts wait, and no longer.
         return None
     extra = decodes.joules_above(view.idle_watts)
-    available = min(
-        view.room.sustained_watts - view.prefill_watts,
-        view.room.paced_watts(view.burst_joules),
-    )
+    available = min(room.sustained_watts - view.prefill_watts, room.paced_watts(view.burst_joules))
     available -= view.idle_watts
     slowest = slowest_seconds(view.targets, decodes)
     cadence = extra / available if available > 0 else slowest
-    if view.group is not None:
-        cadence = max(cadence, view.group.cadence_seconds)
+    if group is not None:
+        cadence = max(cadence, group.cadence_seconds)
     cadence = min(cadence, slowest)
     return cadence if cadence > decodes.seconds * _LEAST_STRETCH else None
 

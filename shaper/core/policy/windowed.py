@@ -38,6 +38,7 @@ them anyway. Source: joules = base * seconds + per_byte * bytes + per_flop * FLO
 from __future__ import annotations
 
 import dataclasses
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
@@ -111,12 +112,16 @@ class WindowedPlanner:
         wanted = load.batch()
         if not wanted.requests:
             return Plan(UNLIMITED, Reason.IDLE)
-        cadence, slack = cadence_seconds(view), _slack_seconds(view)
+        cadence = cadence_seconds(view)
         if decodes and not wanted.prefill_tokens:
-            if view.spend_slack and _may_wait(view, slack):
-                return _wait(view, Reason.SLACK, slack)
-            if _may_wait(view, slack) and crowds_prompts(view):
-                return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
+            spend_slack = view.targets.spend_slack
+            if spend_slack or (view.group is not None and view.group.waiting_joules):
+                slack = _slack_seconds(view)
+                if _may_wait(view, slack):
+                    if spend_slack:
+                        return _wait(view, Reason.SLACK, slack)
+                    if crowds_prompts(view):
+                        return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
             if cadence is not None and _may_wait(view, cadence):
                 return _wait(view, Reason.CADENCE, cadence)
         prediction = view.predict(wanted)
@@ -125,6 +130,7 @@ class WindowedPlanner:
         if fits_itl and fits_beside(view, prediction, beside):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
+            slack = _slack_seconds(view)
             waits = _may_wait(view, slack)
             chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
@@ -159,12 +165,13 @@ class WindowedPlanner:
         least = min(self._least_efficient(view, sharing_decodes), most)
         first, last = bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most)
         sizes = (least, *CHUNK_TOKENS[first:last], most)
+        gentle = _gentle_seconds(view)
 
         def fits(tokens: int) -> bool:
             prediction = view.predict(load.batch(tokens))
             # A prompt whose turn it is may break the ITL target, by its smallest chunk.
             least_turn = view.turn and tokens == least
-            if not (tokens == least or _is_gentle(view, prediction)):
+            if not (tokens == least or prediction.seconds <= gentle):
                 return False
             if not (least_turn or _fits_itl(view, prediction)):
                 return False
@@ -289,17 +296,16 @@ def _decode_batch(load: EngineLoad, count: int) -> StepBatch:
     return StepBatch(count, tokens, round(load.decode_context_tokens * share))
 
 
-def _is_gentle(view: PlanInput, prediction: StepPrediction) -> bool:
-    """Whether a chunk that has to be cut anyway keeps decodes waiting for a short time only."""
-    if view.itl_target_seconds is not None or view.decodes is None:
-        return True
-    gentle = max(GENTLE_STEPS * view.decodes.seconds, _slack_seconds(view))
-    return prediction.seconds <= gentle
+def _gentle_seconds(view: PlanInput) -> float:
+    """How long a chunk that has to be cut anyway may keep decodes waiting."""
+    if view.targets.itl_seconds is not None or view.decodes is None:
+        return math.inf
+    return max(GENTLE_STEPS * view.decodes.seconds, _slack_seconds(view))
 
 
 def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
-    target = view.itl_target_seconds
+    target = view.targets.itl_seconds
     if target is None or view.decodes is None or prediction.seconds <= view.decodes.seconds:
         return True
     # The decodes are in the chunk's own step: their next token comes when it ends.
@@ -312,7 +318,7 @@ def _slack_seconds(view: PlanInput) -> float:
     if view.decodes is None:
         return 0.0
     slowest = slowest_seconds(view.targets, view.decodes)
-    if view.itl_target_seconds is not None:
+    if view.targets.itl_seconds is not None:
         return slowest
     held = max(view.held_seconds, others_held_seconds(view))
     if held < PATIENCE_SECONDS:
