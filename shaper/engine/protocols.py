@@ -60,6 +60,10 @@ class EngineShaper(Governor, Protocol):
         """A step's output is back."""
         ...
 
+    def changed(self) -> None:
+        """A request has arrived or was taken away."""
+        ...
+
     def close(self) -> None:
         """Stop what runs beside the engine."""
         ...
@@ -78,6 +82,9 @@ class PassThrough:
         return run()
 
     def returned(self, scheduler_output: Any) -> None:
+        """Nothing."""
+
+    def changed(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -58,7 +58,8 @@ _T = TypeVar("_T")
 RETRY_SECONDS = 5.0
 _DRAIN_SECONDS = 1.0
 _LOG_AGAIN_SECONDS = 60.0
-# A pause that the policy has dated is not asked about again until then, or for so long.
+# A pause that the policy has dated is not asked about again until then, or for so long; nor
+# is the load of a pause read again for longer.
 _QUIET_SECONDS = 0.02
 
 
@@ -126,6 +127,7 @@ class LiveShaper:
         self._previous: Set[str] = frozenset()
         self._quiet_until_seconds = -math.inf
         self._quiet_at: tuple[int, ...] = ()
+        self._load_until_seconds = -math.inf
         self._load: EngineLoad | None = None
         self._limits: StepLimits | None = None
         self._flying: deque[_Flying] = deque()
@@ -157,6 +159,10 @@ class LiveShaper:
         """A step's output is back."""
         if scheduler_output.total_num_scheduled_tokens:
             self._guarded(self._finish, scheduler_output)
+
+    def changed(self) -> None:
+        """A request has arrived or was taken away: what was read of the work is old."""
+        self._quiet_until_seconds = self._load_until_seconds = -math.inf
 
     def close(self) -> None:
         """Stop the sampler, remove the status block, close the log."""
@@ -252,15 +258,28 @@ class LiveShaper:
             controller = self._controller = self._new_controller(wanted.whole, now, True)
             controller.shadow = wanted.mode == "shadow"
         self._observe(controller)
-        if now < self._quiet_until_seconds and self._work() == self._quiet_at:
+        work = self._work()
+        if now < self._quiet_until_seconds and work == self._quiet_at:
             return self._limits
+        load = self._unchanged_load(work, now)
         self._quiet_until_seconds = -math.inf
         self._load = self._limits = None
-        self._load = engine_load(self._scheduler, self._previous, self._tally)
-        self._limits = controller.plan(self._load, now)
+        if load is None:
+            load = engine_load(self._scheduler, self._previous, self._tally)
+            # With the first empty step decodes become such that return to the batch.
+            self._load_until_seconds = -math.inf if self._previous else now + _QUIET_SECONDS
+        self._load = load
+        self._limits = controller.plan(load, now)
         self._quiet_until_seconds = min(controller.quiet_until_seconds, now + _QUIET_SECONDS)
-        self._quiet_at = self._work()
+        self._quiet_at = work
         return self._limits
+
+    def _unchanged_load(self, work: tuple[int, ...], now_seconds: float) -> EngineLoad | None:
+        """That of the poll before, if nothing ran, arrived, left or returned since it was read."""
+        load, limits = self._load, self._limits
+        if load is None or limits is None or limits.run or work != self._quiet_at:
+            return None
+        return load if now_seconds < self._load_until_seconds and load.has_everyone else None
 
     def _observe(self, controller: Controller) -> None:
         state = None if self._sampler is None else self._sampler.latest

@@ -47,6 +47,7 @@ class _Shaped:
         # vLLM's own `arrival_time` is of the wall clock, and of another process.
         request.shaper_arrival_seconds = self.shaper.clock()
         super().add_request(request)  # type: ignore[misc]
+        self.shaper.changed()
         self.deferral.arrived(request)
 
     def finish_requests(
@@ -56,6 +57,7 @@ class _Shaped:
         if request_ids is not None:
             request_ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
         found = super().finish_requests(request_ids, *args, **kwargs)  # type: ignore[misc]
+        self.shaper.changed()
         self.deferral.finished(request_ids)
         return found
 
