@@ -167,7 +167,8 @@ class Controller:
 
     def predict(self, batch: StepBatch) -> StepPrediction:
         """A step at the present clock and temperature, corrected by what was measured."""
-        return self._predict(batch)[1]
+        found = self._predictions.get(batch)
+        return self._predict(batch)[1] if found is None else found[1]
 
     def _predict(self, batch: StepBatch) -> tuple[StepPrediction, StepPrediction]:
         """As the model says, and corrected. Plans ask about some steps again and again."""

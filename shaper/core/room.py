@@ -62,7 +62,8 @@ class Window:
 
     def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
         """Append a run that begins where the curve ends."""
-        joules = self.counted(start_seconds, joules)
+        if start_seconds < self._old_until_seconds:
+            joules *= self._old_ratio
         self.curve.append(end_seconds, joules)
         if joules > _COOL_RATIO * self.watts * (end_seconds - start_seconds):
             self.hot_seconds = end_seconds

@@ -18,8 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
@@ -63,8 +62,7 @@ _LOG_AGAIN_SECONDS = 60.0
 _QUIET_SECONDS = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class _Flying:
+class _Flying(NamedTuple):
     """A step that was launched and is not back, and who had decided it."""
 
     output: Any
