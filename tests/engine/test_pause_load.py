@@ -1,0 +1,64 @@
+"""The load of a pause is not read at every poll: what is planned with is never old."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from shaper.core.types import PowerLimit
+from shaper.engine.load import engine_load
+
+BINDING = (PowerLimit(420.0, 0.1),)
+
+
+class Watched:
+    """Compares the load of every plan with one that is read anew from every request."""
+
+    def __init__(self, shaper: Any) -> None:
+        self.plans = self.kept = 0
+        controller = shaper._controller
+        plan, scheduler = controller.plan, shaper._scheduler
+        last: list[Any] = [None]
+
+        def compared(load: Any, now_seconds: float) -> Any:
+            assert load == engine_load(scheduler, shaper._previous)
+            self.plans += 1
+            self.kept += load is last[0]
+            last[0] = load
+            return plan(load, now_seconds)
+
+        controller.plan = compared
+
+
+def replace_one(engine: Any, name: str, prompt: list[int], rng: random.Random) -> None:
+    """Abort a request and add another between two polls: as many run and wait as before."""
+    from vllm.v1.request import RequestStatus
+
+    from shaper.simulate.engine import new_request
+
+    scheduler = engine.scheduler
+    if scheduler.requests:
+        waiting = [request.request_id for request in scheduler.waiting]
+        gone = rng.choice(waiting or list(scheduler.requests))
+        scheduler.finish_requests(gone, RequestStatus.FINISHED_ABORTED)
+    engine.add(new_request(name, prompt, rng.randint(1, 60), scheduler.vllm_config))
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"kv_blocks": 900}, {"itl_target_seconds": 0.1}])
+def test_plans_see_the_load_as_it_is(make_rig, random_traffic, settings, asynchronous, seed):
+    """Whatever arrives, is aborted, is preempted or returns; and many polls read nothing."""
+    rig = make_rig(BINDING, asynchronous=asynchronous, **settings)
+    watched, rng = Watched(rig.shaper), random.Random(seed)
+    traffic = random_traffic(seed, count=80, rate=30.0)
+    rig.run(traffic[:40], seconds=0.2)
+    for index, (_, prompt, _) in enumerate(traffic[40:]):
+        rig.engine.run_until(rig.engine.now_seconds + rng.uniform(0.0, 0.03))
+        replace_one(rig.engine, f"late{index}", prompt, rng)
+    rig.engine.run_until(rig.engine.now_seconds + 30.0)
+    assert not rig.engine.busy
+    assert rig.shaper.counters.errors == 0
+    assert watched.kept > watched.plans / 20
