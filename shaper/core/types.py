@@ -226,12 +226,6 @@ class EngineLoad:
     )
     """What `batch` has found: one decision asks about the same sizes several times."""
 
-    @property
-    def has_everyone(self) -> bool:
-        """Whether no request is left out of it, as one that is not ready is."""
-        ready = self.decode_requests + len(self.prefills)
-        return ready == self.running_requests + self.waiting_requests
-
     def capped(self, running_requests: int) -> EngineLoad:
         """The same where no request enters while so many or more run."""
         entering = max(0, running_requests - self.running_requests)

@@ -62,6 +62,12 @@ def engine_load(
     )
 
 
+def has_everyone(load: EngineLoad) -> bool:
+    """Whether no request is left out of it, as one that is not ready is."""
+    ready = load.decode_requests + len(load.prefills)
+    return ready == load.running_requests + load.waiting_requests
+
+
 def _demand(request: Any) -> PrefillDemand:
     computed = request.num_computed_tokens
     left = request.num_tokens - computed

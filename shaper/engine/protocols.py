@@ -6,12 +6,12 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
 from shaper.core.standing import Standing
-from shaper.core.types import Decision, PowerBudget, PowerLimit, PowerState
+from shaper.core.types import Decision, PowerBudget, PowerLimit, PowerState, StepBatch
 from shaper.engine.flex import Governor
 from shaper.engine.safe_cap import SafeCap
 
@@ -31,6 +31,15 @@ class Wanted:
     def whole(self) -> PowerBudget:
         """The budget with the extra limits."""
         return dataclasses.replace(self.budget, limits=self.budget.limits + self.extra_limits)
+
+
+class Flying(NamedTuple):
+    """A step that was launched and is not back, and who had decided it."""
+
+    output: Any
+    launched_seconds: float
+    batch: StepBatch
+    controller: Controller | None
 
 
 class NewController(Protocol):

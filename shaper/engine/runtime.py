@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
@@ -35,9 +35,10 @@ from shaper.core.types import (
     StepPrediction,
 )
 from shaper.engine.levers import Levers
-from shaper.engine.load import engine_load, launched_batch
+from shaper.engine.load import engine_load, has_everyone, launched_batch
 from shaper.engine.protocols import (
     DecisionSink,
+    Flying,
     Mode,
     NewCap,
     NewController,
@@ -57,18 +58,8 @@ _T = TypeVar("_T")
 RETRY_SECONDS = 5.0
 _DRAIN_SECONDS = 1.0
 _LOG_AGAIN_SECONDS = 60.0
-# A pause that the policy has dated is not asked about again until then, or for so long; nor
-# is the load of a pause read again for longer.
+# A pause is not asked about again before its date, nor its load read, for so long.
 _QUIET_SECONDS = 0.02
-
-
-class _Flying(NamedTuple):
-    """A step that was launched and is not back, and who had decided it."""
-
-    output: Any
-    launched_seconds: float
-    batch: StepBatch
-    controller: Controller | None
 
 
 class LiveShaper:
@@ -123,12 +114,11 @@ class LiveShaper:
         self._logged_seconds: float | None = None
         self._launched_seconds = float("-inf")
         self._previous: Set[str] = frozenset()
-        self._quiet_until_seconds = -math.inf
+        self._quiet_until_seconds = self._load_until_seconds = -math.inf
         self._quiet_at: tuple[int, ...] = ()
-        self._load_until_seconds = -math.inf
         self._load: EngineLoad | None = None
         self._limits: StepLimits | None = None
-        self._flying: deque[_Flying] = deque()
+        self._flying: deque[Flying] = deque()
         self._returned_seconds = float("-inf")
         self._state: PowerState | None = None  # that `_told` was told last
         self._told: Controller | None = None
@@ -259,12 +249,11 @@ class LiveShaper:
         work = self._work()
         if now < self._quiet_until_seconds and work == self._quiet_at:
             return self._limits
-        load = self._unchanged_load(work, now)
-        self._quiet_until_seconds = -math.inf
+        load, self._quiet_until_seconds = self._unchanged_load(work, now), -math.inf
         self._load = self._limits = None
         if load is None:
             load = engine_load(self._scheduler, self._previous, self._tally)
-            # With the first empty step decodes become such that return to the batch.
+            # After the first empty step decodes return to the batch.
             self._load_until_seconds = -math.inf if self._previous else now + _QUIET_SECONDS
         self._load = load
         self._limits = controller.plan(load, now)
@@ -277,7 +266,7 @@ class LiveShaper:
         load, limits = self._load, self._limits
         if load is None or limits is None or limits.run or work != self._quiet_at:
             return None
-        return load if now_seconds < self._load_until_seconds and load.has_everyone else None
+        return load if now_seconds < self._load_until_seconds and has_everyone(load) else None
 
     def _observe(self, controller: Controller) -> None:
         state = None if self._sampler is None else self._sampler.latest
@@ -316,20 +305,14 @@ class LiveShaper:
         )
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
-            self._flying.append(_Flying(output, now, batch, self._controller))
+            self._flying.append(Flying(output, now, batch, self._controller))
         controller = self._controller
         if controller is None:
+            cap = StepLimits(True, self._cap.prefill_tokens, self._cap.decode_requests)
             decision = Decision(
-                now,
-                Reason.SAFE_CAP,
-                StepLimits(True, self._cap.prefill_tokens, self._cap.decode_requests),
-                True,
-                0,
-                batch.decode_requests,
-                batch.prefill_tokens,
-                StepPrediction(0.0, 0.0),
-                0.0,
-            )
+                now, Reason.SAFE_CAP, cap, True, 0, batch.decode_requests, batch.prefill_tokens,
+                StepPrediction(0.0, 0.0), 0.0,
+            )  # fmt: skip
         else:
             decision = controller.launched(batch, now)
         self.counters.count(decision)
