@@ -13,7 +13,7 @@ from shaper.core.group import Committed, EngineShare, Step
 from shaper.core.types import PowerLimit, StepPrediction
 from shaper.fleet.ledger import GroupLedger
 from shaper.fleet.locks import Gate
-from shaper.fleet.rows import Rows, table_bytes
+from shaper.fleet.rows import AHEAD_SECONDS, Rows, table_bytes
 from tests.fleet.group_judge import Device, Drawn, Run, excess_joules
 
 CAPACITY = 5
@@ -71,13 +71,17 @@ class Engine:
         self.asked: tuple[Run, float] | None = None
 
     def ask(self, now: float, seconds: float, watts: float, floor_watts: float) -> None:
-        """Look, and decide on a step that fits."""
+        """Look, and decide on a step that fits.
+
+        An engine that queues two steps never asks further ahead than rows are exact.
+        """
         idle = self.device.drawn.idle_watts
         self.share = EngineShare(idle + floor_watts)
         start = self.device.free_seconds(now)
         view = self.group.look(start, now, self.share)
         fits = min(watts, *(part.max_watts(seconds) for part in view.parts))
-        self.asked = ((start, start + seconds, fits), now) if fits > idle else None
+        near = start + seconds <= now + AHEAD_SECONDS
+        self.asked = ((start, start + seconds, fits), now) if near and fits > idle else None
 
     def claim(self, now: float) -> None:
         """Claim what was decided on, unless its time has passed."""
