@@ -212,15 +212,19 @@ def test_decodes_alone_keep_their_pace_while_no_prompt_waits():
     assert WindowedPlanner().plan(paced).reason is Reason.CADENCE
 
 
-def test_a_prompt_that_ends_early_in_a_chunk_ends_it():
+def test_a_prompt_that_has_begun_and_ends_early_in_a_chunk_ends_it():
     """Its first token does not wait for a long piece of the next prompt."""
-    short = EngineLoad(8, 8, 8000, prefills=(PrefillDemand(100, 3000), PrefillDemand(4000, 0)))
-    assert WindowedPlanner().plan(view(short, itl=0.05)).limits.prefill_tokens == 100
-    longer = EngineLoad(8, 8, 8000, prefills=(PrefillDemand(1000, 3000), PrefillDemand(4000, 0)))
-    chunk = WindowedPlanner().plan(view(longer, itl=0.05)).limits.prefill_tokens
-    assert chunk is not None
-    assert chunk > 1000
-    assert WindowedPlanner().plan(view(short)).reason is Reason.UNCONSTRAINED
+
+    def chunk(first: PrefillDemand, running: int, itl: float | None = 0.05) -> int | None:
+        prefills = (first, *[PrefillDemand(600, 0)] * 8)
+        load = EngineLoad(8, 8, 8000, prefills=prefills, running_prefills=running)
+        return WindowedPlanner().plan(view(load, itl=itl)).limits.prefill_tokens
+
+    assert chunk(PrefillDemand(100, 3000), running=1) == 100
+    assert (chunk(PrefillDemand(1000, 3000), running=1) or 0) > 1000
+    assert chunk(PrefillDemand(100, 3000), running=1, itl=None) is None
+    # Short prompts that wait go together.
+    assert (chunk(PrefillDemand(100, 0), running=0) or 0) > 1000
 
 
 def test_a_window_that_holds_no_efficient_chunk_gets_the_largest_that_it_may():

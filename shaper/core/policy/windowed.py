@@ -63,8 +63,8 @@ from shaper.core.types import (
 # Chunk sizes tried, in tokens: what a chunk leaves of its deadline, the prompt's last tokens
 # wait for. Multiples of 64, the tile of a GEMM.
 CHUNK_TOKENS = tuple(range(64, 8192 + 1, 64))
-# A prompt that ends within this part of a chunk ends the chunk: the next prompts lose the time
-# of a small step, and its first token does not wait for theirs.
+# A prompt that has begun and ends within this part of a chunk ends the chunk: the next prompts
+# lose the time of a small step, once, and its first token does not wait for theirs.
 _TAIL_SHARE = 0.25
 # A chunk this long costs about the least joules a token on every profile.
 _LONG_CHUNK_TOKENS = 2048
@@ -188,7 +188,7 @@ class WindowedPlanner:
         if not chunk:
             return self._crumb(view, least, beside)
         self._last_chunk = chunk
-        tail = load.prefills[0].remaining_tokens
+        tail = load.prefills[0].remaining_tokens if load.running_prefills else most
         return tail if tail < most and tail <= _TAIL_SHARE * chunk and fits(tail) else chunk
 
     def _largest_fitting(self, sizes: Sequence[int], fits: Callable[[int], bool]) -> int:
