@@ -25,12 +25,7 @@ PLANTS = {**learning.plants(), **dict(learning.term_plants())}
         "ceiling at 560 W",
         "steeper above 450 W",
         "terms +++++++",
-        pytest.param(
-            "terms -+++---",
-            marks=pytest.mark.xfail(
-                strict=True, reason="0.6% of windows over, by 0.2% at worst: 1% too few joules"
-            ),
-        ),
+        "terms -+++---",
         "terms ---+++-",
         "terms +-+-+-+",
         "terms -+-+-+-",
