@@ -205,8 +205,12 @@ def group_sizes(
     while engines >= least:
         sizes.append(engines)
         engines //= 2
+    seconds = min(10.0, rack.duration_seconds)
+    # What is timed needs no warm-up, and a long run's would leave nothing of a short one.
+    warm_up_seconds = min(rack.warm_up_seconds, seconds / 2)
     racks = [
-        replace(rack, engines=n, duration_seconds=min(10.0, rack.duration_seconds)) for n in sizes
+        replace(rack, engines=n, duration_seconds=seconds, warm_up_seconds=warm_up_seconds)
+        for n in sizes
     ]
     outcomes = yield [
         Run(

@@ -15,6 +15,7 @@ from bench.racks.rows import table
 from bench.racks.searches import Knobs
 from bench.racks.store import Store, plant_text, run_name
 from shaper.errors import ConfigError
+from shaper.simulate.checks import check_setup
 from shaper.simulate.setup import RackSetup
 from shaper.traffic.workload import TimedRequest, Workload
 from tests.bench.rack_fakes import RACK, WORKLOAD, Inline, fake_pool, fake_rack, outcome
@@ -204,11 +205,14 @@ def test_a_decisions_cost_is_shown_for_smaller_groups_too(
     asked: list[RackSetup], tmp_path: Path
 ) -> None:
     """32, 16 and 8 engines, each with the same share of the limit."""
-    large = replace(RACK, engines=32)
+    large = replace(RACK, engines=32, duration_seconds=45.0, warm_up_seconds=20.0)
     with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
-        (sizes,) = runner.drive([plan.group_sizes(large, policies.group_limit(3200.0))])
+        (sizes,) = runner.drive([plan.group_sizes(large, policies.group_limit(12_800.0))])
     assert [engines for engines, _ in sizes] == [32, 16, 8]
-    assert [x.group_limits[0].watts for x in asked] == [3200.0, 1600.0, 800.0]
+    assert [x.group_limits[0].watts for x in asked] == [12_800.0, 6400.0, 3200.0]
+    # They are short, and a warm-up that is longer than they are is none.
+    for each in asked:
+        check_setup(each)
 
 
 def test_time_in_the_ledger_is_counted_and_the_ledger_put_back() -> None:
