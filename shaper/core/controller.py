@@ -167,8 +167,7 @@ class Controller:
 
     def predict(self, batch: StepBatch) -> StepPrediction:
         """A step at the present clock and temperature, corrected by what was measured."""
-        found = self._predictions.get(batch)
-        return self._predict(batch)[1] if found is None else found[1]
+        return self._predict(batch)[1]
 
     def _predict(self, batch: StepBatch) -> tuple[StepPrediction, StepPrediction]:
         """As the model says, and corrected. Plans ask about some steps again and again."""
@@ -186,16 +185,16 @@ class Controller:
         """The limits that the engine shall apply to its next step."""
         prefills = load.prefills
         self._wanted_prefill_tokens = sum([each.remaining_tokens for each in prefills])
-        if not (self._promises or self._ledger.limited):
+        if not self._promises and self._ledger.budget.empty:
             self._plan = _OFF
             self._demand.planned(load, _OFF, now_seconds, None, 0.0, math.inf)
             return UNLIMITED
         in_flight = self._in_flight(now_seconds)
         start = max(now_seconds, in_flight[-1][1]) if in_flight else now_seconds
-        decodes = self._predict(load.batch(0))[1] if load.decode_requests else None
+        decodes = self.predict(load.batch(0)) if load.decode_requests else None
         if prefills:
             whole = load.batch()
-            self._demand.wants(whole.prefill_tokens, self._predict(whole)[1], decodes)
+            self._demand.wants(whole.prefill_tokens, self.predict(whole), decodes)
         else:
             self._demand.wants(0, None, decodes)
         view = self._decide(load, start, now_seconds, decodes, in_flight)
@@ -260,8 +259,8 @@ class Controller:
         view = PlanInput(
             load, room, self.predict, now, self._state, self._targets, decodes,
             self._decode_deadline_seconds, since_decode_seconds, self._guard.turn(load, start),
-            demand.held_seconds(now), demand.waiting_seconds(now), self.idle_watts,
-            demand.prefill_watts(now), demand.burst_joules, group,
+            demand.held_seconds(now), self.idle_watts, demand.prefill_watts(now),
+            demand.burst_joules, group,
         )  # fmt: skip
         # Waits count from when the device is free: behind a step nothing is held back.
         self._plan = self._guard.check(self._policy.plan(view), load, start)
@@ -285,9 +284,8 @@ class Controller:
         """What the decodes draw when they go on alone, a step each `cadence_seconds` at most."""
         if decodes is None:
             return self.idle_watts
-        seconds, idle_watts = decodes.seconds, self.idle_watts
-        cadence = cadence_seconds if cadence_seconds > seconds else seconds
-        return idle_watts + (decodes.joules - idle_watts * seconds) / cadence
+        cadence = max(decodes.seconds, cadence_seconds)
+        return self.idle_watts + decodes.joules_above(self.idle_watts) / cadence
 
     def _in_flight(self, now_seconds: float) -> list[Run]:
         return self._flights.runs(self._ledger.end_seconds, now_seconds)

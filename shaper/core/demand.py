@@ -138,11 +138,6 @@ class DemandMeter:
         """Since when prompts wait and none of them has run; None: none waits."""
         return self._waiting_since
 
-    def waiting_seconds(self, now_seconds: float) -> float:
-        """For how long prompts have waited and none of them has run."""
-        since = self._waiting_since
-        return 0.0 if since is None else max(0.0, now_seconds - since)
-
     def held_seconds(self, now_seconds: float) -> float:
         """How long prompts have not got all that they want."""
         since = self._held_since

@@ -71,7 +71,7 @@ class Ledger:
             start_seconds, (past_watts if full else self._rest_watts) * _HISTORY_SECONDS
         )
         self._windows: tuple[Window, ...] = ()
-        self.budget, self.limited = PowerBudget(), False
+        self.budget = PowerBudget()
         self.set_budget(budget)
 
     def set_budget(self, budget: PowerBudget, in_flight: Sequence[Run] = ()) -> None:
@@ -96,7 +96,7 @@ class Ledger:
         self._lowest_watts = min((x.watts for x in budget.limits), default=math.inf)
         windows_seconds = (x.window_seconds for x in budget.limits)
         self.longest_window_seconds = max(windows_seconds, default=0.0)
-        self.budget, self.limited = budget, not budget.empty
+        self.budget = budget
 
     def spend(self, start_seconds: float, end_seconds: float, joules: float) -> None:
         """Enter a run that is over; the time since the last entry was idle.

@@ -38,9 +38,6 @@ class Margin:
         """What to keep free now."""
         wanted = self._least_ratio + asked_ratio + (BLIND_MARGIN_RATIO if blind else 0.0)
         wanted = min(MAX_MARGIN_RATIO, wanted)
-        if wanted == self.kept_ratio:
-            self._found_seconds = now_seconds
-            return wanted
         elapsed = max(0.0, now_seconds - self._found_seconds)
         self._found_seconds = now_seconds
         rise = elapsed * _RISE_PER_WINDOW / (longest_window_seconds or _WINDOW_SECONDS)

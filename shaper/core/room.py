@@ -62,8 +62,7 @@ class Window:
 
     def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
         """Append a run that begins where the curve ends."""
-        if start_seconds < self._old_until_seconds:
-            joules *= self._old_ratio
+        joules = self.counted(start_seconds, joules)
         self.curve.append(end_seconds, joules)
         if joules > _COOL_RATIO * self.watts * (end_seconds - start_seconds):
             self.hot_seconds = end_seconds
@@ -230,9 +229,7 @@ class WindowRoom(WindowPart):
 
     def paced_watts(self, burst_joules: float) -> float:
         """The limit less a burst once a window; without end where the limit is a ramp."""
-        if not self._window.watts:
-            return math.inf
-        return self.allowed_watts - burst_joules / self._span
+        return super().paced_watts(burst_joules) if self._window.watts else math.inf
 
     def _solve(self) -> None:
         window, curve = self._window, self._window.curve
@@ -293,9 +290,7 @@ class Room:
         seconds, watts = prediction.seconds, prediction.watts
         least = math.inf
         for part in self._parts:
-            headroom = part.headroom_watts(seconds, watts)
-            if headroom < least:
-                least = headroom
+            least = min(least, part.headroom_watts(seconds, watts))
         return least
 
     def max_watts(self, seconds: float) -> float:
@@ -316,12 +311,7 @@ class Room:
 
     def paced_watts(self, burst_joules: float) -> float:
         """Power that leaves every window room for a burst; infinity without limits."""
-        least = math.inf
-        for part in self._parts:
-            paced = part.paced_watts(burst_joules)
-            if paced < least:
-                least = paced
-        return least
+        return min((part.paced_watts(burst_joules) for part in self._parts), default=math.inf)
 
 
 UNBOUNDED = Room(())

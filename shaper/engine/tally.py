@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Set
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from shaper.core.types import StepBatch
 from shaper.engine.compat import one_token_each
@@ -29,7 +30,8 @@ logger = logging.getLogger(__name__)
 CHECK_EVERY = 256
 
 
-class Counts(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Counts:
     """Running requests that the next step would hold. `prefills` are vLLM's requests."""
 
     decodes: int

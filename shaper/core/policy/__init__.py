@@ -43,8 +43,6 @@ class PlanInput:
     """Prompts have waited so long that decodes shall wait for them."""
     held_seconds: float = 0.0
     """How long prompts have not got all that they want."""
-    waiting_seconds: float = 0.0
-    """How long prompts have waited and none of them has run."""
     idle_watts: float = 0.0
     """Power between steps."""
     prefill_watts: float = 0.0

@@ -112,16 +112,12 @@ class WindowedPlanner:
         wanted = load.batch()
         if not wanted.requests:
             return Plan(UNLIMITED, Reason.IDLE)
-        cadence = cadence_seconds(view)
+        cadence, slack = cadence_seconds(view), _slack_seconds(view)
         if decodes and not wanted.prefill_tokens:
-            spend_slack = view.targets.spend_slack
-            if spend_slack or (view.group is not None and view.group.waiting_joules):
-                slack = _slack_seconds(view)
-                if _may_wait(view, slack):
-                    if spend_slack:
-                        return _wait(view, Reason.SLACK, slack)
-                    if crowds_prompts(view):
-                        return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
+            if view.spend_slack and _may_wait(view, slack):
+                return _wait(view, Reason.SLACK, slack)
+            if _may_wait(view, slack) and crowds_prompts(view):
+                return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
             if cadence is not None and _may_wait(view, cadence):
                 return _wait(view, Reason.CADENCE, cadence)
         prediction = view.predict(wanted)
@@ -130,7 +126,6 @@ class WindowedPlanner:
         if fits_itl and fits_beside(view, prediction, beside):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
-            slack = _slack_seconds(view)
             waits = _may_wait(view, slack)
             chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
             if chunk:
@@ -298,14 +293,14 @@ def _decode_batch(load: EngineLoad, count: int) -> StepBatch:
 
 def _gentle_seconds(view: PlanInput) -> float:
     """How long a chunk that has to be cut anyway may keep decodes waiting."""
-    if view.targets.itl_seconds is not None or view.decodes is None:
+    if view.itl_target_seconds is not None or view.decodes is None:
         return math.inf
     return max(GENTLE_STEPS * view.decodes.seconds, _slack_seconds(view))
 
 
 def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     """Whether decodes that wait for this step and run again after it stay in the target."""
-    target = view.targets.itl_seconds
+    target = view.itl_target_seconds
     if target is None or view.decodes is None or prediction.seconds <= view.decodes.seconds:
         return True
     # The decodes are in the chunk's own step: their next token comes when it ends.
@@ -318,7 +313,7 @@ def _slack_seconds(view: PlanInput) -> float:
     if view.decodes is None:
         return 0.0
     slowest = slowest_seconds(view.targets, view.decodes)
-    if view.targets.itl_seconds is not None:
+    if view.itl_target_seconds is not None:
         return slowest
     held = max(view.held_seconds, others_held_seconds(view))
     if held < PATIENCE_SECONDS:
