@@ -10,6 +10,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from shaper.gpu.profiles import load_profile
 from shaper.recording import read_recording
 from tests.e2e.conftest import MODEL, Server, running_server
 
@@ -60,12 +61,14 @@ def test_metrics_are_there_fresh_and_count(shaped_server: Server) -> None:
 
 
 def test_metered_and_predicted_energy_agree(shaped_server: Server) -> None:
-    """Over seconds of steady decoding, the meter's joules and the prediction's are alike."""
-    first = scrape(shaped_server)
+    """Over seconds of steady decoding, the meter's joules are the predicted ones and those of
+    the idle time between requests, however much of it a busy host makes."""
     start = time.monotonic()
+    first = scrape(shaped_server)
     while time.monotonic() - start < 4.0:  # long against the meter's refresh of 100 ms
         complete(shaped_server, 200)
     last = scrape(shaped_server)
+    elapsed_seconds = time.monotonic() - start
 
     def grown(name: str) -> float:
         return last[name][("0",)] - first[name][("0",)]
@@ -74,11 +77,12 @@ def test_metered_and_predicted_energy_agree(shaped_server: Server) -> None:
         grown("shaper_energy_joules_total"),
         grown("shaper_predicted_energy_joules_total"),
     )
-    # Between requests the GPU idles, which the meter counts and the steps don't.
-    assert 0.8 < predicted / metered < 1.1
-    assert last["shaper_step_measured_watts"][("0",)] == pytest.approx(
-        last["shaper_step_predicted_watts"][("0",)], rel=0.25
-    )
+    step_watts = last["shaper_step_predicted_watts"][("0",)]
+    idle_seconds = max(elapsed_seconds - predicted / step_watts, 0.0)
+    power = load_profile("h200-sxm").power
+    assert metered > 0.9 * (predicted + power.idle_watts * idle_seconds)
+    assert metered < 1.1 * (predicted + power.gap_watts * idle_seconds)
+    assert last["shaper_step_measured_watts"][("0",)] == pytest.approx(step_watts, rel=0.25)
 
 
 @pytest.mark.timeout(600)
