@@ -21,8 +21,8 @@ demo: setup ## the main job with no GPU: a shaped and an unshaped run, a table, 
 demo-rack: setup ## two servers in one power group and the same unshaped, with no GPU
 	@"$(PY)" -m bench.demo_rack $(ARGS)
 
-test: setup ## every test; ARGS='-k sampler' picks some
-	@"$(PY)" -m pytest $(ARGS)
+test: setup ## every test; ARGS='-k sampler' picks some, ARGS=-n0 runs one at a time
+	@"$(PY)" -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 test-versions: setup ## the scheduler's suites over other vLLMs; VERSIONS="0.23.0 0.33.0" picks
 	@"$(PY)" scripts/test-versions $(VERSIONS) $(ARGS)
