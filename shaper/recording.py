@@ -32,7 +32,7 @@ from typing import Any
 from shaper.core.types import ClockEventReasons, GpuSample, StepBatch
 from shaper.errors import TraceError
 
-STEP_FIELDS = tuple(field.name for field in dataclasses.fields(StepBatch))
+STEP_FIELDS = StepBatch._fields
 SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(GpuSample))
 COLUMNS = ("kind", "start_seconds", "end_seconds", *STEP_FIELDS, *SAMPLE_FIELDS, "meta")
 PARTIAL = ".partial.csv"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from shaper.core.demand import DemandMeter
@@ -141,8 +140,7 @@ def planned_batch(load: EngineLoad, limits: StepLimits) -> StepBatch:
     if limits.decode_requests is None:
         return batch
     share = limits.decode_requests / max(1, load.decode_requests)
-    return dataclasses.replace(
-        batch,
+    return batch._replace(
         decode_requests=limits.decode_requests,
         decode_tokens=round(batch.decode_tokens * share),
         decode_context_tokens=round(batch.decode_context_tokens * share),

@@ -12,8 +12,7 @@ that nobody's decodes pay for another's prompts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shaper.core.curve import Array
 from shaper.core.room import WindowPart
@@ -23,8 +22,7 @@ HISTORY_SECONDS = 0.05
 """How far back an engine's corners go, so that a bin of the shared grid is entered whole."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineShare:
+class EngineShare(NamedTuple):
     """What an engine tells the others of its group."""
 
     floor_watts: float
@@ -47,8 +45,7 @@ class EngineShare:
     """Part of each limit that it asks to keep free: by how much its prediction may be wrong."""
 
 
-@dataclass(frozen=True, slots=True)
-class GroupView:
+class GroupView(NamedTuple):
     """What the group leaves this engine for a step that starts at one given time."""
 
     parts: tuple[WindowPart, ...]
@@ -67,8 +64,7 @@ class GroupView:
     """And before one of decodes that are not late: with all prompts that wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """An engine's energy over time, piecewise linear: spent, and launched but not yet over."""
 
     final_seconds: float
@@ -79,8 +75,7 @@ class Committed:
     """[corners] since any zero."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A step that is checked again under the ledger's lock."""
 
     start_seconds: float

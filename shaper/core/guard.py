@@ -12,8 +12,6 @@ Promises. Whatever a policy says and whatever the budget is:
 
 from __future__ import annotations
 
-import dataclasses
-
 from shaper.core.policy import Plan
 from shaper.core.types import (
     NO_TARGETS,
@@ -90,7 +88,7 @@ class Guard:
                 return Plan(self._forced_prefill(load), Reason.FORCED)
         if limits is plan.limits or limits == plan.limits:
             return plan
-        return dataclasses.replace(plan, limits=limits)
+        return plan._replace(limits=limits)
 
     def _uncapped(self, limits: StepLimits, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits without a cap on running requests that has left nothing to run for long."""
@@ -108,7 +106,7 @@ class Guard:
             self._capped_since = now_seconds
         if now_seconds - self._capped_since < self._max_pause_seconds:
             return limits
-        return dataclasses.replace(limits, running_requests=None)
+        return limits._replace(running_requests=None)
 
     def _forced_prefill(self, load: EngineLoad) -> StepLimits:
         tokens = _FORCED_TOKENS << min(self._forced, 16)

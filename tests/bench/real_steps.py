@@ -6,7 +6,6 @@ A program of its own, because vLLM picks its platform once per process. Usage:
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import sys
@@ -40,7 +39,7 @@ def main() -> None:
 
     def steps(name):
         runner.drain()
-        found[name] = [dataclasses.asdict(step.batch) for step in runner.take_steps()]
+        found[name] = [step.batch._asdict() for step in runner.take_steps()]
 
     runner.start_decodes(4, 100)
     runner.take_steps()

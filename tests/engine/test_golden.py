@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 
 from tests.engine import golden_traces
@@ -49,8 +47,7 @@ def test_a_trace_tells_steps_apart():
     """A single token more in one step is another trace."""
     decisions = golden_traces.decide("bursts")
     middle = len(decisions) // 2
-    changed = dataclasses.replace(
-        decisions[middle], prefill_tokens=decisions[middle].prefill_tokens + 1
-    )
+    one = decisions[middle]
+    changed = one._replace(prefill_tokens=one.prefill_tokens + 1)
     other = [*decisions[:middle], changed, *decisions[middle + 1 :]]
     assert golden_traces.trace(other) != golden_traces.trace(decisions)

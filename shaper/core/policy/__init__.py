@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from shaper.core.group import GroupView
 from shaper.core.room import Room
@@ -22,8 +21,7 @@ from shaper.core.types import (
 Predictor = Callable[[StepBatch], StepPrediction]
 
 
-@dataclass(frozen=True, slots=True)
-class PlanInput:
+class PlanInput(NamedTuple):
     """What a policy sees of one step."""
 
     load: EngineLoad
@@ -63,8 +61,7 @@ class PlanInput:
         return self.targets.spend_slack
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A policy's answer."""
 
     limits: StepLimits

@@ -37,7 +37,6 @@ them anyway. Source: joules = base * seconds + per_byte * bytes + per_flop * FLO
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -102,10 +101,8 @@ class WindowedPlanner:
         cap = self._cap.find(view)
         if cap is None:
             return self._plan(view)
-        plan = self._plan(dataclasses.replace(view, load=view.load.capped(cap)))
-        return dataclasses.replace(
-            plan, limits=dataclasses.replace(plan.limits, running_requests=cap)
-        )
+        plan = self._plan(view._replace(load=view.load.capped(cap)))
+        return plan._replace(limits=plan.limits._replace(running_requests=cap))
 
     def _plan(self, view: PlanInput) -> Plan:
         load, decodes = view.load, view.decodes
