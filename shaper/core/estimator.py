@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shaper.core.learn.joules import IDLE, KNOTS, MAX_GAIN, MIN_GAIN, JouleGains, place
 from shaper.core.learn.seconds import StepSeconds
@@ -57,8 +57,7 @@ _MARGIN_GRAIN_RATIO = 0.001
 _MOVES_KEPT, _RUNS_KEPT = 64, 2048
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
+class _Run(NamedTuple):
     """A step that is over: when it ran, where its power lies, what the model said of it."""
 
     start_seconds: float

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from shaper.core.room import Run
 from shaper.core.types import EngineLoad, StepBatch, StepPrediction
 
 
-@dataclass(frozen=True, slots=True)
-class Flight:
+class Flight(NamedTuple):
     """One of them."""
 
     launched_seconds: float

@@ -10,7 +10,7 @@ reaches the end of what is known of it:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shaper.core.types import StepBatch
 
@@ -29,8 +29,7 @@ class TrackedRequest:
     natural_length: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TrackedStep:
+class TrackedStep(NamedTuple):
     """One step: its work, its requests in the scheduler's order, and which of them sample.
 
     `outputs[i]` is the index of the output token that request `i` samples in

@@ -14,8 +14,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +47,7 @@ class GpuPredictor(Predictor, Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class StepRun:
+class StepRun(NamedTuple):
     """When a launched step runs, and the true energy it takes, all GPUs together."""
 
     start_seconds: float
@@ -62,8 +60,7 @@ class StepRun:
         return self.end_seconds - self.start_seconds
 
 
-@dataclass(frozen=True, slots=True)
-class _Mark:
+class _Mark(NamedTuple):
     """The state over one stretch of constant power."""
 
     start_seconds: float

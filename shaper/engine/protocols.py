@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from shaper.core.admission import FlexRules
 from shaper.core.controller import Controller
@@ -33,8 +33,7 @@ class Wanted:
         return dataclasses.replace(self.budget, limits=self.budget.limits + self.extra_limits)
 
 
-@dataclass(frozen=True, slots=True)
-class Flying:
+class Flying(NamedTuple):
     """A step that was launched and is not back, and who had decided it."""
 
     output: Any

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shaper.core.types import StepBatch
 from shaper.engine.compat import one_token_each
@@ -30,8 +29,7 @@ logger = logging.getLogger(__name__)
 CHECK_EVERY = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Counts:
+class Counts(NamedTuple):
     """Running requests that the next step would hold. `prefills` are vLLM's requests."""
 
     decodes: int

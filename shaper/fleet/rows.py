@@ -26,6 +26,7 @@ import mmap
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +95,7 @@ class Grid:
     """The longest of their windows."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """The rows as they were at one moment."""
 
     versions: npt.NDArray[np.int64]

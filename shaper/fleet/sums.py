@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -110,8 +110,7 @@ class GroupWindow(WindowPart):
         self._put(*self._question.corners(self._index))
 
 
-@dataclass(frozen=True, slots=True)
-class _Curve:
+class _Curve(NamedTuple):
     """What engines have spent and will spend, at the bins' edges."""
 
     edges: Array
@@ -132,8 +131,7 @@ class _Curve:
         return self.joules + most / self.floor_watts * self.floors
 
 
-@dataclass(frozen=True, slots=True)
-class _Spent:
+class _Spent(NamedTuple):
     """Bins of all rows over some time, with what follows each row's runs."""
 
     edges: Array

@@ -21,7 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from shaper.core.power_model import StepModel
 from shaper.core.shape import ModelShape
@@ -153,8 +153,7 @@ class VirtualRequest:
     finished_seconds: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(NamedTuple):
     output: Any
     step: TrackedStep | None
     run: StepRun | None

@@ -9,7 +9,7 @@ every reading shows no period: then the middles are all there is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 # A reading is not dated better than this.
 _GRAIN_SECONDS = 0.001
@@ -21,8 +21,7 @@ _CLEAR_RATIO = 1.5
 _MOST_MISSED = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(NamedTuple):
     """When a counter moved."""
 
     at_seconds: float
