@@ -15,8 +15,8 @@ from shaper.core.group import (
 )
 from shaper.core.ledger import Ledger
 from shaper.core.policy.sustained import slowest_seconds
-from shaper.core.room import Run
 from shaper.core.types import EngineLoad, LatencyTargets, StepBatch, StepLimits, StepPrediction
+from shaper.core.window import Run
 
 
 class Claims:

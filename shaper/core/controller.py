@@ -26,7 +26,7 @@ from shaper.core.margin import Margin
 from shaper.core.policy import Plan, PlanInput, Policy
 from shaper.core.policy.sustained import EASY_STEPS
 from shaper.core.predictor import StepPredictor
-from shaper.core.room import UNBOUNDED, Run
+from shaper.core.room import UNBOUNDED
 from shaper.core.standing import EngineDemand
 from shaper.core.types import (
     NO_TARGETS,
@@ -43,6 +43,7 @@ from shaper.core.types import (
     StepLimits,
     StepPrediction,
 )
+from shaper.core.window import Run
 
 # The sampler reads every 20 ms and meters refresh every 100 ms: a state this old
 # means that the sensor is gone.

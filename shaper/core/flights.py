@@ -6,8 +6,8 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from shaper.core.room import Run
 from shaper.core.types import EngineLoad, StepBatch, StepPrediction
+from shaper.core.window import Run
 
 
 class Flight(NamedTuple):

@@ -7,10 +7,13 @@ Promises. Whatever a policy says and whatever the budget is:
 - prompts that could run wait at most twice `max_pause_seconds`; then a chunk is forced
   likewise. A prompt that a forced chunk can't advance (a model that only takes whole
   blocks or images) gets twice the tokens next time;
-- a cap on running requests that leaves nothing to run for `max_pause_seconds` is lifted.
+- a cap on running requests that leaves nothing to run for `max_pause_seconds` is lifted;
+- a pause with a date is asked about again when the first of these waits is over.
 """
 
 from __future__ import annotations
+
+import math
 
 from shaper.core.policy import Plan
 from shaper.core.types import (
@@ -57,9 +60,12 @@ class Guard:
             return False
         if now_seconds - since >= self._max_pause_seconds:
             return True
+        debt = self._debt_seconds
+        return debt is not None and now_seconds - self._oldest_seconds(load, since) >= debt
+
+    def _oldest_seconds(self, load: EngineLoad, since_seconds: float) -> float:
         arrival = load.oldest_arrival_seconds
-        oldest = since if arrival is None else min(since, arrival)
-        return self._debt_seconds is not None and now_seconds - oldest >= self._debt_seconds
+        return since_seconds if arrival is None else min(since_seconds, arrival)
 
     def check(self, plan: Plan, load: EngineLoad, now_seconds: float) -> Plan:
         """The plan itself, or one that keeps the promises."""
@@ -86,9 +92,25 @@ class Guard:
             elif now_seconds - self._prefill_since >= 2 * self._max_pause_seconds:
                 self._granted = True
                 return Plan(self._forced_prefill(load), Reason.FORCED)
+        if plan.until_seconds is not None:
+            due = self._due_seconds(load, now_seconds)
+            if due < plan.until_seconds:
+                plan = plan._replace(until_seconds=due)
         if limits is plan.limits or limits == plan.limits:
             return plan
         return plan._replace(limits=limits)
+
+    def _due_seconds(self, load: EngineLoad, now_seconds: float) -> float:
+        """When a wait will next have lasted so long that something changes."""
+        dues = []
+        if self._decode_since is not None:
+            dues.append(self._decode_since + self._decode_seconds)
+        since = self._prefill_since
+        if since is not None:
+            dues += since + self._max_pause_seconds, since + 2 * self._max_pause_seconds
+            if self._debt_seconds is not None:
+                dues.append(self._oldest_seconds(load, since) + self._debt_seconds)
+        return min([due for due in dues if due > now_seconds], default=math.inf)
 
     def _uncapped(self, limits: StepLimits, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits without a cap on running requests that has left nothing to run for long."""

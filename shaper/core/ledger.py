@@ -28,8 +28,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from shaper.core.curve import Array, EnergyCurve
-from shaper.core.room import UNBOUNDED, Ramp, Room, Run, Window, WindowRoom
+from shaper.core.room import UNBOUNDED, Room, WindowRoom
 from shaper.core.types import PowerBudget
+from shaper.core.window import Ramp, Run, Window
 from shaper.errors import LedgerError
 
 # The longest window that a budget may have is 60 s.

@@ -7,102 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shaper.core.curve import Array, EnergyCurve
+from shaper.core.curve import Array
 from shaper.core.types import StepPrediction
+from shaper.core.window import Run, Window
 
-Run = tuple[float, float, float]
-"""Start seconds, end seconds, joules."""
-
-# A window's curve has about this many corners; what merging may hide is kept free.
-_CORNERS_PER_WINDOW = 512
 # A floor above a limit is taken as this part of it: a chunk needs some room, or prompts
 # would wait for ever.
 MOST_FLOOR_RATIO = 0.9
-# Below this part of a limit a run can't be what a window is too full of. No margin is larger.
-_COOL_RATIO = 0.8
 _INSTANT_SECONDS = 1e-6
-RAMP_WINDOW_SECONDS = 0.1
-RAMP_SECONDS = 1.0
-# A step asked about ends less than this after its start, or its end is bound by less past.
-_RAMP_HORIZON_SECONDS = 0.4
-
-
-class Window:
-    """One limit and the curve that it sees."""
-
-    def __init__(self, watts: float, window_seconds: float) -> None:
-        self.watts = watts
-        self.window_seconds = window_seconds
-        self.keep_seconds = window_seconds
-        self.spacing_seconds = window_seconds / _CORNERS_PER_WINDOW
-        self._old_until_seconds = -math.inf
-        self._old_ratio = 1.0
-        self.hot_seconds = -math.inf
-        """The end of the last run that drew more than most of the limit."""
-        self.curve = EnergyCurve(0.0, self.keep_seconds, self.spacing_seconds)
-
-    def begin(self, times: Array, joules: Array, in_flight: Sequence[Run]) -> None:
-        """Take over a curve's corners, from a window ago on."""
-        end, total = float(times[-1]), float(joules[-1])
-        for start, run_end, spent in in_flight:
-            # The device may begin it later than predicted; the first run that this limit
-            # can choose begins when the last of them ends.
-            self._old_until_seconds = (start + run_end) / 2
-            end, total = run_end, total + spent
-        self._old_until_seconds = max(self._old_until_seconds, float(times[-1]))
-        within = total - float(np.interp(end - self.window_seconds, times, joules))
-        if within > 0.0:
-            self._old_ratio = min(1.0, self.watts * self.window_seconds / within)
-        self._fill(times, joules * self._old_ratio)
-
-    def _fill(self, times: Array, joules: Array) -> None:
-        hot = np.flatnonzero(np.diff(joules) > _COOL_RATIO * self.watts * np.diff(times))
-        self.hot_seconds = float(times[hot[-1] + 1]) if len(hot) else -math.inf
-        self.curve.begin(times, joules)
-
-    def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
-        """Append a run that begins where the curve ends."""
-        joules = self.counted(start_seconds, joules)
-        self.curve.append(end_seconds, joules)
-        if joules > _COOL_RATIO * self.watts * (end_seconds - start_seconds):
-            self.hot_seconds = end_seconds
-
-    def counted(self, start_seconds: float, joules: float) -> float:
-        """What a run counts: one that was there before the limit, no more than the limit."""
-        return joules * self._old_ratio if start_seconds < self._old_until_seconds else joules
-
-    def allowed_watts(self, times: Array, joules: Array) -> float:
-        """The limit over the curve with these corners."""
-        return self.watts
-
-
-class Ramp(Window):
-    """The ramp limit: its watts follow the power of a second ago."""
-
-    def __init__(self, ramp_watts_per_second: float) -> None:
-        super().__init__(0.0, RAMP_WINDOW_SECONDS)
-        self.keep_seconds = RAMP_SECONDS + 2 * RAMP_WINDOW_SECONDS
-        self.curve = EnergyCurve(0.0, self.keep_seconds, self.spacing_seconds)
-        self._rise_watts = ramp_watts_per_second * RAMP_SECONDS
-
-    def begin(self, times: Array, joules: Array, in_flight: Sequence[Run]) -> None:
-        """Take over a curve's corners, as they were."""
-        self._fill(times, joules)
-
-    def enter(self, start_seconds: float, end_seconds: float, joules: float) -> None:
-        """Append a run that begins where the curve ends."""
-        self.curve.append(end_seconds, joules)
-        self.hot_seconds = end_seconds
-
-    def allowed_watts(self, times: Array, joules: Array) -> float:
-        """The lowest mean of 100 ms around a second ago, and the rise."""
-        window = RAMP_WINDOW_SECONDS
-        begin = times[-1] - RAMP_SECONDS
-        end = begin + window + _RAMP_HORIZON_SECONDS
-        corners = np.concatenate((times, times + window, (begin, end)))
-        corners = corners[(corners >= begin) & (corners <= end)]
-        means = np.interp(corners, times, joules) - np.interp(corners - window, times, joules)
-        return float(means.min()) / window + self._rise_watts
 
 
 class WindowPart:
@@ -195,6 +107,59 @@ class WindowPart:
         self._found[seconds] = lowest
         return lowest
 
+    def wait_seconds(self, seconds: float, watts: float, idle_watts: float) -> float:
+        """For how long a step that does not fit still won't, if nothing else changes.
+
+        If it starts `d` later, with idle power until then, a window that ends at `x > d` needs
+
+            x < d + s:   p * x - room(x) <= (p - idle) * d
+            x >= d + s:  (p - floor) * s <= room(x) - floor * x + (floor - idle) * d
+
+        The first asks for `d` of at most `x`, the second for a longer one than any before it.
+
+        Args:
+            seconds, watts: the step.
+            idle_watts: this engine's power until it starts.
+
+        Returns:
+            Seconds from the start that was asked about; 0 where nothing is known.
+        """
+        if watts <= idle_watts or self.fits(seconds, watts):
+            return 0.0
+        waited = self._wait_after(seconds, watts, idle_watts) if seconds < self._span else 0.0
+        return self._wait_within(seconds, watts, idle_watts, waited)
+
+    def _wait_within(self, seconds: float, watts: float, idle_watts: float, waited: float) -> float:
+        """What windows that end within the step ask for, if it has waited so long already."""
+        x, room = self._x, self._room
+        assert x is not None
+        asked = np.minimum((watts * x - room) / (watts - idle_watts), x)
+        most = np.maximum.accumulate(asked)
+        while True:
+            longer = most.item(int(x.searchsorted(waited + seconds, "right")) - 1)
+            if longer <= waited:
+                return waited
+            waited = longer
+
+    def _wait_after(self, seconds: float, watts: float, idle_watts: float) -> float:
+        """What windows that hold the whole step ask for."""
+        x, room, floor = self._x, self._room, self._floor_watts
+        assert x is not None
+        rise, need = max(0.0, floor - idle_watts), (watts - floor) * seconds
+        first = int(x.searchsorted(seconds))
+        ends = x[first:] - seconds
+        least = self._right[: len(ends)][::-1] + rise * ends
+        index = int(least.searchsorted(need))
+        if index == len(ends):
+            return self._span - seconds
+        low, high = x.item(first + index - 1), x.item(first + index)
+        begun = room.item(first + index - 1) - floor * low + rise * (low - seconds)
+        slope = (room.item(first + index) - floor * high + rise * (high - seconds) - begun) / (
+            high - low
+        )
+        earliest = low + (need - begun) / slope if slope > 0.0 else low
+        return max(0.0, min(earliest, high) - seconds)
+
     def empty_watts(self, seconds: float) -> float:
         """The same if nothing had run before."""
         if seconds >= self._span:
@@ -226,6 +191,10 @@ class WindowRoom(WindowPart):
             if joules > allowed * (end - begin):
                 return
         self._quick_watts = allowed
+
+    def wait_seconds(self, seconds: float, watts: float, idle_watts: float) -> float:
+        """As for any part; of a ramp, whose limit moves with time, nothing is known."""
+        return super().wait_seconds(seconds, watts, idle_watts) if self._window.watts else 0.0
 
     def paced_watts(self, burst_joules: float) -> float:
         """The limit less a burst once a window; without end where the limit is a ramp."""
@@ -304,6 +273,20 @@ class Room:
             too full, infinity without limits.
         """
         return min((part.max_watts(seconds) for part in self._parts), default=math.inf)
+
+    def wait_seconds(self, prediction: StepPrediction, idle_watts: float) -> float:
+        """For how long a step that does not fit still won't, if nothing else changes.
+
+        Args:
+            prediction: of the step.
+            idle_watts: this engine's power until it starts.
+
+        Returns:
+            Seconds from the start that was asked about; 0 where nothing is known.
+        """
+        seconds, watts = prediction.seconds, prediction.watts
+        waits = [part.wait_seconds(seconds, watts, idle_watts) for part in self._parts]
+        return max(waits, default=0.0)
 
     def empty_watts(self, seconds: float) -> float:
         """The same if nothing had run before: what no pause makes more of."""

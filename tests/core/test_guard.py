@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from shaper.core.guard import Guard
 from shaper.core.policy import Plan
-from shaper.core.types import NOTHING, EngineLoad, PrefillDemand, Reason, StepLimits
+from shaper.core.types import (
+    NO_TARGETS,
+    NOTHING,
+    EngineLoad,
+    LatencyTargets,
+    PrefillDemand,
+    Reason,
+    StepLimits,
+)
 from tests import strategies
 
 PAUSE = Plan(NOTHING, Reason.PAUSE)
@@ -82,3 +90,29 @@ def test_a_plan_within_the_promises_passes_unchanged():
     """The guard adds nothing of its own."""
     plan = Plan(StepLimits(prefill_tokens=256), Reason.CHUNK_POWER)
     assert Guard(1.0).check(plan, BOTH, 0.0) == plan
+
+
+@pytest.mark.parametrize(
+    ("load", "targets", "due"),
+    [
+        (EngineLoad(4, 4, 400), NO_TARGETS, 1.0),
+        (EngineLoad(4, 4, 400), LatencyTargets(itl_seconds=0.05), 0.05),
+        (EngineLoad(prefills=BOTH.prefills), NO_TARGETS, 1.0),
+        (EngineLoad(prefills=BOTH.prefills), LatencyTargets(ttft_seconds=0.5), 0.25),
+    ],
+)
+def test_a_pause_ends_when_a_promise_is_due(load, targets, due):
+    """Decodes' bound, prompts' turn, and the turn that a TTFT target brings forward."""
+    guard, long = Guard(1.0, targets), PAUSE._replace(until_seconds=60.0)
+    assert guard.check(long, load, 0.0).until_seconds == pytest.approx(due)
+    assert guard.check(long, load, due / 2).until_seconds == pytest.approx(due)
+    assert guard.turn(load, due - 1e-6) is False
+    after = guard.check(long, load, due)
+    assert guard.turn(load, due) or after.reason is Reason.FORCED
+
+
+def test_a_pause_that_ends_before_any_promise_is_due_keeps_its_date():
+    """And one that is asked about at every poll has none."""
+    guard = Guard(1.0)
+    assert guard.check(PAUSE._replace(until_seconds=0.02), BOTH, 0.0).until_seconds == 0.02
+    assert guard.check(PAUSE, BOTH, 0.01).until_seconds is None

@@ -17,19 +17,23 @@ class Watched:
     """Compares the load of every plan with one that is read anew from every request."""
 
     def __init__(self, shaper: Any) -> None:
-        self.plans = self.kept = 0
+        self.polls = self.plans = self.read = 0
         controller = shaper._controller
-        plan, scheduler = controller.plan, shaper._scheduler
+        plan, decide, scheduler = controller.plan, shaper._decide, shaper._scheduler
         last: list[Any] = [None]
 
         def compared(load: Any, now_seconds: float) -> Any:
             assert load == engine_load(scheduler, shaper._previous)
             self.plans += 1
-            self.kept += load is last[0]
+            self.read += load is not last[0]
             last[0] = load
             return plan(load, now_seconds)
 
-        controller.plan = compared
+        def counted() -> Any:
+            self.polls += 1
+            return decide()
+
+        controller.plan, shaper._decide = compared, counted
 
 
 def replace_one(engine: Any, name: str, prompt: list[int], rng: random.Random) -> None:
@@ -61,4 +65,15 @@ def test_plans_see_the_load_as_it_is(make_rig, random_traffic, settings, asynchr
     rig.engine.run_until(rig.engine.now_seconds + 30.0)
     assert not rig.engine.busy
     assert rig.shaper.counters.errors == 0
-    assert watched.kept > watched.plans / 20
+    assert watched.read < 0.95 * watched.polls
+
+
+def test_a_refusal_stands_until_it_may_fit(make_rig):
+    """Most polls of a held engine decide nothing anew."""
+    rig = make_rig((PowerLimit(350.0, 0.1),))
+    watched = Watched(rig.shaper)
+    rig.run([(0.0, [1] * 6000, 40) for _ in range(4)], seconds=3.0)
+    assert not rig.engine.busy
+    assert watched.polls > 10 * rig.engine.steps
+    assert watched.plans < watched.polls / 2
+    assert rig.shaper.counters.errors == 0

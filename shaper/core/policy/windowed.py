@@ -24,7 +24,7 @@ leaves for a step of its length, with decodes going on after it. In order:
 5. the decodes alone: prompts wait for the window to move on;
 6. as many of the decodes as an empty window would hold, if it would never hold all:
    those that have waited longest;
-7. nothing: a pause of one poll (about 1 ms), then the question is asked again.
+7. nothing: a pause until what was refused could fit at the earliest (`policy/waits.py`).
 
 When prompts have waited for their bound (`turn`), the decodes wait until a chunk has run or
 their own deadline comes. In a group that shares a budget, engines take turns
@@ -49,6 +49,7 @@ from shaper.core.policy.turns import (
     fits_beside,
     others_held_seconds,
 )
+from shaper.core.policy.waits import LATE_RATIO, again_seconds, may_wait, wait, waited_until
 from shaper.core.types import (
     NOTHING,
     UNLIMITED,
@@ -71,12 +72,6 @@ _LONG_CHUNK_TOKENS = 2048
 # decode shares the weights, from 256 to 448 tokens for the dense built-in models on the
 # profiles here, and about a thousand for the mixture of experts.
 _EFFICIENT_RATIO = 1.25
-# A held engine is asked again after a millisecond, and is then launched with nothing
-# queued before it; a step takes longer than predicted where the clock sags under way.
-_POLL_SECONDS = 0.003
-_LATE_RATIO = 1.03
-# A look at all engines of a group costs some tens of microseconds: not at every poll.
-_GROUP_POLL_SECONDS = 0.0015
 # In decode steps. Without this bound the p99 of ITL rises over the unshaped one at 85% of
 # the peak power (`python -m bench.demo` compares them); a smaller one costs more TTFT.
 GENTLE_STEPS = 4.0
@@ -111,34 +106,41 @@ class WindowedPlanner:
             return Plan(UNLIMITED, Reason.IDLE)
         cadence, slack = cadence_seconds(view), _slack_seconds(view)
         if decodes and not wanted.prefill_tokens:
-            if view.spend_slack and _may_wait(view, slack):
-                return _wait(view, Reason.SLACK, slack)
-            if _may_wait(view, slack) and crowds_prompts(view):
-                return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
-            if cadence is not None and _may_wait(view, cadence):
-                return _wait(view, Reason.CADENCE, cadence)
+            if view.spend_slack and may_wait(view, slack):
+                return wait(view, Reason.SLACK, slack)
+            if may_wait(view, slack) and crowds_prompts(view):
+                again = again_seconds(view, [decodes], waited_until(view, slack))
+                return Plan(NOTHING, Reason.CADENCE, slack, again)
+            if cadence is not None and may_wait(view, cadence):
+                return wait(view, Reason.CADENCE, cadence)
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
         beside = comes_first_joules(view, prompts=bool(wanted.prefill_tokens))
         if fits_itl and fits_beside(view, prediction, beside):
             return Plan(UNLIMITED, Reason.UNCONSTRAINED, cadence)
         if wanted.prefill_tokens:
-            waits = _may_wait(view, slack)
-            chunk = self._largest_chunk(view, wanted, 0 if waits else load.decode_requests)
+            waits = may_wait(view, slack)
+            sharing = 0 if waits else load.decode_requests
+            chunk = self._largest_chunk(view, wanted, sharing)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
                 return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
-            if decodes and view.turn and _may_wait(view, view.decode_deadline_seconds):
+            if decodes and view.turn and may_wait(view, view.decode_deadline_seconds):
                 return Plan(NOTHING, Reason.TURN)
             if waits:
-                return Plan(NOTHING, Reason.CADENCE, slack, _again_seconds(view))
+                least = self._least_refused(view, wanted, sharing)
+                again = again_seconds(view, [least], waited_until(view, slack))
+                return Plan(NOTHING, Reason.CADENCE, slack, again)
         if decodes:
             if fits_beside(view, decodes, comes_first_joules(view, prompts=False)):
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
             some = _fitting_decodes(view, decodes)
             if some:
                 return Plan(StepLimits(prefill_tokens=0, decode_requests=some), Reason.ROTATE)
-        return Plan(NOTHING, Reason.PAUSE, until_seconds=_again_seconds(view))
+        refused: list[StepPrediction | None] = [decodes] if decodes else []
+        if wanted.prefill_tokens:
+            refused.append(self._least_refused(view, wanted, load.decode_requests))
+        return Plan(NOTHING, Reason.PAUSE, until_seconds=again_seconds(view, refused))
 
     def _largest_chunk(self, view: PlanInput, wanted: StepBatch, sharing_decodes: int) -> int:
         """Tokens of the largest efficient chunk that fits, 0 if none does.
@@ -154,7 +156,7 @@ class WindowedPlanner:
         if not load.splittable:
             return _largest_whole(view, beside)
         most = wanted.prefill_tokens
-        least = min(self._least_efficient(view, sharing_decodes), most)
+        least = self._least_chunk(view, wanted, sharing_decodes)
         first, last = bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most)
         sizes = (least, *CHUNK_TOKENS[first:last], most)
         gentle = _gentle_seconds(view)
@@ -213,6 +215,19 @@ class WindowedPlanner:
             return 0
         crumb = min(CHUNK_TOKENS[0], least)
         return crumb if fits_beside(view, view.predict(view.load.batch(crumb)), beside) else 0
+
+    def _least_refused(
+        self, view: PlanInput, wanted: StepBatch, sharing_decodes: int
+    ) -> StepPrediction | None:
+        """The smallest step that prompts wait for; None where it is not room that they lack."""
+        if not view.load.splittable:
+            return None
+        least = view.load.batch(self._least_chunk(view, wanted, sharing_decodes))
+        step = view.predict(least)
+        return step if _fits_itl(view, step) and not _never_fits(view, step) else None
+
+    def _least_chunk(self, view: PlanInput, wanted: StepBatch, decodes: int) -> int:
+        return min(self._least_efficient(view, decodes), wanted.prefill_tokens)
 
     def _least_efficient(self, view: PlanInput, decodes: int) -> int:
         # By powers of two: what a chunk costs changes slowly with the decode batch.
@@ -302,7 +317,7 @@ def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
         return True
     # The decodes are in the chunk's own step: their next token comes when it ends.
     waited = max(0.0, view.since_decode_seconds)
-    return waited + prediction.seconds * _LATE_RATIO <= target
+    return waited + prediction.seconds * LATE_RATIO <= target
 
 
 def _slack_seconds(view: PlanInput) -> float:
@@ -316,25 +331,3 @@ def _slack_seconds(view: PlanInput) -> float:
     if held < PATIENCE_SECONDS:
         return slowest
     return max(slowest, min(PATIENCE_SHARE * held, MOST_PATIENT_SECONDS))
-
-
-def _again_seconds(view: PlanInput) -> float | None:
-    """When to ask again after a refusal; None: at the next poll."""
-    return None if view.group is None else view.now_seconds + _GROUP_POLL_SECONDS
-
-
-def _may_wait(view: PlanInput, seconds: float) -> bool:
-    """Whether decodes may wait another poll and still come `seconds` after the last ones."""
-    return view.decodes is not None and _waited_until(view, seconds) > view.now_seconds
-
-
-def _waited_until(view: PlanInput, seconds: float) -> float:
-    """The last moment to wait a poll more if decodes shall come `seconds` after the last ones."""
-    step = 0.0 if view.decodes is None else view.decodes.seconds * _LATE_RATIO
-    return view.now_seconds + seconds - view.since_decode_seconds - step - _POLL_SECONDS
-
-
-def _wait(view: PlanInput, reason: Reason, seconds: float) -> Plan:
-    """A pause of the decodes, who are alone."""
-    cadence = seconds if reason is Reason.CADENCE else None
-    return Plan(NOTHING, reason, cadence, _waited_until(view, seconds))

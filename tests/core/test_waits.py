@@ -1,0 +1,190 @@
+"""When a refused step is asked about again: never later than it could fit, and not much sooner."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from shaper.core.group import GroupView
+from shaper.core.ledger import Ledger
+from shaper.core.policy import Plan, PlanInput
+from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.room import Room
+from shaper.core.types import (
+    EngineLoad,
+    LatencyTargets,
+    PowerBudget,
+    PowerLimit,
+    PrefillDemand,
+    Reason,
+    StepBatch,
+    StepPrediction,
+)
+from tests import strategies
+
+IDLE = 100.0
+STEP = StepPrediction(0.02, 14.0)
+
+
+def ledger_of(runs, limits, ramp=None) -> Ledger:
+    ledger = Ledger(PowerBudget(tuple(limits), ramp), IDLE, 0.0)
+    for gap, seconds, watts in runs:
+        start = ledger.end_seconds + gap
+        ledger.spend(start, start + seconds, watts * seconds)
+    return ledger
+
+
+# What leaves every window too full for most steps.
+HOT = st.tuples(st.just(0.0), st.floats(0.02, 0.5), st.floats(900.0, 1200.0))
+
+
+@given(
+    st.builds(lambda runs, hot: [*runs, hot], strategies.runs, HOT),
+    strategies.limits,
+    strategies.step_seconds,
+    st.floats(300.0, 800.0),
+    st.floats(IDLE, 450.0),
+    st.lists(st.floats(0.0, 1.0, exclude_max=True), min_size=1, max_size=20),
+)
+def test_a_refused_step_fits_at_no_moment_before_its_date(
+    runs, limits, seconds, watts, floor, shares
+):
+    """With nothing else launched: asked at any time before, the ledger refuses it still."""
+    ledger = ledger_of(runs, limits)
+    step, start = StepPrediction(seconds, watts * seconds), ledger.end_seconds
+    room = ledger.ask(start, floor)
+    # By more than rounding.
+    assume(room.max_watts(seconds) < watts * (1.0 - 1e-9))
+    wait = room.wait_seconds(step, IDLE)
+    for share in shares:
+        # What ended less than a microsecond ago has no corner of its own.
+        earlier = start + max(0.0, share * wait - 3e-6)
+        assert not ledger.ask(earlier, floor).fits(step)
+
+
+@given(
+    st.builds(lambda runs, hot: [*runs, hot], strategies.runs, HOT),
+    st.floats(300.0, 800.0),
+    st.sampled_from([0.05, 0.1, 0.5]),
+    strategies.step_seconds,
+    st.floats(1.0, 1.4),
+)
+def test_a_step_that_an_empty_window_holds_has_its_date_when_it_fits(
+    runs, limit, window, seconds, over
+):
+    """One window, nothing after the step but idle power: at the date it fits, to a microsecond."""
+    ledger = ledger_of(runs, [PowerLimit(limit, window)])
+    empty = Ledger(PowerBudget((PowerLimit(limit, window),)), IDLE, 0.0).ask(0.0, IDLE)
+    most = empty.max_watts(seconds)
+    step = StepPrediction(seconds, min(limit * over, most) * seconds * (1.0 - 1e-6))
+    start = ledger.end_seconds
+    room = ledger.ask(start, IDLE)
+    assume(not room.fits(step))
+    wait = room.wait_seconds(step, IDLE)
+    assert 0.0 < wait <= window
+    assert ledger.ask(start + wait + 1e-6, IDLE).fits(step)
+
+
+def test_by_hand():
+    """40 J in 100 ms; 28 J of them spent in the last 40 ms: 14 J more fit when 6 J have left."""
+    ledger = Ledger(PowerBudget((PowerLimit(400.0, 0.1),)), IDLE, 0.0)
+    ledger.spend(1.0, 1.04, 28.0)
+    # The window that ends with a step from 1.04 + d on: 28 + 100 d + 14 is 40 at the most, unless
+    # it begins after 1.0: for d > 0.04, 28 - 700 (d - 0.04) + 100 d + 14 = 40.
+    wait = ledger.ask(1.04, IDLE).wait_seconds(STEP, IDLE)
+    assert wait == pytest.approx(0.04 + (42.0 + 4.0 - 40.0) / 600.0)
+
+
+def test_what_fits_has_no_date_and_the_longest_of_several_counts():
+    """A step waits for each of its windows."""
+    short, long = PowerLimit(400.0, 0.1), PowerLimit(350.0, 1.0)
+    ledger = ledger_of([(0.0, 0.5, 600.0)], [short, long])
+    waits = [
+        ledger_of([(0.0, 0.5, 600.0)], [limit]).ask(0.5, IDLE).wait_seconds(STEP, IDLE)
+        for limit in (short, long)
+    ]
+    assert 0.0 < waits[0] < waits[1]
+    assert ledger.ask(0.5, IDLE).wait_seconds(STEP, IDLE) == waits[1]
+    assert ledger.ask(5.0, IDLE).wait_seconds(STEP, IDLE) == 0.0
+    assert Room(()).wait_seconds(STEP, IDLE) == 0.0
+
+
+def test_of_a_ramp_nothing_is_known():
+    """Its limit rises while a step waits."""
+    room = ledger_of([(0.0, 0.5, 300.0)], [], ramp=50.0).ask(0.5, IDLE)
+    assert not room.fits(STEP)
+    assert room.wait_seconds(STEP, IDLE) == 0.0
+
+
+def predict(batch: StepBatch) -> StepPrediction:
+    """6 ms for the weights at 400 W, and 20 us a prompt token at 700 W on top."""
+    seconds = 0.006 + 20e-6 * batch.prefill_tokens
+    return StepPrediction(seconds, 2.4 + 700.0 * 20e-6 * batch.prefill_tokens)
+
+
+def planned(load: EngineLoad, ledger: Ledger, group=None, since=0.0) -> tuple[Plan, PlanInput]:
+    start = ledger.end_seconds
+    view = PlanInput(
+        load=load,
+        room=ledger.ask(start, IDLE),
+        predict=predict,
+        now_seconds=start,
+        targets=LatencyTargets(),
+        decodes=predict(load.batch(0)) if load.decode_requests else None,
+        decode_deadline_seconds=1.0,
+        since_decode_seconds=since,
+        idle_watts=IDLE,
+        group=group,
+    )
+    return WindowedPlanner().plan(view), view
+
+
+PROMPT = (PrefillDemand(4000, 0),)
+DECODES, PROMPTS = EngineLoad(8, 8, 8000), EngineLoad(prefills=PROMPT)
+BOTH = EngineLoad(8, 8, 8000, prefills=PROMPT)
+FULL = [(0.0, 0.1, 480.0)]
+LIMIT = [PowerLimit(450.0, 0.1)]
+
+
+@pytest.mark.parametrize("load", [DECODES, PROMPTS, BOTH])
+def test_a_pause_ends_when_the_first_of_what_was_refused_may_fit(load):
+    """Before its date the same load is refused again, whenever it is asked about."""
+    late = 0.1  # decodes that would else make way for the prompt
+    plan, view = planned(load, ledger_of(FULL, LIMIT), since=late)
+    assert plan.reason is Reason.PAUSE
+    wait = plan.until_seconds - view.now_seconds
+    assert 0.0 < wait < 0.1
+    for share in (0.3, 0.7, 0.99):
+        later = ledger_of([*FULL, (0.0, share * wait, IDLE)], LIMIT)
+        assert planned(load, later, since=late)[0].reason is Reason.PAUSE
+    after = ledger_of([*FULL, (0.0, wait + 1e-6, IDLE)], LIMIT)
+    assert planned(load, after, since=late)[0].limits.run
+
+
+def test_decodes_that_make_way_have_a_date_within_their_pace():
+    """A prompt's room comes later than the decodes' turn: these end the pause."""
+    ledger = ledger_of([(0.0, 0.094, 506.0)], [PowerLimit(500.0, 0.1)])
+    plan, view = planned(BOTH, ledger)
+    assert plan.reason is Reason.CADENCE
+    assert view.now_seconds < plan.until_seconds < view.now_seconds + plan.cadence_seconds
+
+
+def test_a_prompt_that_cannot_be_split_is_asked_about_at_every_poll():
+    """Which of several prompts comes first is found anew each time."""
+    load = EngineLoad(prefills=PROMPT, splittable=False)
+    plan, _ = planned(load, ledger_of(FULL, LIMIT))
+    assert plan.reason is Reason.PAUSE
+    assert plan.until_seconds is None
+
+
+def test_in_a_group_another_may_make_room_at_any_time():
+    """So a refusal there has no date of its own, but that of the next look."""
+    ledger = ledger_of(FULL, LIMIT)
+    alone, view = planned(DECODES, ledger)
+    group = GroupView(view.room._parts, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0)
+    plan, _ = planned(DECODES, ledger, group)
+    assert plan.reason is Reason.PAUSE
+    assert plan.until_seconds < alone.until_seconds
