@@ -30,6 +30,15 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What runs side by side: a file's tests share their fixtures, and no two servers the machine.
+    engines = {
+        item.path
+        for item in items
+        if item.get_closest_marker("e2e") or item.get_closest_marker("cpu_engine")
+    }
+    for item in items:
+        group = "engines" if item.path in engines else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
     if SHARED_DATA.is_dir():
         return
     reason = "../shared/data is missing: the published measurements are not part of this repository"

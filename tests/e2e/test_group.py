@@ -23,7 +23,7 @@ from shaper.fleet.segment import group_directory
 from shaper.traffic.figures import STALL_SECONDS, limit_figures
 from tests.e2e.conftest import MODEL, START_SECONDS, Server, started_server
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 # One of the two draws up to 690 W, both idle 230 W together: they must take turns.
 LIMIT = PowerLimit(850.0, 0.1)
