@@ -155,6 +155,7 @@ def test_a_pause_ends_when_the_first_of_what_was_refused_may_fit(load):
     late = 0.1  # decodes that would else make way for the prompt
     plan, view = planned(load, ledger_of(FULL, LIMIT), since=late)
     assert plan.reason is Reason.PAUSE
+    assert plan.until_seconds is not None
     wait = plan.until_seconds - view.now_seconds
     assert 0.0 < wait < 0.1
     for share in (0.3, 0.7, 0.99):
@@ -169,6 +170,8 @@ def test_decodes_that_make_way_have_a_date_within_their_pace():
     ledger = ledger_of([(0.0, 0.094, 506.0)], [PowerLimit(500.0, 0.1)])
     plan, view = planned(BOTH, ledger)
     assert plan.reason is Reason.CADENCE
+    assert plan.until_seconds is not None
+    assert plan.cadence_seconds is not None
     assert view.now_seconds < plan.until_seconds < view.now_seconds + plan.cadence_seconds
 
 
@@ -187,4 +190,6 @@ def test_in_a_group_another_may_make_room_at_any_time():
     group = GroupView(view.room._parts, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0)
     plan, _ = planned(DECODES, ledger, group)
     assert plan.reason is Reason.PAUSE
+    assert plan.until_seconds is not None
+    assert alone.until_seconds is not None
     assert plan.until_seconds < alone.until_seconds
