@@ -137,7 +137,7 @@ class WindowPart:
         most = np.maximum.accumulate(asked)
         while True:
             longer = most.item(int(x.searchsorted(waited + seconds, "right")) - 1)
-            if longer <= waited:
+            if not longer > waited:  # also where it is no number
                 return waited
             waited = longer
 

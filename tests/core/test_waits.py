@@ -27,6 +27,7 @@ from tests import strategies
 
 IDLE = 100.0
 STEP = StepPrediction(0.02, 14.0)
+LIMIT = [PowerLimit(450.0, 0.1)]
 
 
 def ledger_of(runs, limits, ramp=None) -> Ledger:
@@ -119,6 +120,12 @@ def test_of_a_ramp_nothing_is_known():
     assert room.wait_seconds(STEP, IDLE) == 0.0
 
 
+def test_a_step_of_no_number_has_a_date_within_the_window():
+    """The search for a date ends, whatever it is asked."""
+    room = ledger_of([(0.0, 0.5, 300.0)], LIMIT).ask(0.5, IDLE)
+    assert 0.0 <= room.wait_seconds(StepPrediction(0.02, math.nan), IDLE) <= 0.1
+
+
 def predict(batch: StepBatch) -> StepPrediction:
     """6 ms for the weights at 400 W, and 20 us a prompt token at 700 W on top."""
     seconds = 0.006 + 20e-6 * batch.prefill_tokens
@@ -146,7 +153,6 @@ PROMPT = (PrefillDemand(4000, 0),)
 DECODES, PROMPTS = EngineLoad(8, 8, 8000), EngineLoad(prefills=PROMPT)
 BOTH = EngineLoad(8, 8, 8000, prefills=PROMPT)
 FULL = [(0.0, 0.1, 480.0)]
-LIMIT = [PowerLimit(450.0, 0.1)]
 
 
 @pytest.mark.parametrize("load", [DECODES, PROMPTS, BOTH])
