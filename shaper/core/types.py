@@ -3,8 +3,8 @@
 Times are seconds of the monotonic clock of the host (`CLOCK_MONOTONIC`), so
 that values from different processes of one host can be compared.
 
-What is made several times a step is a named tuple: a frozen dataclass takes four times as long
-to make and six times as long to look up.
+What is made several times a step is a named tuple: a frozen dataclass takes several times as
+long to make, and to look up in a dictionary.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""When a refused step is asked about again: never later than it could fit, and not much sooner."""
+"""From when a refused step may fit: never later than it does, and not sooner."""
 
 from __future__ import annotations
 
@@ -8,21 +8,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shaper.core.group import GroupView
 from shaper.core.ledger import Ledger
-from shaper.core.policy import Plan, PlanInput
-from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.room import Room
-from shaper.core.types import (
-    EngineLoad,
-    LatencyTargets,
-    PowerBudget,
-    PowerLimit,
-    PrefillDemand,
-    Reason,
-    StepBatch,
-    StepPrediction,
-)
+from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from tests import strategies
 
 IDLE = 100.0
@@ -124,78 +112,3 @@ def test_a_step_of_no_number_has_a_date_within_the_window():
     """The search for a date ends, whatever it is asked."""
     room = ledger_of([(0.0, 0.5, 300.0)], LIMIT).ask(0.5, IDLE)
     assert 0.0 <= room.wait_seconds(StepPrediction(0.02, math.nan), IDLE) <= 0.1
-
-
-def predict(batch: StepBatch) -> StepPrediction:
-    """6 ms for the weights at 400 W, and 20 us a prompt token at 700 W on top."""
-    seconds = 0.006 + 20e-6 * batch.prefill_tokens
-    return StepPrediction(seconds, 2.4 + 700.0 * 20e-6 * batch.prefill_tokens)
-
-
-def planned(load: EngineLoad, ledger: Ledger, group=None, since=0.0) -> tuple[Plan, PlanInput]:
-    start = ledger.end_seconds
-    view = PlanInput(
-        load=load,
-        room=ledger.ask(start, IDLE),
-        predict=predict,
-        now_seconds=start,
-        targets=LatencyTargets(),
-        decodes=predict(load.batch(0)) if load.decode_requests else None,
-        decode_deadline_seconds=1.0,
-        since_decode_seconds=since,
-        idle_watts=IDLE,
-        group=group,
-    )
-    return WindowedPlanner().plan(view), view
-
-
-PROMPT = (PrefillDemand(4000, 0),)
-DECODES, PROMPTS = EngineLoad(8, 8, 8000), EngineLoad(prefills=PROMPT)
-BOTH = EngineLoad(8, 8, 8000, prefills=PROMPT)
-FULL = [(0.0, 0.1, 480.0)]
-
-
-@pytest.mark.parametrize("load", [DECODES, PROMPTS, BOTH])
-def test_a_pause_ends_when_the_first_of_what_was_refused_may_fit(load):
-    """Before its date the same load is refused again, whenever it is asked about."""
-    late = 0.1  # decodes that would else make way for the prompt
-    plan, view = planned(load, ledger_of(FULL, LIMIT), since=late)
-    assert plan.reason is Reason.PAUSE
-    assert plan.until_seconds is not None
-    wait = plan.until_seconds - view.now_seconds
-    assert 0.0 < wait < 0.1
-    for share in (0.3, 0.7, 0.99):
-        later = ledger_of([*FULL, (0.0, share * wait, IDLE)], LIMIT)
-        assert planned(load, later, since=late)[0].reason is Reason.PAUSE
-    after = ledger_of([*FULL, (0.0, wait + 1e-6, IDLE)], LIMIT)
-    assert planned(load, after, since=late)[0].limits.run
-
-
-def test_decodes_that_make_way_have_a_date_within_their_pace():
-    """A prompt's room comes later than the decodes' turn: these end the pause."""
-    ledger = ledger_of([(0.0, 0.094, 506.0)], [PowerLimit(500.0, 0.1)])
-    plan, view = planned(BOTH, ledger)
-    assert plan.reason is Reason.CADENCE
-    assert plan.until_seconds is not None
-    assert plan.cadence_seconds is not None
-    assert view.now_seconds < plan.until_seconds < view.now_seconds + plan.cadence_seconds
-
-
-def test_a_prompt_that_cannot_be_split_is_asked_about_at_every_poll():
-    """Which of several prompts comes first is found anew each time."""
-    load = EngineLoad(prefills=PROMPT, splittable=False)
-    plan, _ = planned(load, ledger_of(FULL, LIMIT))
-    assert plan.reason is Reason.PAUSE
-    assert plan.until_seconds is None
-
-
-def test_in_a_group_another_may_make_room_at_any_time():
-    """So a refusal there has no date of its own, but that of the next look."""
-    ledger = ledger_of(FULL, LIMIT)
-    alone, view = planned(DECODES, ledger)
-    group = GroupView(view.room._parts, math.inf, 0.0, 0.0, 0.0, 0.0, 0.0)
-    plan, _ = planned(DECODES, ledger, group)
-    assert plan.reason is Reason.PAUSE
-    assert plan.until_seconds is not None
-    assert alone.until_seconds is not None
-    assert plan.until_seconds < alone.until_seconds

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shaper.core.group import GroupView
 from shaper.core.ledger import Ledger
-from shaper.core.policy import PlanInput
+from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.sustained import EASY_STEPS, SLACK_SHARE
 from shaper.core.policy.windowed import GENTLE_STEPS, WindowedPlanner
 from shaper.core.types import (
@@ -40,14 +41,13 @@ def view(
     return PlanInput(
         load=load,
         room=ledger.ask(ledger.end_seconds, floor),
-        predict=predict,
         targets=LatencyTargets(itl, None, slack),
         decodes=predict(load.batch(0)) if load.decode_requests else None,
         decode_deadline_seconds=itl or 1.0,
         since_decode_seconds=since,
         turn=turn,
         idle_watts=IDLE,
-        **more,
+        **{"predict": predict, **more},
     )
 
 
@@ -284,3 +284,69 @@ def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
             assert step.seconds <= itl or batch.prefill_tokens <= 64
     assert plan.limits.decode_requests is None
     assert not math.isnan(seen.room.max_watts(0.01))
+
+
+def planned_after(
+    load: EngineLoad, seconds: float = 0.0, *, watts=480.0, limit=450.0, **more
+) -> Plan:
+    """The plan after 100 ms at these watts and so many seconds of idle power."""
+    ledger = Ledger(PowerBudget((PowerLimit(limit, 0.1),)), IDLE, 0.0)
+    ledger.spend(0.0, 0.1, 0.1 * watts)
+    ledger.spend(0.1, 0.1 + seconds, IDLE * seconds)
+    return WindowedPlanner().plan(view(load, ledger=ledger, now_seconds=0.1 + seconds, **more))
+
+
+@pytest.mark.parametrize("load", [DECODES, PROMPTS, BOTH])
+def test_a_pause_ends_when_the_first_of_what_was_refused_may_fit(load):
+    """Before its date the same load is refused again, whenever it is asked about."""
+    late = 0.1  # decodes that would else make way for the prompt
+    plan = planned_after(load, since=late)
+    assert plan.reason is Reason.PAUSE
+    assert plan.until_seconds is not None
+    wait = plan.until_seconds - 0.1
+    assert 0.0 < wait < 0.1
+    for share in (0.3, 0.7, 0.99):
+        assert planned_after(load, share * wait, since=late).reason is Reason.PAUSE
+    assert planned_after(load, wait + 1e-6, since=late).limits.run
+
+
+def test_decodes_that_make_way_have_a_date_within_their_pace():
+    """A prompt's room comes later than the decodes' turn: these end the pause."""
+    plan = planned_after(BOTH, watts=506.0, limit=500.0)
+    assert plan.reason is Reason.CADENCE
+    assert plan.until_seconds is not None
+    assert plan.cadence_seconds is not None
+    assert 0.1 < plan.until_seconds < 0.1 + plan.cadence_seconds
+
+
+def test_a_prompt_that_cannot_be_split_is_asked_about_at_every_poll():
+    """Which of several prompts comes first is found anew each time."""
+    plan = planned_after(EngineLoad(prefills=PROMPTS.prefills, splittable=False))
+    assert plan.reason is Reason.PAUSE
+    assert plan.until_seconds is None
+
+
+def test_in_a_group_another_may_make_room_at_any_time():
+    """So a refusal there has no date of its own, but that of the next look."""
+    alone = planned_after(DECODES)
+    grouped = planned_after(DECODES, group=GroupView(()))
+    assert grouped.reason is alone.reason is Reason.PAUSE
+    assert grouped.until_seconds is not None
+    assert alone.until_seconds is not None
+    assert grouped.until_seconds < alone.until_seconds
+
+
+def test_in_a_group_a_refusal_costs_no_further_prediction():
+    """An engine of a group is refused most of the time."""
+    asked = []
+
+    def counted(batch: StepBatch) -> StepPrediction:
+        asked.append(batch)
+        return predict(batch)
+
+    counts = []
+    for group in (None, GroupView(())):
+        asked.clear()
+        assert not planned_after(BOTH, since=0.1, predict=counted, group=group).limits.run
+        counts.append(len(asked))
+    assert counts[1] < counts[0]

@@ -25,14 +25,16 @@ _GROUP_POLL_SECONDS = 0.0015
 
 
 def again_seconds(
-    view: PlanInput, refused: Iterable[StepPrediction | None], until_seconds: float = math.inf
+    view: PlanInput,
+    refused: Iterable[StepPrediction | None] = (),
+    until_seconds: float = math.inf,
 ) -> float | None:
     """When to ask again; None: at the next poll.
 
     Args:
         view: of the step that is not launched.
         refused: the smallest steps that would be launched if they fitted; None for one
-            that waits for something else than room.
+            that waits for something else than room. In a group nobody looks at them.
         until_seconds: when something else may be launched.
     """
     if view.group is not None:

@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.sustained import RunningCap, cadence_seconds, slowest_seconds
@@ -109,8 +109,7 @@ class WindowedPlanner:
             if view.spend_slack and may_wait(view, slack):
                 return wait(view, Reason.SLACK, slack)
             if may_wait(view, slack) and crowds_prompts(view):
-                again = again_seconds(view, [decodes], waited_until(view, slack))
-                return Plan(NOTHING, Reason.CADENCE, slack, again)
+                return Plan(NOTHING, Reason.CADENCE, slack, again_seconds(view))
             if cadence is not None and may_wait(view, cadence):
                 return wait(view, Reason.CADENCE, cadence)
         prediction = view.predict(wanted)
@@ -128,8 +127,8 @@ class WindowedPlanner:
             if decodes and view.turn and may_wait(view, view.decode_deadline_seconds):
                 return Plan(NOTHING, Reason.TURN)
             if waits:
-                least = self._least_refused(view, wanted, sharing)
-                again = again_seconds(view, [least], waited_until(view, slack))
+                refused = self._refused(view, wanted, sharing, None)
+                again = again_seconds(view, refused, waited_until(view, slack))
                 return Plan(NOTHING, Reason.CADENCE, slack, again)
         if decodes:
             if fits_beside(view, decodes, comes_first_joules(view, prompts=False)):
@@ -137,9 +136,7 @@ class WindowedPlanner:
             some = _fitting_decodes(view, decodes)
             if some:
                 return Plan(StepLimits(prefill_tokens=0, decode_requests=some), Reason.ROTATE)
-        refused: list[StepPrediction | None] = [decodes] if decodes else []
-        if wanted.prefill_tokens:
-            refused.append(self._least_refused(view, wanted, load.decode_requests))
+        refused = self._refused(view, wanted, load.decode_requests, decodes)
         return Plan(NOTHING, Reason.PAUSE, until_seconds=again_seconds(view, refused))
 
     def _largest_chunk(self, view: PlanInput, wanted: StepBatch, sharing_decodes: int) -> int:
@@ -216,15 +213,20 @@ class WindowedPlanner:
         crumb = min(CHUNK_TOKENS[0], least)
         return crumb if fits_beside(view, view.predict(view.load.batch(crumb)), beside) else 0
 
-    def _least_refused(
-        self, view: PlanInput, wanted: StepBatch, sharing_decodes: int
-    ) -> StepPrediction | None:
-        """The smallest step that prompts wait for; None where it is not room that they lack."""
-        if not view.load.splittable:
-            return None
-        least = view.load.batch(self._least_chunk(view, wanted, sharing_decodes))
-        step = view.predict(least)
-        return step if _fits_itl(view, step) and not _never_fits(view, step) else None
+    def _refused(
+        self,
+        view: PlanInput,
+        wanted: StepBatch,
+        sharing_decodes: int,
+        decodes: StepPrediction | None,
+    ) -> Iterator[StepPrediction | None]:
+        """What `again_seconds` asks for: the decodes, if any, and the least chunk of prompts."""
+        if decodes is not None:
+            yield decodes
+        if wanted.prefill_tokens:
+            step = view.predict(view.load.batch(self._least_chunk(view, wanted, sharing_decodes)))
+            fits_later = _fits_itl(view, step) and not _never_fits(view, step)
+            yield step if view.load.splittable and fits_later else None
 
     def _least_chunk(self, view: PlanInput, wanted: StepBatch, decodes: int) -> int:
         return min(self._least_efficient(view, decodes), wanted.prefill_tokens)
