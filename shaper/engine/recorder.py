@@ -40,9 +40,10 @@ _WRITE_SECONDS = 0.2
 _MAX_PENDING = 20_000
 # A file that is not finished by then stays as rows, which can be read.
 _JOIN_SECONDS = 5.0
+# Ends without clean-up: libraries with threads may abort in theirs, when the file is long whole.
 _FINISH = (
     "import os, pathlib, sys; from shaper.recording import finish_rows; "
-    "os.nice(10); finish_rows(pathlib.Path(sys.argv[1]))"
+    "os.nice(10); finish_rows(pathlib.Path(sys.argv[1])); os._exit(0)"
 )
 
 

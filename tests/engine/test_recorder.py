@@ -74,6 +74,22 @@ def test_it_records_from_the_order_to_its_end(tmp_path, name):
     assert RecordingState.from_values(recorder.state.values()) == recorder.state
 
 
+def test_a_library_that_aborts_after_the_file_is_made_is_no_failure(tmp_path, monkeypatch):
+    """What makes the Parquet is a process of its own, and may crash when it has done its work."""
+    start_up = tmp_path / "start_up"
+    start_up.mkdir()
+    (start_up / "sitecustomize.py").write_text("import atexit, os; atexit.register(os.abort)\n")
+    monkeypatch.setenv("PYTHONPATH", str(start_up))
+    recorder = Recorder(tmp_path, 0, {"gpu": "h200-sxm"})
+    follow(recorder, order(5, "run.parquet"))
+    wait(lambda: recorder.state.phase is RecordingPhase.RECORDING)
+    recorder.add_step(STEP)
+    follow(recorder, None)
+    wait(lambda: recorder.state.over)
+    assert recorder.state.phase is RecordingPhase.ENDED
+    assert read_recording(tmp_path / "run.parquet").steps == (STEP,)
+
+
 def test_its_time_and_its_bytes_end_it(tmp_path, monkeypatch):
     """Without anybody asking."""
     recorder = Recorder(tmp_path, 0, {})
