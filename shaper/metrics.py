@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from shaper.control import MODES, EngineControl
 from shaper.core.budget import Source
 from shaper.engine.flex import RELEASED
+from shaper.gpu.parts import PARTS
 from shaper.group_status import GROUP_METRICS, MEMBER_STATES, GroupStatus
 from shaper.metric_values import (
     CAUSES,
@@ -69,6 +70,7 @@ class StatusCollector(Collector):
         yield from _table(statuses, "scheduler", SCHEDULER_METRICS)
         yield _decisions(statuses)
         yield _chunks(statuses)
+        yield _parts(statuses)
 
 
 def _engine(status: Status) -> str:
@@ -120,7 +122,7 @@ def _labelled(
 ) -> Metric:
     """The family with one sample for each of its second label's values, from `first` on."""
     for status in statuses:
-        slots = status.values[section][first : first + len(labels)]
+        slots = status.values.get(section, ())[first : first + len(labels)]
         for label, number in zip(labels, slots, strict=False):
             family.add_metric([_engine(status), label], number)
     return family
@@ -223,6 +225,15 @@ def _decisions(statuses: Sequence[Status]) -> Metric:
         labels=("engine", "reason"),
     )
     return _labelled(statuses, "scheduler", len(SCHEDULER_METRICS), REASONS, family)
+
+
+def _parts(statuses: Sequence[Status]) -> Metric:
+    family = CounterMetricFamily(
+        "shaper_part_errors_total",
+        "Failures of one part of the shaper, by part; the other parts went on.",
+        labels=("engine", "part"),
+    )
+    return _labelled(statuses, "parts", 0, PARTS, family)
 
 
 def _chunks(statuses: Sequence[Status]) -> Metric:

@@ -29,7 +29,7 @@ RUN_VARIABLE = "_SHAPER_RUN_ID"
 _HEADER_BYTES = 4096
 _SECTION_SLOTS = 256
 _SECTION_BYTES = 8 * (_SECTION_SLOTS + 1)
-_SECTIONS = ("scheduler", "sampler", "control", "standing", "flex", "group", "recording")
+_SECTIONS = ("scheduler", "sampler", "control", "standing", "flex", "group", "recording", "parts")
 _SIZE = _HEADER_BYTES + len(_SECTIONS) * _SECTION_BYTES
 _READ_TRIES = 100
 
@@ -107,11 +107,18 @@ class StatusWriter:
         self._sequence = dict.fromkeys(_SECTIONS, 0)
 
     def write(self, section: str, values: Sequence[float]) -> None:
-        """Replace a section's numbers. Call from one thread only."""
+        """Replace a section's numbers. Call from one thread only.
+
+        Raises:
+            ValueError, struct.error: these are no such numbers; the section stays as it was.
+        """
+        if len(values) > _SECTION_SLOTS:
+            raise ValueError(f"{len(values)} numbers for {_SECTION_SLOTS} slots of {section}")
+        packed = struct.pack(f"<{len(values)}d", *values)
         offset = _HEADER_BYTES + _SECTIONS.index(section) * _SECTION_BYTES
         sequence = self._sequence[section] + 1
         struct.pack_into("<II", self._memory, offset, sequence & 0xFFFFFFFF, len(values))
-        struct.pack_into(f"<{len(values)}d", self._memory, offset + 8, *values)
+        self._memory[offset + 8 : offset + 8 + len(packed)] = packed
         self._sequence[section] = sequence = sequence + 1
         struct.pack_into("<I", self._memory, offset, sequence & 0xFFFFFFFF)
 

@@ -21,10 +21,14 @@ def run(request):
     return f"test{os.getpid()}x{abs(hash(request.node.name)) % 10**8}"
 
 
-def scrape(run: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+def scrape_text(run: str) -> str:
     registry = CollectorRegistry()
     registry.register(StatusCollector(lambda: read_statuses(run)))
-    text = generate_latest(registry).decode()
+    return str(generate_latest(registry).decode())
+
+
+def scrape(run: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    text = scrape_text(run)
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)

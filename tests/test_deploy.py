@@ -32,7 +32,7 @@ def exposed_names() -> set[str]:
     """Every name that a scrape of one engine can show, histograms by their series."""
     values = (1.0,) * 200
     held = control(560.0, budget=PowerBudget((PowerLimit(560.0, 1.0),), 900.0))
-    sections = dict.fromkeys(("sampler", "scheduler", "standing", "flex"), values)
+    sections = dict.fromkeys(("sampler", "scheduler", "standing", "flex", "parts"), values)
     group = GroupStatus((PowerLimit(4000.0, 0.1),), (MemberStatus(1, "alive", 1.0, 1.0),), 1.0, 1.0)
     own = {"control": tuple(held.values()), "group": tuple(group.values())}
     status = Status(info={"engine": 0}, values={**sections, **own})

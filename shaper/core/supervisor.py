@@ -15,14 +15,23 @@ engine that has nothing to do plans nothing, so a demand that is old is one with
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 from shaper.core.health import Health
 from shaper.core.profile import GpuProfile
-from shaper.core.standing import Admissibility, EngineDemand, Signals, Standing
+from shaper.core.standing import (
+    Admissibility,
+    Degradation,
+    EngineDemand,
+    Signals,
+    Standing,
+    ThermalOutlook,
+)
 from shaper.core.thermal import Thermal
-from shaper.core.types import GpuIdentity, PowerState
+from shaper.core.types import GpuIdentity, GpuSample, PowerState
+
+_T = TypeVar("_T")
 
 # The controller's own bound on a state that it still trusts: ten refreshes of a meter.
 SENSOR_LOST_SECONDS = 1.0
@@ -42,6 +51,19 @@ class Admission(Protocol):
         ...
 
 
+class Boundary(Protocol):
+    """Runs a part so that its failure costs nothing else; `shaper.gpu.parts` has one."""
+
+    def run(self, part: Any, call: Callable[..., _T], *arguments: object) -> _T | None:
+        """What the call returns; None where it failed."""
+        ...
+
+
+class _NoBoundary:
+    def run(self, part: Any, call: Callable[..., _T], *arguments: object) -> _T | None:
+        return call(*arguments)
+
+
 class Supervisor:
     """Judges one engine.
 
@@ -50,6 +72,8 @@ class Supervisor:
         gpus: what the reader says of them.
         admission: None: all work may enter.
         shapes_heat: False: the heat is predicted, but no limit is set for it.
+        parts: keeps health, heat and admission apart, so that one which fails says nothing
+            (heat: what it said last) and the others go on; None: a failure is raised.
 
     Stateful fields: the parts' own, the start, and when each condition was last said.
     """
@@ -61,7 +85,10 @@ class Supervisor:
         *,
         admission: Admission | None = None,
         shapes_heat: bool = True,
+        parts: Boundary | None = None,
     ) -> None:
+        self._parts: Boundary = _NoBoundary() if parts is None else parts
+        self._outlook = ThermalOutlook()
         self._health = Health(profile, gpus)
         self._thermal = Thermal(profile, gpus, shapes=shapes_heat)
         self._admission = admission
@@ -98,16 +125,16 @@ class Supervisor:
         if now_seconds - known.at_seconds > _IDLE_SECONDS and known.busy:
             known = dataclasses.replace(known, busy=False, held_ratio=0.0)
         samples = () if state is None else state.gpus
-        lines = list(
-            self._health.observe(now_seconds, samples, known.busy, known.seconds_gain_ratio)
-        )
-        thermal = self._thermal.observe(now_seconds, samples)
+        thermal = self._parts.run("thermal", self._thermal.observe, now_seconds, samples)
+        thermal = self._outlook = thermal or self._outlook
         lost = self._sensor_lost(now_seconds, state)
-        degradations = self._health.degradations
-        admissibility = Admissibility()
+        judged = self._parts.run("health", self._judge, now_seconds, samples, known)
+        said, degradations = judged or ((), ())
+        lines = list(said)
+        admissibility: Admissibility | None = None
         if self._admission is not None:
             signals = Signals(known, lost, degradations, thermal)
-            admissibility = self._admission.tick(now_seconds, signals)
+            admissibility = self._parts.run("admission", self._admission.tick, now_seconds, signals)
         for name, holds in (
             ("lost", lost),
             ("disagrees", known.disagrees),
@@ -117,13 +144,20 @@ class Supervisor:
             lines += self._conditions[name].note(now_seconds, holds)
         return Standing(
             at_seconds=now_seconds,
-            admissibility=admissibility,
+            admissibility=admissibility or Admissibility(),
             degradations=degradations,
             thermal=thermal,
             sensor_lost=lost,
             demand=demand if demand is None else known,
             announcements=tuple(lines),
         )
+
+    def _judge(
+        self, now_seconds: float, samples: Sequence[GpuSample], demand: EngineDemand
+    ) -> tuple[tuple[str, ...], tuple[Degradation, ...]]:
+        gain = demand.seconds_gain_ratio
+        lines = self._health.observe(now_seconds, samples, demand.busy, gain)
+        return lines, self._health.degradations
 
     def _sensor_lost(self, now: float, state: PowerState | None) -> bool:
         if state is None:

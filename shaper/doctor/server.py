@@ -247,19 +247,29 @@ _PROBLEMS = {
     "shaper_group_detached": "group's file was removed",
     "shaper_model_disagrees": "the model disagrees with the meter",
 }
+_PART_ERRORS = "shaper_part_errors_total"
 
 
 def _well(found: Sequence[Sample]) -> Finding:
     sums = {name: sum(v for v in _of(found, name).values() if v > 0) for name in _PROBLEMS}
     said = [f"{_PROBLEMS[name]} ({name} {value:g})" for name, value in sums.items() if value]
+    parts: dict[str, float] = {}
+    for sample in found:
+        if sample.name == _PART_ERRORS and sample.value > 0:
+            part = plain(sample.labels.get("part", "?"), 30)
+            parts[part] = parts.get(part, 0.0) + sample.value
+    failed = [f"{part} {count:g}" for part, count in sorted(parts.items())]
+    if failed:
+        said.append(f"failures of single parts ({_PART_ERRORS}: {', '.join(failed)})")
     if said:
         return _CHECKS.warn(
             "server.counters",
             "; ".join(said),
             "see the server's log for when and why (docs/operating.md says what each means)",
             **sums,
+            **{_PART_ERRORS: parts},
         )
-    return _CHECKS.ok("server.counters", "no failure is counted", **sums)
+    return _CHECKS.ok("server.counters", "no failure is counted", **sums, **{_PART_ERRORS: parts})
 
 
 def route_findings(base: str, environ: Mapping[str, str], timeout_seconds: float) -> list[Finding]:

@@ -68,28 +68,34 @@ class Membership:
         Returns:
             Whether the static share is another one now: engines have joined or gone.
         """
+        now, before = self._clock(), self._static_limits
+        self._guarded(self._beat, now, mode, decides)
+        self._guarded(self._look, now)
+        return self._static_limits != before
+
+    def _guarded(self, call: Callable[..., None], *arguments: object) -> None:
         try:
-            return self._tick(mode, decides)
+            call(*arguments)
         except Exception:
             # A group that can't be read must take neither the engine nor its metrics with it.
             if not self._errors:
                 logger.exception("the power group's tick failed (said once; later are counted)")
             self._errors += 1
-            return False
 
-    def _tick(self, mode: Mode, decides: bool) -> bool:
-        now = self._clock()
+    def _beat(self, now: float, mode: Mode, decides: bool) -> None:
         self.handle.tick(now)
-        before, self._static_limits = self._static_limits, self.handle.static_limits
+        self._static_limits = self.handle.static_limits
         free = mode == "off" or (mode == "shadow" and not decides)
         if free or not decides:
             # Each time: the scheduler's thread may have spoken last.
             share_watts = max(limit.watts for limit in self._static_limits)
             self.handle.park(self._free_watts if free else share_watts, now)
+
+    def _look(self, now: float) -> None:
+        """What the group looks like, for those who ask."""
         if now - self._looked_seconds >= LOOK_SECONDS:
             self._looked_seconds = now
             self._status = _status(self.handle.snapshot(now))
-        return self._static_limits != before
 
     def values(self) -> list[float]:
         """The group's section of the status block, as last looked at."""

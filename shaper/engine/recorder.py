@@ -24,6 +24,7 @@ from typing import Any
 from shaper.control import RecordOrder
 from shaper.core.types import GpuSample
 from shaper.errors import TraceError
+from shaper.gpu.parts import Parts
 from shaper.gpu.reader import GpuReader
 from shaper.gpu.tap import Tap
 from shaper.recording import PARTIAL, RecordedStep, RecordingWriter, path_of_rank
@@ -55,12 +56,19 @@ class Recorder:
         rank: of this engine; names its files.
         meta: what the first row says.
         always: file of a recording that lasts as long as the engine, and replaces what is there.
+        parts: counts what fails here.
     """
 
     def __init__(
-        self, directory: Path, rank: int, meta: Mapping[str, Any], always: str | None = None
+        self,
+        directory: Path,
+        rank: int,
+        meta: Mapping[str, Any],
+        always: str | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self._directory, self._rank, self._meta = directory, rank, meta
+        self._parts = Parts() if parts is None else parts
         self._order: RecordOrder | None = None
         self._sequence = 0
         self._refused: RecordingState | None = None
@@ -84,7 +92,7 @@ class Recorder:
 
     def tap(self, reader: GpuReader) -> GpuReader:
         """The same reader; what it reads is recorded."""
-        return Tap(reader, self._add_samples)
+        return Tap(reader, self._add_samples, self._parts)
 
     def _add_samples(self, samples: tuple[GpuSample, ...]) -> None:
         job = self._job
@@ -98,8 +106,9 @@ class Recorder:
         self._order = order
         try:
             self._take(order, now_seconds)
-        # The boundary: what follows in this tick is the budget.
+        # The boundary: what else the tick does goes on.
         except Exception:
+            self._parts.errors["recording"] += 1
             logger.exception("a recording could not be started or ended")
 
     def _take(self, order: RecordOrder | None, now_seconds: float) -> None:

@@ -27,9 +27,11 @@ from shaper.engine.recorder import Recorder
 from shaper.engine.runtime import LiveShaper
 from shaper.engine.safe_cap import SafeCap, safe_cap
 from shaper.engine.telemetry import DecisionLog, Telemetry
+from shaper.engine.tick import EngineTick
 from shaper.engine.work import engine_coefficients
 from shaper.errors import ShaperError
 from shaper.gpu.meter_facts import MeterWatch
+from shaper.gpu.parts import Parts
 from shaper.gpu.sampler import Sampler
 from shaper.recording import path_of_rank
 from shaper.settings import ADDITIONAL_CONFIG_KEY, load_config
@@ -101,7 +103,8 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
     )
     sweep_control_files()
     log = DecisionLog(config.decision_log and str(path_of_rank(config.decision_log, rank)))
-    recorder = _recorder(config, rank, gpus.profile.name, vllm_config)
+    parts = Parts()
+    recorder = _recorder(config, rank, gpus.profile.name, vllm_config, parts)
     admission = EngineAdmission(
         lambda now_seconds: Look(
             budgeted=not shaper.budget.empty or member is not None,
@@ -112,30 +115,14 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         time.monotonic(),
     )
     supervisor = Supervisor(
-        gpus.profile, gpus.reader.gpus, admission=admission, shapes_heat=config.shapes_heat
+        gpus.profile,
+        gpus.reader.gpus,
+        admission=admission,
+        shapes_heat=config.shapes_heat,
+        parts=parts,
     )
-    telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor)
-
-    def tick(now_seconds: float) -> None:
-        try:
-            if control.tick(now_seconds):
-                shaper.set_budget(control.state.budget)
-                shaper.set_mode(control.state.mode)
-            recorder.follow(control.record_order, now_seconds)
-            status.write("recording", recorder.state.values())
-            status.write("control", control.state.values())
-        finally:
-            if member is not None:
-                if member.tick(control.state.mode, decides=shaper.demand is not None):
-                    shaper.renew_cap()
-                status.write("group", member.values())
-            telemetry.tick(
-                now_seconds,
-                sampler.latest,
-                sampler.read_errors,
-                sampler.rejected_readings,
-                sampler.report(now_seconds),
-            )
+    telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor, parts=parts)
+    tick = EngineTick(parts, control, telemetry, recorder, member)
 
     def cap(budget: PowerBudget) -> SafeCap:
         # Nothing is applied in other modes, and nothing is capped.
@@ -149,6 +136,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         interval_seconds=config.sample_interval_seconds,
         on_tick=tick,
         meter=MeterWatch(),
+        parts=parts,
     )
 
     def close() -> None:
@@ -172,6 +160,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
     )
     shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
     telemetry.attach(shaper, lambda: flex_queue(scheduler))
+    tick.shaper, tick.sampler = shaper, sampler
     recorder.start()
     sampler.start()
     note = _MODE_NOTES.get(first.mode, "")
@@ -229,14 +218,16 @@ def _info(
     }
 
 
-def _recorder(config: ShaperConfig, rank: int, gpu: str, vllm_config: Any) -> Recorder:
+def _recorder(
+    config: ShaperConfig, rank: int, gpu: str, vllm_config: Any, parts: Parts
+) -> Recorder:
     meta = {
         "version": __version__,
         "gpu": gpu,
         "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
         "model_config": vllm_config.model_config.hf_config.to_dict(),
     }
-    return Recorder(config.recording_directory, rank, meta, config.record)
+    return Recorder(config.recording_directory, rank, meta, config.record, parts)
 
 
 def _warn_of_loose_limits(budget: PowerBudget, enforced: list[float | None]) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -25,6 +25,7 @@ from shaper.core.types import (
 )
 from shaper.engine.flex import FlexQueue
 from shaper.engine.meter_windows import MeterWindows
+from shaper.gpu.parts import Parts
 from shaper.gpu.sampler import NO_REPORT, SensorReport
 from shaper.metric_values import (
     NAN,
@@ -135,6 +136,7 @@ class Telemetry:
         idle_watts: what the engine's GPUs draw with nothing to do.
         log: of decisions; drained here.
         supervisor: judges the engine; None: nobody does.
+        parts: keeps what is done here apart, and counts failures; its counts are shown.
 
     The shaper's counters are read here while its thread counts, so two numbers of one
     scrape may be a step apart. `standing` is what the supervisor said at this tick; None
@@ -148,8 +150,10 @@ class Telemetry:
         log: DecisionLog,
         *,
         supervisor: Supervisor | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self._status, self._log = status, log
+        self._parts = Parts() if parts is None else parts
         self._windows = MeterWindows(idle_watts)
         self._supervisor = supervisor
         self._shaper: Supervised | None = None
@@ -158,7 +162,6 @@ class Telemetry:
         self._first_joules: float | None = None
         self._last: PowerState | None = None
         self._derived = (NAN, NAN)
-        self._supervisor_errors = 0
 
     @property
     def use_ratio(self) -> float:
@@ -180,42 +183,49 @@ class Telemetry:
         report: SensorReport = NO_REPORT,
     ) -> None:
         """Judge and write everything once."""
-        self._supervise(now_seconds, state)
+        shaper, run = self._shaper, self._parts.run
+        if self._supervisor is not None:
+            self.standing = run("supervisor", self._supervise, self._supervisor, now_seconds, state)
+            if self.standing is None and shaper is not None:
+                shaper.standing = None
         if state is not None and state is not self._last:
-            self._derived = self._windows.observe(state, self._limits())
             self._last = state
-        self._status.write("sampler", self._values(now_seconds, state, (errors, rejected), report))
-        if self._shaper is not None:
-            self._status.write("scheduler", self._shaper.counters.values())
-        self._status.write(
-            "standing", [] if self.standing is None else standing_values(self.standing)
-        )
+            derived = run("meter_windows", self._windows.observe, state, self._limits())
+            self._derived = derived or (NAN, NAN)
+        self.write("sampler", self._values, now_seconds, state, (errors, rejected), report)
+        if shaper is not None:
+            self.write("scheduler", shaper.counters.values)
+        self.write("standing", self._standing_values)
+        run("flex", self._write_flex, now_seconds)
+        run("decision_log", self._log.drain)
+        self.write("parts", self._parts.values)
+
+    def write(
+        self, section: str, values: Callable[..., Sequence[float]], *arguments: object
+    ) -> None:
+        """Write one section of the status block; one that can't be told stays as it was."""
+        self._parts.run("status_block", lambda: self._status.write(section, values(*arguments)))
+
+    def _supervise(
+        self, supervisor: Supervisor, now_seconds: float, state: PowerState | None
+    ) -> Standing:
+        """Judge, and tell the shaper. Where that fails its last limit stays."""
+        shaper = self._shaper
+        standing = supervisor.tick(now_seconds, state, None if shaper is None else shaper.demand)
+        if shaper is not None:
+            shaper.standing = standing
+            shaper.set_extra_limits(standing.limits)
+        for line in standing.announcements:
+            logger.warning("%s", line)
+        return standing
+
+    def _standing_values(self) -> list[float]:
+        return [] if self.standing is None else standing_values(self.standing)
+
+    def _write_flex(self, now_seconds: float) -> None:
         queue = None if self._flex is None else self._flex()
         if queue is not None:
             self._status.write("flex", flex_values(queue, now_seconds))
-        self._log.drain()
-
-    def _supervise(self, now_seconds: float, state: PowerState | None) -> None:
-        """A supervisor that fails must not take the metrics with it; its last limit stays."""
-        if self._supervisor is None:
-            return
-        shaper = self._shaper
-        try:
-            demand = None if shaper is None else shaper.demand
-            self.standing = self._supervisor.tick(now_seconds, state, demand)
-        except Exception:
-            if not self._supervisor_errors:
-                logger.exception("the supervisor failed (said once; later failures are counted)")
-            self._supervisor_errors += 1
-            self.standing = None
-            if shaper is not None:
-                shaper.standing = None
-            return
-        for line in self.standing.announcements:
-            logger.warning("%s", line)
-        if shaper is not None:
-            shaper.standing = self.standing
-            shaper.set_extra_limits(self.standing.limits)
 
     def _limits(self) -> tuple[PowerLimit, ...]:
         extra = () if self.standing is None else self.standing.limits
@@ -228,7 +238,8 @@ class Telemetry:
         reads: tuple[int, int],
         report: SensorReport,
     ) -> list[float]:
-        counts = [*reads, self._supervisor_errors, *sensor_values(state, report)]
+        failed = self._parts.errors["supervisor"]
+        counts = [*reads, failed, *sensor_values(state, report)]
         if state is None:
             return [NAN] * 9 + [*counts, NAN, now_seconds]
         energy = state.energy_joules

@@ -3,7 +3,8 @@
 Laws.
 
     refresh   the usual time between two readings that differ: the mean of the intervals
-              within half of their median, so that a refresh to the same value does not count
+              within half of their median, so that a refresh to the same value does not count.
+              A difference below the meter's grain is none (`screen.py`)
     window    the W for which the mean power of the last W seconds is closest to the average
               reading; mean power is the slope of the energy counter, else of the sum of the
               instant readings. It is told only where it is clearly closer than other windows.
@@ -19,11 +20,11 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median, quantiles
+from statistics import fmean, median, median_low, quantiles
 
 from shaper.core.types import GpuSample
 from shaper.gpu.reader import GpuReader
-from shaper.gpu.screen import Screen
+from shaper.gpu.screen import Screen, same_reading
 
 _FIELDS = ("instant_watts", "average_watts", "energy_joules")
 # Some seconds of the slowest meter, and no more than that is kept.
@@ -138,8 +139,11 @@ class _Changes:
         if value is None or hole:
             self._value, self._changed_seconds = value, None
             return False
-        before, self._value = self._value, value
-        if before is None or value == before:
+        before = self._value
+        if before is not None and same_reading(before, value):
+            return False
+        self._value = value
+        if before is None:
             return False
         if self._changed_seconds is not None:
             self._intervals.append(now - self._changed_seconds)
@@ -149,7 +153,8 @@ class _Changes:
     def refresh_seconds(self) -> float | None:
         if len(self._intervals) < _LEAST_INTERVALS:
             return None
-        middle = median(self._intervals)
+        # One of them, so that itself is near it: between two clusters there would be none.
+        middle = median_low(self._intervals)
         return fmean(one for one in self._intervals if 0.5 * middle <= one <= 1.5 * middle)
 
 

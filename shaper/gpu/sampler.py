@@ -1,9 +1,10 @@
 """The one thread that touches the driver.
 
-Each tick: read, screen, sum up, publish. Publishing is one assignment of an
-immutable value to `latest`, so the scheduler reads it with no lock and never waits
-for the driver. Nothing is published when a read fails or when it says nothing about
-power: the last state then ages, and its age is how the controller learns of it.
+Each tick: read, screen, sum up, publish; then `on_tick`, which controls; then what is only
+shown. Publishing is one assignment of an immutable value to `latest`, so the scheduler reads
+it with no lock and never waits for the driver. Nothing is published when a read fails or when
+it says nothing about power: the last state then ages, and its age is how the controller learns
+of it. Each part fails alone, and is counted (`parts.py`).
 
 A second thread watches the first. Where a read does not return, it says once which call
 hangs, and goes on with the ticks, so that the engine is supervised and controlled all the
@@ -23,6 +24,7 @@ from shaper.core.types import GpuSample, PowerState
 from shaper.errors import GpuError, GpuLostError
 from shaper.gpu.energy import EnergyMeter
 from shaper.gpu.meter_facts import MeterFacts, MeterWatch
+from shaper.gpu.parts import Parts
 from shaper.gpu.reader import GpuReader, TellsWhatItDoes
 from shaper.gpu.screen import Screen
 from shaper.gpu.summary import summarise
@@ -74,6 +76,7 @@ class Sampler:
             the read failed; keeps metrics fresh while the engine is idle. Called by the
             watching thread while a read hangs, never by both at once.
         meter: finds out what the meter does; None: nobody does.
+        parts: counts what fails here; None: counts of the sampler's own.
 
     `latest` is None until the first good read. `energy_joules` in it counts from
     that read.
@@ -87,6 +90,7 @@ class Sampler:
         on_state: Callable[[PowerState], None] | None = None,
         on_tick: Callable[[float], None] | None = None,
         meter: MeterWatch | None = None,
+        parts: Parts | None = None,
     ) -> None:
         if interval_seconds <= 0:
             raise ValueError(f"interval_seconds must be above 0, not {interval_seconds}")
@@ -101,6 +105,7 @@ class Sampler:
         self._screen = Screen()
         self._energy = EnergyMeter()
         self._meter = meter
+        self.parts = Parts() if parts is None else parts
         self._limits: dict[int, float] = {}
         self._limit_changes = 0
         self._last_error = ""
@@ -121,9 +126,12 @@ class Sampler:
         self._abandoned = False
         self.latest: PowerState | None = None
         self.read_errors = 0
-        """Reads that raised a `GpuError`, or came without one of the GPUs."""
-        self.callback_errors = 0
-        """Calls of `on_state` and `on_tick`, or reads, that raised anything else."""
+        """Reads that raised, or came without one of the GPUs."""
+
+    @property
+    def callback_errors(self) -> int:
+        """Failures of all parts together; reads that raised a `GpuError` are none."""
+        return sum(self.parts.errors.values())
 
     @property
     def rejected_readings(self) -> int:
@@ -188,16 +196,19 @@ class Sampler:
             self._reading_since = None
             if self._abandoned:
                 return
+            screened = None
             if samples is not None:
-                self._guarded(lambda: self._publish(samples))
+                screened = self.parts.run("reading", self._publish, samples)
             # The watcher may have ticked meanwhile, and time does not go back.
             self._tell(max(now_seconds, self._told_seconds))
+            if screened is not None:
+                self.parts.run("limit_changes", self._note_limits, screened)
+                self.parts.run("meter_properties", self._note_meter, screened)
 
     def _tell(self, now_seconds: float) -> None:
         self._told_seconds = now_seconds
         if self._on_tick is not None:
-            on_tick = self._on_tick
-            self._guarded(lambda: on_tick(now_seconds))
+            self.parts.run("tick", self._on_tick, now_seconds)
 
     def _read(self) -> tuple[GpuSample, ...] | None:
         """One reading of all GPUs; None where it failed."""
@@ -211,8 +222,9 @@ class Sampler:
             self._log_once(error)
         except Exception as error:
             # This thread must outlive a mistake in a reader.
-            self.callback_errors += 1
-            self._log_once(error)
+            self.read_errors += 1
+            self._last_error = f"{type(error).__name__}: {error}"
+            self.parts.failed("reader", error)
         else:
             self._note_back(begin)
             return samples
@@ -230,25 +242,28 @@ class Sampler:
             self._said_back_seconds = now
             _log.warning("GPU sampling: the GPUs answer again, after %.1f s", now - since)
 
-    def _publish(self, samples: tuple[GpuSample, ...]) -> None:
+    def _publish(self, samples: tuple[GpuSample, ...]) -> tuple[GpuSample, ...]:
+        """Publish what is believed of a reading; returns that, GPU by GPU."""
         screened = self._screen.pass_on(samples)
-        if self._meter is not None:
-            now = screened[0].read_seconds
-            self._meter.observe(screened, self._read_cost_seconds)
-            if now >= self._facts_due_seconds:
-                self._facts = self._meter.facts()
-                self._facts_due_seconds = now + _FACTS_SECONDS
         samples = self._energy.fill(screened)
         if self._energy.integrated and not self._said_integrated:
             self._said_integrated = True
             _log.warning("GPU sampling: no energy counter answers: energy is summed up from power")
-        self._note_limits(samples)
         state = summarise(samples, self._energy.integrated)
-        if state.instant_watts is None and state.average_watts is None:
+        if state.instant_watts is not None or state.average_watts is not None:
+            self.latest = state
+            if self._on_state is not None:
+                self.parts.run("states", self._on_state, state)
+        return screened
+
+    def _note_meter(self, screened: tuple[GpuSample, ...]) -> None:
+        if self._meter is None:
             return
-        self.latest = state
-        if self._on_state is not None:
-            self._on_state(state)
+        now = screened[0].read_seconds
+        self._meter.observe(screened, self._read_cost_seconds)
+        if now >= self._facts_due_seconds:
+            self._facts_due_seconds = now + _FACTS_SECONDS
+            self._facts = self._meter.facts()
 
     def _note_limits(self, samples: tuple[GpuSample, ...]) -> None:
         for sample in samples:
@@ -259,30 +274,17 @@ class Sampler:
                 self._limits[sample.gpu_index] = limit
                 self._limit_changes += 1
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Runs in a thread that must outlive a mistake in a callback."""
-        try:
-            action()
-        except Exception as error:
-            self.callback_errors += 1
-            self._log_once(error)
-
-    def _log_once(self, error: Exception) -> None:
+    def _log_once(self, error: GpuError) -> None:
         kind = type(error).__name__
         self._last_error = f"{kind}: {error}"
         if kind not in self._logged:
             self._logged.add(kind)
-            _log.warning(
-                "GPU sampling: %s: %s (said once; later ones are counted)",
-                kind,
-                error,
-                exc_info=None if isinstance(error, GpuError) else error,
-            )
+            _log.warning("GPU sampling: %s: %s (said once; later ones are counted)", kind, error)
 
     def _run(self) -> None:
         due_seconds = self._clock()
         while not self._stopping.is_set():
-            self.tick()
+            self.parts.run("tick", self.tick)
             # A tick that took longer than its interval is not made up for.
             due_seconds = max(due_seconds + self._interval_seconds, self._clock())
             self._stopping.wait(due_seconds - self._clock())
@@ -303,15 +305,20 @@ class Sampler:
                     continue
                 if since > said_seconds + _SAY_SECONDS:
                     said_seconds = since
-                    _log.warning(
-                        "GPU sampling: %s has not returned for %.1f s; the state ages meanwhile",
-                        self._doing(),
-                        now - since,
-                    )
+                    self.parts.run("sensor_report", self._say_that_it_hangs, now - since)
                 self._tell(now)
+
+    def _say_that_it_hangs(self, seconds: float) -> None:
+        _log.warning(
+            "GPU sampling: %s has not returned for %.1f s; the state ages meanwhile",
+            self._doing(),
+            seconds,
+        )
 
     def _close(self) -> None:
         try:
             self._reader.close()
         except GpuError as error:
             self._log_once(error)
+        except Exception as error:
+            self.parts.failed("reader", error)

@@ -11,6 +11,9 @@ not, it was a bad reading. A counter that has moved and then stands still for a 
 stuck, and the watts, which come from the same meter, are then not believed either. Watts
 that have not changed at all for a second are frozen if the counter says otherwise; where
 there is no counter, if they don't change for longer while the GPU works.
+
+A reading that differs from the last by less than the meter's grain is the last one: what
+somebody has scaled or summed up in between has rounding in its last digits.
 """
 
 from __future__ import annotations
@@ -42,6 +45,14 @@ _FROZEN_SECONDS, _FROZEN_READINGS = 2.0, 10
 # long the counter may lag behind a change of the watts.
 _FROZEN_RATIO, _FROZEN_WATTS = 0.2, 10.0
 _SETTLE_SECONDS = 0.25
+# Drivers count whole milliwatts and millijoules; a sum over months is a float with 15 digits.
+_GRAIN, _GRAIN_RATIO = 5e-4, 2e-10
+_POWER = ("instant_watts", "average_watts")
+
+
+def same_reading(before: float, after: float) -> bool:
+    """Whether two readings of watts or joules differ by no more than rounding."""
+    return abs(after - before) <= max(_GRAIN, _GRAIN_RATIO * abs(before)) < math.inf
 
 
 def _within(value: float | None, lowest: float, highest: float) -> bool:
@@ -73,10 +84,11 @@ class _Steady:
 
 
 class Screen:
-    """Screens the samples of one engine's GPUs. Stateful fields: one counter and one steady
-    reading of each, and the count."""
+    """Screens the samples of one engine's GPUs. Stateful fields: the last watts, one counter
+    and one steady reading of each, and the count."""
 
     def __init__(self) -> None:
+        self._watts: dict[tuple[int, str], float] = {}
         self._counters: dict[int, _Counter] = {}
         self._steady: dict[int, _Steady] = {}
         self.rejected_readings = 0
@@ -88,6 +100,7 @@ class Screen:
         return tuple(self._pass_one(sample) for sample in samples)
 
     def _pass_one(self, sample: GpuSample) -> GpuSample:
+        sample = self._rounded(sample)
         limit = sample.enforced_limit_watts
         if not _within(limit, _MIN_WATTS, _LIMIT_MULTIPLE * _UNKNOWN_LIMIT_WATTS):
             limit = None
@@ -119,6 +132,20 @@ class Screen:
             self.rejected_readings += 1
             missing["instant_watts"] = missing["average_watts"] = None
         return replace(sample, enforced_limit_watts=limit, energy_joules=energy, **missing)
+
+    def _rounded(self, sample: GpuSample) -> GpuSample:
+        """The sample with the watts of the one before where only their last digits differ."""
+        last: dict[str, Any] = {}
+        for name in _POWER:
+            watts, key = getattr(sample, name), (sample.gpu_index, name)
+            before = self._watts.get(key)
+            if watts is None or watts == before:
+                continue
+            if before is not None and same_reading(before, watts):
+                last[name] = before
+            else:
+                self._watts[key] = watts
+        return replace(sample, **last) if last else sample
 
     def _stuck(self, sample: GpuSample) -> bool:
         counter = self._counters.get(sample.gpu_index)
@@ -162,6 +189,8 @@ class Screen:
         if counter is None:
             self._counters[sample.gpu_index] = _Counter(raw, now)
             return 0.0
+        if same_reading(counter.raw_joules, raw):
+            raw = counter.raw_joules
         # A counter that stood still holds what was spent since it last moved.
         last = (counter.moved_seconds or counter.read_seconds, counter.raw_joules)
         if not _follows(last, (now, raw), highest_watts):

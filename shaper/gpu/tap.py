@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from shaper.core.types import GpuIdentity, GpuSample
+from shaper.gpu.parts import Parts
 from shaper.gpu.reader import GpuReader, TellsWhatItDoes
 
 
 class Tap:
-    """The same reader; what it reads also goes to `sink`, in the reading thread."""
+    """The same reader; what it reads also goes to `sink`, in the reading thread.
 
-    def __init__(self, reader: GpuReader, sink: Callable[[tuple[GpuSample, ...]], object]) -> None:
+    Args:
+        reader: whose readings they are; a sink that fails costs none of them.
+        sink: called with each.
+        parts: counts failures of the sink, as those of a recording.
+    """
+
+    def __init__(
+        self,
+        reader: GpuReader,
+        sink: Callable[[tuple[GpuSample, ...]], object],
+        parts: Parts | None = None,
+    ) -> None:
         self._reader, self._sink = reader, sink
+        self._parts = Parts() if parts is None else parts
 
     @property
     def gpus(self) -> tuple[GpuIdentity, ...]:
@@ -36,7 +49,7 @@ class Tap:
             GpuError: as the reader does.
         """
         samples = self._reader.read()
-        self._sink(samples)
+        self._parts.run("recording", self._sink, samples)
         return samples
 
     def close(self) -> None:

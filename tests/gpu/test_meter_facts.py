@@ -136,3 +136,46 @@ def test_measuring_reads_for_as_long_as_asked() -> None:
     assert clock() == pytest.approx(12.0, abs=0.01)
     assert facts.instant_refresh_seconds == pytest.approx(0.1, rel=0.05)
     assert facts.average_window_seconds == pytest.approx(1.0, rel=0.2)
+
+
+@pytest.mark.parametrize("far", [0.2, 0.5, 5.0])
+@pytest.mark.parametrize("count", [8, 10, 64])
+def test_intervals_of_two_kinds_have_a_refresh_too(far: float, count: int) -> None:
+    """Half of them are 20 ms and half are far longer: no interval is near the middle of the
+    two, and the short ones are the refresh."""
+    watch, now = MeterWatch(), 0.0
+    # The first value is no change, and the first change ends no interval.
+    intervals = [0.02, *random.Random(count).sample([0.02, far] * (count // 2), count), 0.02]
+    for change, seconds in enumerate(intervals):
+        end = now + seconds
+        while now < end - 0.001:
+            watch.observe([GpuSample(now, 0, instant_watts=400.0 + change)], 0.001)
+            now += 0.02
+    (facts,) = watch.facts()
+    assert facts.instant_refresh_seconds == pytest.approx(0.02, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_times_and_values_facts_are_told(seed: int) -> None:
+    """Any mix of intervals, of values that are missing, and of readings that don't change."""
+    chance, watch, now = random.Random(seed), MeterWatch(), 0.0
+    for _ in range(400):
+        now += chance.choice([0.0, 0.001, 0.02, 0.02, 0.1, 0.24, 0.3, 3.0])
+        watts = chance.choice([None, 100.0, 400.0, chance.uniform(0.0, 700.0), math.nan])
+        joules = chance.choice([None, now, 400.0 * now, 1e9])
+        watch.observe([GpuSample(now, 0, watts, watts, joules)], chance.random())
+        watch.facts()
+
+
+def test_rounding_in_the_last_digits_is_no_refresh() -> None:
+    """The meter refreshes each 100 ms; between, its readings differ in the 11th digit."""
+    watch, chance = MeterWatch(), random.Random(3)
+    for tick in range(1000):
+        shown = tick // 5
+        noise = 1.0 + 1e-10 * chance.uniform(-1.0, 1.0)
+        watts, joules = (400.0 + shown % 7) * noise, (1e6 + 40.0 * shown) * noise
+        watch.observe([GpuSample(READ_SECONDS * tick, 0, watts, watts, joules)], 0.001)
+    (facts,) = watch.facts()
+    assert facts.instant_refresh_seconds == pytest.approx(0.1, rel=0.01)
+    assert facts.average_refresh_seconds == pytest.approx(0.1, rel=0.01)
+    assert facts.energy_refresh_seconds == pytest.approx(0.1, rel=0.01)

@@ -149,7 +149,7 @@ def test_on_tick_comes_also_when_reads_fail() -> None:
 def test_a_callback_that_raises_costs_neither_the_state_nor_the_next_tick(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The sampler's thread outlives a mistake elsewhere, counts it and says so once."""
+    """The sampler's thread outlives a mistake elsewhere, counts it and says so once a part."""
 
     def broken(_: object) -> None:
         raise ZeroDivisionError("a mistake")
@@ -161,7 +161,11 @@ def test_a_callback_that_raises_costs_neither_the_state_nor_the_next_tick(
     assert sampler.latest is not None
     assert sampler.latest.sampled_seconds == 2.0
     assert sampler.callback_errors == 4
-    assert len(caplog.records) == 1
+    assert (sampler.parts.errors["states"], sampler.parts.errors["tick"]) == (2, 2)
+    assert [record.message.split(" failed")[0] for record in caplog.records] == [
+        "the shaper's states",
+        "the shaper's tick",
+    ]
     assert caplog.records[0].exc_info is not None
 
 

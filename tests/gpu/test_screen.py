@@ -208,3 +208,35 @@ def test_whatever_the_counter_says_published_energy_is_finite_and_never_falls(
     seen = [e for e in energies(*((0.02 * i, r) for i, r in enumerate(readings))) if e is not None]
     assert all(math.isfinite(joules) for joules in seen)
     assert seen == sorted(seen)
+
+
+def test_rounding_in_a_counter_is_no_move_and_no_fall() -> None:
+    """A counter that is recomputed in between differs in its last digits, up or down; one that
+    does nothing else is stuck."""
+    screen, passed = Screen(), []
+    for tick in range(150):
+        raw = 1e6 + 40.0 * min(tick // 5, 10) + (-1) ** tick * 1e-5
+        (one,) = screen.pass_on([sample(0.02 * tick, energy_joules=raw)])
+        passed.append(one.energy_joules)
+    told = [joules for joules in passed if joules is not None]
+    assert len(set(told)) == 11
+    assert told == sorted(told)
+    assert passed[100] is not None
+    assert passed[149] is None, "stuck for two seconds"
+
+
+def test_watts_that_dither_in_their_last_digits_are_frozen() -> None:
+    """No counter tells; a GPU at work that draws the same to the milliwatt is not believed."""
+    screen = Screen()
+    for tick in range(200):
+        watts = 400.0 * (1.0 + (-1) ** tick * 1e-11)
+        (one,) = screen.pass_on([sample(0.02 * tick, instant_watts=watts)])
+    assert one.instant_watts is None
+
+
+def test_a_slow_drift_is_not_lost_in_the_grain() -> None:
+    """Each reading is held against the one that was believed, not against the one before."""
+    screen = Screen()
+    for tick in range(1000):
+        (one,) = screen.pass_on([sample(0.02 * tick, instant_watts=400.0 + 1e-4 * tick)])
+    assert one.instant_watts == pytest.approx(400.1, abs=1e-3)
