@@ -95,7 +95,11 @@ class ShaperConfig(Frozen):
     """For `policy = "static"`."""
 
     force_version: bool = False
-    """Shape under a version of vLLM that was not tried; else such an engine is passed through."""
+    """Shape under a version of vLLM that was not tried."""
+
+    unshaped_ok: bool = False
+    """Start also where nobody would keep what is asked, a limit or a latency target; the engine
+    then says that its limit is not kept. Without it such a start is refused."""
 
     shape_heat: bool | None = None
     """Hold the GPUs below the temperature at which they slow down, with a power limit of its
@@ -186,14 +190,15 @@ class ShaperConfig(Frozen):
         )
 
     @property
+    def limits_power(self) -> bool:
+        """Whether power is limited, now or at a time of the schedule, alone or in a group."""
+        return self.budget_plan != BudgetPlan(NO_TERMS) or self.power_group is not None
+
+    @property
     def asks_for_shaping(self) -> bool:
         """Whether there is anything to keep: then a shaper that can't run stops the start."""
-        return (
-            self.budget_plan != BudgetPlan(NO_TERMS)
-            or self.itl_target_seconds is not None
-            or self.ttft_target_seconds is not None
-            or self.power_group is not None
-        )
+        targets = (self.itl_target_seconds, self.ttft_target_seconds)
+        return self.limits_power or any(target is not None for target in targets)
 
     @property
     def shapes_heat(self) -> bool:

@@ -127,9 +127,13 @@ class ControlDesk:
         self.file, self.clocks = file, clocks
         self._read_statuses = read_statuses
 
+    def statuses(self) -> list[Status]:
+        """The engines of this host."""
+        return list(self._read_statuses())
+
     def engines(self) -> list[Status]:
-        """The engines of this host that can be controlled."""
-        return [status for status in self._read_statuses() if status.values.get("control")]
+        """Those of them that can be controlled."""
+        return [status for status in self.statuses() if status.values.get("control")]
 
     # --- requests; each returns the sequence number that every engine has acknowledged
 
@@ -218,6 +222,9 @@ class ControlDesk:
 
     def _check(self, request: BudgetRequest, engines: Sequence[Status]) -> None:
         for status in engines:
+            why = status.info.get("passes_through")
+            if why and not status.info.get("unshaped_ok"):
+                raise RefusedError(409, "unkept", f"nobody would keep the budget: {why}")
             gpu_count = int(str(status.info["gpu_count"]))
             idle_watts = float(str(status.info["idle_watts"]))
             try:

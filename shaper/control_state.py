@@ -12,6 +12,7 @@ from shaper.config import ShaperConfig
 from shaper.control import ControlRecord, EngineControl
 from shaper.control_desk import Clocks, ControlDesk
 from shaper.core.types import PowerBudget
+from shaper.enforcement import unkept
 from shaper.errors import ControlError
 from shaper.group_status import GroupStatus, group_object
 from shaper.metrics import StatusCollector
@@ -31,7 +32,7 @@ def describe_state(desk: ControlDesk, config: ShaperConfig | None) -> dict[str, 
         asked: dict[str, Any] = _asked(desk.file.read(), desk.clocks)
     except ControlError as error:
         asked = {"error": str(error)}
-    statuses = desk.engines()
+    statuses = desk.statuses()
     return {
         "asked": asked,
         "configured": None if config is None else _configured(config),
@@ -108,7 +109,8 @@ def _engine(status: Status, statuses: Sequence[Status], clocks: Clocks) -> dict[
     found |= {key: status.info.get(key) for key in ("model", "policy", "idle_watts")}
     # Why this engine is vLLM's alone, whatever mode is asked for.
     found["passes_through"] = status.info.get("passes_through")
-    control = EngineControl.from_values(status.values["control"])
+    found["limit_unkept"] = unkept(status)
+    control = EngineControl.from_values(status.values.get("control", ()))
     if control is not None:
         left = control.next_change_seconds - clocks.monotonic()
         found |= {

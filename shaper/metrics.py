@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 
 from shaper.control import MODES, EngineControl
 from shaper.core.budget import Source
+from shaper.enforcement import UNKEPT_REASONS, unkept
 from shaper.engine.flex import RELEASED
 from shaper.gpu.parts import PARTS
 from shaper.group_status import GROUP_METRICS, MEMBER_STATES, GroupStatus
@@ -62,6 +63,7 @@ class StatusCollector(Collector):
         yield from _table(statuses, "sampler", SAMPLER_METRICS)
         yield from _ages(statuses, now)
         yield from _control(statuses)
+        yield _unkept(statuses)
         yield from _group(statuses)
         yield from _table(statuses, "standing", STANDING_METRICS)
         yield _degraded(statuses)
@@ -175,6 +177,20 @@ def _control(statuses: Sequence[Status]) -> Iterator[Metric]:
         for family, number in zip(numbers, (control.taken_sequence, control.refused), strict=True):
             family.add_metric([engine], number)
     yield from (limits, ramp, mode, source, *numbers)
+
+
+def _unkept(statuses: Sequence[Status]) -> Metric:
+    family = GaugeMetricFamily(
+        "shaper_limit_unkept",
+        "1 where an operator's power limit is set and nobody keeps it, by why; 0 where it is "
+        "kept, or none is set.",
+        labels=("engine", "reason"),
+    )
+    for status in statuses:
+        why = unkept(status)
+        for reason in UNKEPT_REASONS:
+            family.add_metric([_engine(status), reason], float(reason == why))
+    return family
 
 
 def _group(statuses: Sequence[Status]) -> Iterator[Metric]:

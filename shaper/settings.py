@@ -78,14 +78,19 @@ def _json_object(text: str, source: str) -> dict[str, Any]:
     return value
 
 
+def setting_variables() -> dict[str, str]:
+    """The settings by the environment variables that may give them."""
+    fields = ShaperConfig.model_fields
+    return {f"{ENV_PREFIX}{name.removesuffix('_seconds').upper()}": name for name in fields}
+
+
 def settings_from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """The settings that `SHAPER_*` variables give.
 
     Raises:
         ConfigError: a `SHAPER_` variable that means nothing, with the nearest that does.
     """
-    fields = ShaperConfig.model_fields
-    variables = {f"{ENV_PREFIX}{name.removesuffix('_seconds').upper()}": name for name in fields}
+    variables = setting_variables()
     settings: dict[str, Any] = {}
     for variable, text in environ.items():
         if not variable.startswith(ENV_PREFIX) or variable in _OTHER_VARIABLES:
@@ -108,6 +113,13 @@ def _environment_value(text: str) -> Any:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{text!r} is not valid JSON: {error}") from error
     return text
+
+
+def given_settings(additional_config: Any) -> Any:
+    """The shaper's settings in vLLM's `additional_config`; None where there are none."""
+    if isinstance(additional_config, Mapping):
+        return additional_config.get(ADDITIONAL_CONFIG_KEY)
+    return None
 
 
 def load_config(given: Mapping[str, Any] | None, environ: Mapping[str, str]) -> ShaperConfig:

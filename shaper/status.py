@@ -48,7 +48,8 @@ def run_id(environ: MutableMapping[str, str] = os.environ) -> str:
 
 def _remove_blocks(run: str, owner_pid: int) -> None:
     if os.getpid() == owner_pid:
-        for path in (*block_directory().glob(_pattern(run, "*")), *control_paths(run)):
+        blocks = block_directory().glob(_pattern(run, "*"))
+        for path in (*blocks, *control_paths(run), refusal_path(run)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 
@@ -57,6 +58,11 @@ def control_paths(run: str) -> tuple[Path, Path]:
     """The run's control file and the lock beside it; see `shaper/control.py`."""
     stem = f"vllm-shaper-control-{os.getuid()}-{run}"
     return block_directory() / stem, block_directory() / f"{stem}.lock"
+
+
+def refusal_path(run: str) -> Path:
+    """Where an engine of this run says why it refused to start; see `shaper/engine/refusal.py`."""
+    return block_directory() / f"vllm-shaper-refusal-{os.getuid()}-{run}"
 
 
 def block_directory() -> Path:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from shaper.core.types import PowerBudget, PowerLimit
@@ -42,6 +42,35 @@ class BudgetTerms:
             below.gpu_limits if self.gpu_limits is None else self.gpu_limits,
             below.ramp_watts_per_second if ramp is None else ramp,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """Everything that limits an engine's power, whoever set it."""
+
+    budget: PowerBudget = field(default_factory=PowerBudget)
+    """The operator's, of this engine."""
+    heat_limits: tuple[PowerLimit, ...] = ()
+    """Against overheating."""
+    shared_limits: tuple[PowerLimit, ...] = ()
+    """The operator's, of all engines of the power group."""
+
+    @property
+    def asked(self) -> bool:
+        """Whether an operator limits anything."""
+        return not self.budget.empty or bool(self.shared_limits)
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether anything is limited."""
+        return self.asked or bool(self.heat_limits)
+
+    @property
+    def own(self) -> PowerBudget:
+        """What this engine holds by itself: the budget with the limits against overheating."""
+        if not self.heat_limits:
+            return self.budget
+        return PowerBudget(self.budget.limits + self.heat_limits, self.budget.ramp_watts_per_second)
 
 
 def resolve(terms: BudgetTerms, gpu_count: int) -> PowerBudget:

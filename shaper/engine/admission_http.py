@@ -39,7 +39,7 @@ from shaper.engine.flex import FLEX, STALE_SECONDS
 from shaper.engine.request_class import KeyClasses, UnknownClassError, classify
 from shaper.errors import ConfigError
 from shaper.metric_values import HEARTBEAT_INDEX, STANDING_METRICS
-from shaper.settings import ADDITIONAL_CONFIG_KEY, load_config
+from shaper.settings import given_settings, load_config
 from shaper.status import Status, read_statuses, run_id
 
 logger = logging.getLogger(__name__)
@@ -257,9 +257,8 @@ def _number(text: bytes | None) -> int:
 def _configured_keys(scope: Scope) -> KeyClasses:
     state = getattr(scope.get("app"), "state", None)
     additional = getattr(getattr(state, "vllm_config", None), "additional_config", None)
-    given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
     try:
-        return KeyClasses(load_config(given, os.environ).api_key_classes)
+        return KeyClasses(load_config(given_settings(additional), os.environ).api_key_classes)
     except ConfigError as error:
         # The engines have started with it, so it is this process that sees something else.
         logger.warning("no class is bound to an API key here: %s", error)

@@ -14,6 +14,8 @@
 | `schedule(throttle_prefills)` | 0.24; not used, passed on | no argument |
 | requests whose remote KV failed | `failed_recving` (0.30) | ids of blocks |
 | tokens sampled in a step | `num_sampled_tokens_per_step` (0.24) | one |
+| schedulers for some kinds of model | `diffusion_scheduler` (0.32) | `Scheduler` alone |
+| GPUs of an engine | also `prefill_context_parallel_size`, where there is one | |
 | GPUs that were dealt to a rank | `assigned_physical_gpu_ids` (0.24) | the environment's |
 | utility calls | not used: control goes through files | |
 | endpoint plug-ins (0.26) | not used: `--middleware` serves all versions | |
@@ -91,34 +93,6 @@ def has(capability: str) -> bool:
 
 
 RANGE = "0.23 to 0.33"
-
-
-def why_not_shaped(vllm_config: Any, version: str, force_version: bool) -> str | None:
-    """Why this engine is vLLM's alone, in words; None where it is shaped.
-
-    Args:
-        vllm_config: of the engine.
-        version: of vLLM.
-        force_version: shape under a version that was not tried.
-    """
-    if not supported(version) and not force_version:
-        return (
-            f"vLLM {version} is outside {RANGE}, the versions that the shaper was tried on "
-            "(--force-version shapes all the same)"
-        )
-    parallel = vllm_config.parallel_config
-    if parallel.pipeline_parallel_size > 1:
-        # Several steps run at once, each on some of the GPUs: neither a step's time nor its
-        # watts are those of the model.
-        return f"pipeline parallelism (of {parallel.pipeline_parallel_size}) is not modelled"
-    if parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
-        # A rank that schedules nothing runs a dummy batch, so that a pause draws power, and
-        # its experts still serve the other ranks.
-        return (
-            f"the {parallel.data_parallel_size} data-parallel ranks of a mixture-of-experts "
-            "model step together: none can pause by itself"
-        )
-    return None
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -227,6 +201,58 @@ def set_up_command_line() -> None:
             if set_up is not None:
                 set_up()
                 return
+
+
+def setting(source: Any, name: str, default: Any) -> Any:
+    """A setting of vLLM's that some versions lack, and what holds in those."""
+    return getattr(source, name, default)
+
+
+def gpus_per_engine(layout: Any) -> int:
+    """GPUs of one engine (of one data-parallel rank).
+
+    Args:
+        layout: vLLM's parsed arguments, or its `parallel_config`.
+    """
+    context = setting(layout, "prefill_context_parallel_size", 1) or 1
+    return int(layout.tensor_parallel_size * layout.pipeline_parallel_size * context)
+
+
+def is_diffusion(vllm_config: Any) -> bool:
+    """Whether the model denoises its answers: vLLM then has a scheduler of its own for it."""
+    return bool(
+        setting(vllm_config, "diffusion_config", None) is not None
+        or setting(vllm_config.model_config, "is_diffusion", False)
+    )
+
+
+def own_scheduler(vllm_config: Any) -> type[Any]:
+    """The class of vLLM's own scheduler for this engine: what ours is built on."""
+    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
+    kind = "Async" * asynchronous
+    if is_diffusion(vllm_config) and _exists("vllm.v1.core.sched.diffusion_scheduler"):
+        module: Any = importlib.import_module("vllm.v1.core.sched.diffusion_scheduler")
+        return getattr(module, f"Diffusion{kind}Scheduler")  # type: ignore[no-any-return]
+    name = "async_scheduler" if asynchronous else "scheduler"
+    module = importlib.import_module(f"vllm.v1.core.sched.{name}")
+    return getattr(module, f"{kind}Scheduler")  # type: ignore[no-any-return]
+
+
+def is_encoder_only(vllm_config: Any) -> bool:
+    """Whether the engine runs a multimodal model's encoder alone, for other engines."""
+    multimodal = setting(vllm_config.model_config, "multimodal_config", None)
+    return bool(multimodal is not None and setting(multimodal, "mm_encoder_only", False))
+
+
+def remote_ray_hosts(layout: Any) -> int:
+    """Hosts besides this one on which Ray has placed workers; 0 where it has placed none yet."""
+    group = setting(layout, "placement_group", None)
+    if layout.distributed_executor_backend != "ray" or group is None:
+        return 0
+    ray: Any = importlib.import_module("ray")
+    util: Any = importlib.import_module("ray.util")
+    placed = util.placement_group_table(group).get("bundles_to_node_id", {})
+    return len(set(placed.values()) - {ray.get_runtime_context().get_node_id()})
 
 
 def _exists(module_name: str) -> bool:

@@ -35,6 +35,7 @@ class BudgetControl:
         now_seconds: of the monotonic clock.
         wall: the wall clock.
         passes_through: why this engine is not to be shaped; it is then off, whatever is asked.
+        unshaped_ok: take a budget all the same, which nobody then keeps.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class BudgetControl:
         now_seconds: float,
         wall: Callable[[], float] = wall_seconds,
         passes_through: str | None = None,
+        unshaped_ok: bool = False,
     ) -> None:
         self._plan, self._configured_mode, self._follower = plan, mode, follower
         self._gpu_count, self._idle_watts = gpu_count, idle_watts
         self._wall = wall
-        self._passes_through = passes_through
+        self._passes_through, self._unshaped_ok = passes_through, unshaped_ok
         self._record = follower.record
         # An engine that starts late, or again, finds what was asked for before.
         self._follow()
@@ -86,6 +88,9 @@ class BudgetControl:
         record = self._follower.record
         if self._passes_through and record.mode is not None and record.mode.mode != "off":
             self._follower.refuse(f"{record.mode.mode}: {self._passes_through}")
+            return True
+        if self._passes_through and not self._unshaped_ok and record.budget is not None:
+            self._follower.refuse(f"nobody would keep the budget: {self._passes_through}")
             return True
         if record.budget is not None:
             change = record.budget.change()

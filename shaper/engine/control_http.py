@@ -30,7 +30,7 @@ from shaper.engine.asgi import App, Header, Receive, Scope, Send, openai_error, 
 from shaper.engine.logs import share_log_handlers
 from shaper.errors import ConfigError
 from shaper.record_desk import start_recording, stop_recording
-from shaper.settings import ADDITIONAL_CONFIG_KEY, admin_key, load_config
+from shaper.settings import admin_key, given_settings, load_config
 from shaper.status import read_statuses, run_id
 from shaper.wall_clock import wall_seconds
 
@@ -156,9 +156,8 @@ def _config(scope: Scope) -> ShaperConfig | None:
     """What this run is configured with, as far as an API server can see it."""
     state = getattr(scope.get("app"), "state", None)
     additional = getattr(getattr(state, "vllm_config", None), "additional_config", None)
-    given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
     try:
-        return load_config(given, os.environ)
+        return load_config(given_settings(additional), os.environ)
     except ConfigError:
         # The engines have started with it, so it is this process that sees something else.
         return None

@@ -64,7 +64,13 @@ def new_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--force-version",
         action="store_true",
-        help="shape under a version of vLLM that was not tried; without it vLLM schedules alone",
+        help="shape under a version of vLLM that was not tried",
+    )
+    group.add_argument(
+        "--unshaped-ok",
+        action="store_true",
+        help="start also where nobody would keep the limit or the latency target (an engine, a "
+        "model or a version that is not shaped); without it such a start is refused",
     )
     group.add_argument(
         "--record",
@@ -181,7 +187,7 @@ def _given(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, str]]
         if getattr(options, name) is not None:
             given[key] = getattr(options, name)
             flags[key] = f"--{name.replace('_', '-')}"
-    for name in ("shadow", "force_version"):
+    for name in ("shadow", "force_version", "unshaped_ok"):
         if getattr(options, name):
             given[name] = True
             flags[name] = f"--{name.replace('_', '-')}"

@@ -15,7 +15,8 @@ from importlib import metadata
 from shaper.doctor.bounded import say_findings, say_stage
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.doctor.software import PLUGINS
-from shaper.engine.plugin import FLAG, SCHEDULER_NAME, register
+from shaper.engine.plugin import FLAG, register
+from shaper.engine.shapeable import SCHEDULER_PATH
 
 _CHECKS = Checks("Software")
 
@@ -72,7 +73,7 @@ def _plugin() -> Finding:
             for entry in metadata.entry_points(group=group, name=name):
                 entry.load()
         # What `--scheduler-cls` resolves.
-        module, _, attribute = SCHEDULER_NAME.rpartition(".")
+        module, _, attribute = SCHEDULER_PATH.rpartition(".")
         getattr(importlib.import_module(module), attribute)
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
         if not any(FLAG in action.option_strings for action in parser._actions):

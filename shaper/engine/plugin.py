@@ -14,14 +14,23 @@ import os
 import sys
 from typing import Any
 
-from shaper.config import build_config, check_gpu_limits
+from shaper.config import ShaperConfig, build_config, check_gpu_limits
 from shaper.engine.logs import share_log_handlers
 from shaper.engine.middleware import add_admission, add_control_routes
 from shaper.engine.preflight import engine_gpu_count
-from shaper.errors import ConfigError
+from shaper.engine.refusal import show_refusals
+from shaper.engine.shapeable import (
+    SCHEDULER_PATH,
+    check_arguments,
+    check_engine,
+    check_scheduler_class,
+    is_ours,
+)
+from shaper.errors import ConfigError, EngineError
 from shaper.settings import (
     ADDITIONAL_CONFIG_KEY,
     CONFIG_VARIABLE,
+    given_settings,
     load_config,
     parse_config_text,
     take_admin_key,
@@ -31,8 +40,8 @@ from shaper.status import run_id
 logger = logging.getLogger(__name__)
 
 FLAG = "--power-shaper-config"
-SCHEDULER_NAME = "shaper.PowerScheduler"
 _MARK = "_shaper_wrapped"
+_FROM_COMMAND_LINE = "_shaper_from_command_line"
 
 
 def register() -> None:
@@ -45,6 +54,7 @@ def register() -> None:
         share_log_handlers()
         _wrap_add_cli_args(EngineArgs)
         _wrap_from_cli_args(EngineArgs)
+        _wrap_create_engine_config(EngineArgs)
         _wrap_multiprocess_collector()
     except Exception:
         # The boundary to a vLLM that has changed: serving goes on without the flag.
@@ -83,14 +93,46 @@ def _wrap_from_cli_args(engine_args: Any) -> None:
     def from_cli_args(cls: Any, args: argparse.Namespace) -> Any:
         try:
             use_flag(args)
-        except ConfigError as error:
+        except (ConfigError, EngineError) as error:
             # As argparse does for a bad argument: one line and exit code 2.
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(2) from error
-        return original(cls, args)
+        show_refusals()
+        made = original(cls, args)
+        setattr(made, _FROM_COMMAND_LINE, True)
+        return made
 
     setattr(from_cli_args, _MARK, True)
     engine_args.from_cli_args = classmethod(from_cli_args)
+
+
+def _wrap_create_engine_config(engine_args: Any) -> None:
+    """Where the model is known too, and no engine has been started."""
+    original = engine_args.create_engine_config
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original(self, *args, **kwargs)
+        try:
+            _check_config(made)
+        except (ConfigError, EngineError) as error:
+            if not getattr(self, _FROM_COMMAND_LINE, False):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from error
+        return made
+
+    setattr(create_engine_config, _MARK, True)
+    engine_args.create_engine_config = create_engine_config
+
+
+def _check_config(vllm_config: Any) -> None:
+    given = given_settings(vllm_config.additional_config)
+    if given is None and not is_ours(vllm_config.scheduler_config.scheduler_cls):
+        return  # what the environment says is asked of a command line, not of every engine
+    check_engine(vllm_config, load_config(given, os.environ))
 
 
 def use_flag(args: argparse.Namespace) -> None:
@@ -101,10 +143,10 @@ def use_flag(args: argparse.Namespace) -> None:
 
     Raises:
         ConfigError: a setting is wrong.
+        EngineError: nobody would keep what is asked.
     """
     text = getattr(args, "power_shaper_config", None)
-    additional = getattr(args, "additional_config", None)
-    given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
+    given = given_settings(getattr(args, "additional_config", None))
     if text is not None:
         if given is not None:
             raise ConfigError(
@@ -116,21 +158,38 @@ def use_flag(args: argparse.Namespace) -> None:
         build_config(settings, FLAG)
         os.environ[CONFIG_VARIABLE] = json.dumps(settings)
         _use_scheduler(args)
-    if text is not None or given is not None:
-        check_gpu_limits(load_config(given, os.environ), engine_gpu_count(args))
-    if getattr(args, "scheduler_cls", None) == SCHEDULER_NAME:
+    chosen = getattr(args, "scheduler_cls", None)
+    config = _settings(given, asked=given is not None or is_ours(chosen))
+    if config is None:
+        return
+    check_arguments(args, config)
+    check_scheduler_class(chosen, config)
+    check_gpu_limits(config, engine_gpu_count(args))
+    if is_ours(chosen):
         add_admission(args)
         add_control_routes(args)
 
 
+def _settings(given: Any, *, asked: bool) -> ShaperConfig | None:
+    """The settings of this start; None where only variables that nobody asked us to read
+    make no sense."""
+    try:
+        return load_config(given, os.environ)
+    except ConfigError as error:
+        if asked:
+            raise
+        logger.warning("the shaper is not used here, and its variables are not read: %s", error)
+        return None
+
+
 def _use_scheduler(args: argparse.Namespace) -> None:
     chosen = getattr(args, "scheduler_cls", None)
-    if chosen not in (None, SCHEDULER_NAME):
+    if chosen not in (None, SCHEDULER_PATH):
         raise ConfigError(
             f"{FLAG} shapes with its own scheduler and --scheduler-cls names {chosen!r}: "
             "keep one of them"
         )
-    args.scheduler_cls = SCHEDULER_NAME
+    args.scheduler_cls = SCHEDULER_PATH
 
 
 def _wrap_multiprocess_collector() -> None:

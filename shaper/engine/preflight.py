@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shaper.emulator.shapes import known_models, load_model_config
-from shaper.engine.compat import vllm_version
+from shaper.engine.compat import gpus_per_engine, vllm_version
 from shaper.errors import ConfigError, UnknownModelError
 
 DEFAULT_PORT = 8000
@@ -86,7 +86,7 @@ def check_port(host: str | None, port: int | None) -> None:
 
 def engine_gpu_count(arguments: argparse.Namespace) -> int:
     """GPUs of each engine (of each data-parallel rank), by vLLM's parsed arguments."""
-    return int(arguments.tensor_parallel_size) * int(arguments.pipeline_parallel_size)
+    return gpus_per_engine(arguments)
 
 
 def engine_count(arguments: argparse.Namespace) -> int:

@@ -79,12 +79,19 @@ class EngineShaper(Governor, Protocol):
 
 
 class PassThrough:
-    """The shaper of an engine that can't be shaped and has no limit: vLLM as it is."""
+    """The shaper of an engine that can't be shaped: vLLM as it is.
+
+    Args:
+        on_close: called when the engine ends.
+    """
 
     shaping = False
     standing: Standing | None = None
     flex = FlexRules()
     clock = staticmethod(time.monotonic)
+
+    def __init__(self, on_close: Callable[[], None] = lambda: None) -> None:
+        self.close = on_close
 
     def schedule(self, run: Callable[[], Any]) -> Any:
         """vLLM's own."""
@@ -94,9 +101,6 @@ class PassThrough:
         """Nothing."""
 
     def changed(self) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
         """Nothing."""
 
 

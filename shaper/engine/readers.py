@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shaper.config import ShaperConfig
 from shaper.core.profile import GpuProfile
 from shaper.core.types import GpuIdentity, GpuSample
-from shaper.engine.compat import assigned_gpus
+from shaper.engine.compat import assigned_gpus, gpus_per_engine
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import known_profiles, load_profile, profile_for_device
 from shaper.gpu.reader import GpuReader
@@ -70,7 +70,7 @@ def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
     from shaper.gpu.visible import dealt_gpus, visible_gpus
 
     parallel = vllm_config.parallel_config
-    world = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    world = gpus_per_engine(parallel)
     rank = parallel.data_parallel_rank_local or 0
     # What `--device-ids` or vLLM's own dealing to ranks has settled; else as CUDA counts.
     assigned = assigned_gpus(parallel)

@@ -16,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from shaper.engine.compat import counts_from_requests
+from shaper.engine.compat import counts_from_requests, own_scheduler
 from shaper.engine.deferral import Deferral
 from shaper.engine.protocols import EngineShaper
 from shaper.engine.startup import attach
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class _Shaped:
-    """What both schedulers add. Takes any arguments: signatures differ by version."""
+class Shaped:
+    """What every shaped scheduler adds to vLLM's own. Takes any arguments, since signatures
+    differ by version."""
 
     def __init__(
         self, *args: Any, attach: Callable[[Any], EngineShaper] = attach, **kwargs: Any
@@ -106,16 +107,21 @@ class _Shaped:
         super().shutdown()  # type: ignore[misc]
 
 
-class ShapedAsyncScheduler(_Shaped, AsyncScheduler):
+class ShapedAsyncScheduler(Shaped, AsyncScheduler):
     """For asynchronous scheduling, vLLM's default."""
 
 
-class ShapedScheduler(_Shaped, Scheduler):
+class ShapedScheduler(Shaped, Scheduler):
     """For synchronous scheduling."""
+
+
+def _shaped(own: type[Any]) -> type[Any]:
+    """vLLM's scheduler of this class, shaped. vLLM has others than the two for some models."""
+    known = {AsyncScheduler: ShapedAsyncScheduler, Scheduler: ShapedScheduler}
+    return known.get(own) or type(f"Shaped{own.__name__}", (Shaped, own), {})
 
 
 def power_scheduler(vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> Scheduler:
     """The shaped scheduler for this configuration. `attach` replaces what shapes it."""
-    asynchronous = bool(vllm_config.scheduler_config.async_scheduling)
-    kind = ShapedAsyncScheduler if asynchronous else ShapedScheduler
-    return kind(vllm_config, *args, **kwargs)
+    made: Scheduler = _shaped(own_scheduler(vllm_config))(vllm_config, *args, **kwargs)
+    return made

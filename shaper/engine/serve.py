@@ -34,15 +34,14 @@ from shaper.engine.preflight import (
     engine_gpu_count,
 )
 from shaper.engine.replayed import check_gpu_count, take_replay
+from shaper.engine.shapeable import SCHEDULER_PATH, check_arguments, is_ours
 from shaper.errors import ConfigError, GpuError
 from shaper.fleet import check_group, sweep_groups
 from shaper.gpu.profiles import load_profile
 from shaper.group_config import check_group_idle
 from shaper.recording import finish_recordings
-from shaper.settings import CONFIG_VARIABLE
+from shaper.settings import CONFIG_VARIABLE, setting_variables
 from shaper.status import RUN_VARIABLE
-
-SCHEDULER_CLASS_PATH = "shaper.PowerScheduler"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -56,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a flag is wrong, contradicts another, or names what is not there.
-        EngineError: vLLM is not installed.
+        EngineError: vLLM is not installed, or nobody would keep what is asked.
         GpuError: there is no GPU to read, and none is emulated.
         TraceError: the readings to play can't be read.
         FleetError: the power group is there already, with other limits.
@@ -77,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
         check_model(passed_on[0], emulated=emulated)
     prepare_environment(os.environ, config, options)
     arguments = _parse_with_vllm(passed_on)
+    if config is not None:
+        check_arguments(arguments, config)
     check_model(arguments.model_tag or arguments.model, emulated=emulated)
     if not getattr(arguments, "uds", None):
         check_port(arguments.host, arguments.port)
@@ -125,12 +126,12 @@ def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> Gpu
 
 
 def _use_scheduler(arguments: argparse.Namespace) -> None:
-    if arguments.scheduler_cls not in (None, SCHEDULER_CLASS_PATH):
+    if arguments.scheduler_cls is not None and not is_ours(arguments.scheduler_cls):
         raise ConfigError(
             f"--scheduler-cls {arguments.scheduler_cls} and the shaper exclude each other, "
             "the shaper is a scheduler: leave one of them out (or give --shaper-off)"
         )
-    arguments.scheduler_cls = SCHEDULER_CLASS_PATH
+    arguments.scheduler_cls = arguments.scheduler_cls or SCHEDULER_PATH
 
 
 def prepare_environment(
@@ -141,7 +142,11 @@ def prepare_environment(
     # What a server that started this one has left there is not for this one.
     environ.pop(RUN_VARIABLE, None)
     environ.pop(CONFIG_VARIABLE, None)
-    if config is not None:
+    if config is None:
+        # Nor are settings of the shaper for a server without it.
+        for variable in setting_variables():
+            environ.pop(variable, None)
+    else:
         environ[CONFIG_VARIABLE] = config.model_dump_json(exclude_unset=True)
     for variable in (EMULATE_VARIABLE, REPLAY_VARIABLE):
         environ.pop(variable, None)

@@ -16,7 +16,7 @@ from shaper.core.controller import Controller
 from shaper.core.power_model import StepModel
 from shaper.core.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget
-from shaper.engine.compat import check_scheduler, vllm_version, why_not_shaped
+from shaper.engine.compat import check_scheduler, setting
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import flex_queue, prompt_wait_seconds
 from shaper.engine.membership import Membership, join
@@ -24,8 +24,10 @@ from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
 from shaper.engine.recorder import Recorder
+from shaper.engine.refusal import refuse
 from shaper.engine.runtime import LiveShaper
 from shaper.engine.safe_cap import SafeCap, safe_cap
+from shaper.engine.shapeable import engine_obstacle, refusal
 from shaper.engine.telemetry import DecisionLog, Telemetry
 from shaper.engine.tick import EngineTick
 from shaper.engine.work import engine_coefficients
@@ -34,11 +36,13 @@ from shaper.gpu.meter_facts import MeterWatch
 from shaper.gpu.parts import Parts
 from shaper.gpu.sampler import Sampler
 from shaper.recording import path_of_rank
-from shaper.settings import ADDITIONAL_CONFIG_KEY, load_config
+from shaper.settings import given_settings, load_config
 from shaper.status import StatusWriter, run_id
 
 logger = logging.getLogger(__name__)
 
+# Of a reason in the status block, whose header has 4,000 bytes for all.
+_LONGEST_REASON = 1000
 _MODE_NOTES = {
     "shadow": " (shadow: decides, applies nothing)",
     "off": " (off: vLLM schedules alone)",
@@ -50,33 +54,58 @@ def attach(scheduler: Any) -> EngineShaper:
 
     Raises:
         ShaperError: a limit or a latency target is set and can't be kept, e.g. no GPU can be
-            read. Without either the engine runs unshaped, and the log says why.
+            read, and the settings don't allow that (`unshaped_ok`). Without either the engine
+            runs unshaped, and the log says why.
+        SystemExit: the same, in an engine core's own process.
     """
-    vllm_config = scheduler.vllm_config
-    additional = vllm_config.additional_config
-    given = additional.get(ADDITIONAL_CONFIG_KEY) if isinstance(additional, dict) else None
-    config = load_config(given, os.environ)
     try:
-        return _attach(scheduler, config)
+        return _attach(scheduler)
     except ShaperError as error:
-        if config.asks_for_shaping:
-            raise
-        logger.warning("no limit and no latency target is set, and the shaper is off: %s", error)
-        return PassThrough()
+        refuse(error)
+        raise
 
 
-def _attach(scheduler: Any, config: ShaperConfig) -> EngineShaper:
-    why = why_not_shaped(scheduler.vllm_config, vllm_version(), config.force_version)
-    if why is None:
-        check_scheduler(scheduler)
-        return _start(scheduler, config)
-    logger.warning("passing through, vLLM schedules alone: %s", why)
+def _attach(scheduler: Any) -> EngineShaper:
+    vllm_config = scheduler.vllm_config
+    config = load_config(given_settings(vllm_config.additional_config), os.environ)
     try:
-        return _start(scheduler, config, why)
+        obstacle = engine_obstacle(vllm_config, config)
+        if obstacle is None:
+            check_scheduler(scheduler)
+            return _start(scheduler, config)
+        if config.asks_for_shaping and not config.unshaped_ok:
+            raise refusal(obstacle, config)
+    except ShaperError as error:
+        if config.asks_for_shaping and not config.unshaped_ok:
+            raise
+        logger.warning("vLLM schedules alone: the shaper is off: %s", error)
+        return _unwatched(vllm_config, config, str(error))
+    logger.warning("passing through, vLLM schedules alone: %s", obstacle.why)
+    try:
+        return _start(scheduler, config, obstacle.why)
     # The boundary to a vLLM that nobody has tried: it serves on, without metrics of ours.
     except Exception:
         logger.exception("the shaper can't watch this engine either")
+        return _unwatched(vllm_config, config, obstacle.why)
+
+
+def _unwatched(vllm_config: Any, config: ShaperConfig, why: str) -> PassThrough:
+    """vLLM as it is; where a limit is set, a block says that nobody keeps it."""
+    if not config.limits_power:
         return PassThrough()
+    known = {"version": __version__, "policy": config.policy, "group": config.power_group}
+    why = why[:_LONGEST_REASON]
+    try:
+        status = StatusWriter(
+            run_id(),
+            _rank(vllm_config),
+            known | {"passes_through": why, "limits_power": True, "shadow": config.shadow},
+        )
+    # It may be a vLLM that nobody has tried, and it serves on.
+    except Exception:
+        logger.exception("no metric says that the limit is not kept")
+        return PassThrough()
+    return PassThrough(status.close)
 
 
 def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = None) -> LiveShaper:
@@ -93,6 +122,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         idle_watts=model.idle_watts,
         now_seconds=time.monotonic(),
         passes_through=passes_through,
+        unshaped_ok=config.unshaped_ok,
     )
     first = control.state
     _warn_of_loose_limits(first.budget, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
@@ -197,8 +227,8 @@ def _new_controller(
 
 
 def _rank(vllm_config: Any) -> int:
-    parallel = vllm_config.parallel_config
-    return int(parallel.data_parallel_index)
+    # One that nobody has tried may have neither, and its block then says only that.
+    return int(setting(setting(vllm_config, "parallel_config", None), "data_parallel_index", 0))
 
 
 def _info(
@@ -215,6 +245,8 @@ def _info(
         "policy": config.policy,
         "shadow": config.shadow,
         "group": config.power_group,
+        "limits_power": config.limits_power,
+        "unshaped_ok": config.unshaped_ok,
     }
 
 

@@ -13,7 +13,8 @@ import pytest
 
 from shaper.config import build_config
 from shaper.control import ControlFile, ControlRecord, ModeRecord
-from shaper.engine import startup
+from shaper.enforcement import unkept
+from shaper.engine import shapeable, startup
 from shaper.engine.flags import new_parser, shaper_config
 from shaper.engine.protocols import PassThrough
 from shaper.engine.runtime import LiveShaper
@@ -25,12 +26,13 @@ from tests.engine.harness import GPU, MODEL
 __all__ = ["run"]
 
 WHY = "vLLM 0.99.0 is outside"
-SETTINGS = {"limits": "420W@100ms"}
+SETTINGS = {"limits": "420W@100ms", "unshaped_ok": True}
 
 
 def test_it_is_off_whatever_is_asked(run, caplog):
-    """A wish to shape it is refused, in words, and counted; a budget and "off" are taken."""
-    control, file = engine(run, passes_through=WHY), ControlFile(run)
+    """A wish to shape it is refused, in words, and counted; "off" is taken, and a budget where
+    the operator has said that nobody need keep it."""
+    control, file = engine(run, passes_through=WHY, unshaped_ok=True), ControlFile(run)
     assert control.state.mode == "off"
     on, shadow = ModeRecord(mode="on", origin=ORIGIN), ModeRecord(mode="shadow", origin=ORIGIN)
     for sequence, wish in ((1, on), (2, shadow)):
@@ -46,6 +48,16 @@ def test_it_is_off_whatever_is_asked(run, caplog):
     file.write(ControlRecord(run=run, sequence=4, mode=off))
     control.tick(0.2)
     assert control.state.taken_sequence == 4
+
+
+def test_a_budget_that_nobody_would_keep_is_refused(run, caplog):
+    """Also one that is asked for while it runs."""
+    control, file = engine(run, passes_through=WHY), ControlFile(run)
+    file.write(record(run, 1))
+    control.tick(0.02)
+    assert (control.state.refused, control.state.taken_sequence) == (1, 0)
+    assert watts(control) == 560.0
+    assert WHY in caplog.text
 
 
 @cache
@@ -93,7 +105,7 @@ def served() -> Iterator[Callable[..., tuple[Any, list[Any]]]]:
 
 def test_under_an_untried_version_vllm_schedules_alone(served, random_traffic, monkeypatch, caplog):
     """Under a budget that would bind every output is vLLM's; log, state and metrics say so."""
-    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0")
+    monkeypatch.setattr(shapeable, "vllm_version", lambda: "0.99.0")
     traffic = random_traffic(4, count=30)
     with caplog.at_level(logging.WARNING, logger="shaper"):
         scheduler, outputs = served(traffic, True)
@@ -103,12 +115,13 @@ def test_under_an_untried_version_vllm_schedules_alone(served, random_traffic, m
     assert "0.23 to 0.33" in caplog.text
     (status,) = [each for each in read_statuses(run_id()) if each.info["passes_through"]]
     assert WHY in str(status.info["passes_through"])
+    assert unkept(status) == "passes_through"
     assert outputs == served(traffic, False)[1]
 
 
 def test_forced_it_is_shaped_as_any(served, monkeypatch):
     """`force_version` alone makes the difference."""
-    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0")
+    monkeypatch.setattr(shapeable, "vllm_version", lambda: "0.99.0")
     monkeypatch.setenv("SHAPER_FORCE_VERSION", "true")
     scheduler, _ = served([(0.0, [1] * 50, 3)], True)
     assert scheduler.shaper.shaping
@@ -116,12 +129,16 @@ def test_forced_it_is_shaped_as_any(served, monkeypatch):
 
 def test_a_vllm_that_has_nothing_of_what_we_know_is_served_on(monkeypatch, caplog):
     """Whatever raises while the shaper looks around, with a limit set: vLLM runs, unwatched."""
-    monkeypatch.setattr(startup, "vllm_version", lambda: "0.99.0")
+    monkeypatch.setattr(shapeable, "vllm_version", lambda: "0.99.0")
     bare = SimpleNamespace(additional_config={"power_shaper": SETTINGS})
     found = startup.attach(SimpleNamespace(vllm_config=bare))
     assert isinstance(found, PassThrough)
     assert found.schedule(lambda: "vLLM's own") == "vLLM's own"
     assert "0.99.0" in caplog.text
+    (status,) = [each for each in read_statuses(run_id()) if each.info["passes_through"]]
+    assert unkept(status) == "passes_through"
+    found.close()
+    assert status.info["engine"] not in {each.info["engine"] for each in read_statuses(run_id())}
 
 
 def test_the_flag_is_a_setting():

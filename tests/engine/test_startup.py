@@ -28,10 +28,12 @@ def scheduler(settings):
 def no_gpu(monkeypatch):
     """A host without a driver."""
 
-    def attach(*args):
+    def start(*args):
         raise GpuUnavailableError("no driver")
 
-    monkeypatch.setattr(startup, "_attach", attach)
+    monkeypatch.setattr(startup, "engine_obstacle", lambda *args: None)
+    monkeypatch.setattr(startup, "check_scheduler", lambda scheduler: None)
+    monkeypatch.setattr(startup, "_start", start)
 
 
 def test_without_a_limit_an_unreadable_gpu_only_warns(no_gpu, caplog):

@@ -111,7 +111,11 @@ def test_each_lever_has_its_effect_on_this_version(make_rig, limits, asynchronou
 
 # Names of our own, of argparse, and of ASGI: no version of vLLM gives or takes them.
 NOT_BY_VERSION = {
-    "plugin.py": {"power_shaper_config", "additional_config", "scheduler_cls", "_MARK"},
+    "plugin.py": {
+        *("power_shaper_config", "additional_config", "scheduler_cls", "_MARK"),
+        "_FROM_COMMAND_LINE",
+    },
+    "refusal.py": {"__module__"},
     "admission_http.py": {"state", "vllm_config", "additional_config"},
     "control_http.py": {"state", "vllm_config", "additional_config"},
     "stats.py": {"_MARK"},
@@ -151,38 +155,6 @@ def by_version(path: Path) -> list[str]:
 def test_only_compat_knows_versions(path):
     """Nothing else asks whether vLLM has something."""
     assert set(by_version(path)) <= NOT_BY_VERSION.get(path.name, set())
-
-
-def config(pipeline: int = 1, ranks: int = 1, is_moe: bool = False) -> Any:
-    return SimpleNamespace(
-        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline, data_parallel_size=ranks),
-        model_config=SimpleNamespace(is_moe=is_moe),
-    )
-
-
-@pytest.mark.parametrize(
-    ("settings", "version", "force", "names"),
-    [
-        ({}, "0.23.0", False, None),
-        ({}, "0.33.4", False, None),
-        ({}, "0.22.1", False, ["0.22.1", "0.23 to 0.33", "--force-version"]),
-        ({}, "0.34.0", False, ["0.34.0"]),
-        ({}, "0.1.dev1+gabc", False, ["0.1.dev1"]),
-        ({}, "0.34.0", True, None),
-        ({"pipeline": 2}, "0.32.0", True, ["pipeline"]),
-        ({"ranks": 4, "is_moe": True}, "0.32.0", True, ["4 data-parallel ranks"]),
-        ({"ranks": 4}, "0.32.0", False, None),
-        ({"is_moe": True}, "0.32.0", False, None),
-    ],
-)
-def test_what_is_not_shaped_says_why(settings, version, force, names):
-    """A version out of range unless it is forced, stages, and ranks in lockstep always."""
-    why = compat.why_not_shaped(config(**settings), version, force)
-    if names is None:
-        assert why is None
-    else:
-        assert why is not None
-        assert all(name in why for name in names)
 
 
 def test_optional_modules_of_vllm_are_not_needed(monkeypatch):
