@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shaper.errors import ConfigError
 from shaper.traffic.synthetic import load_summary, synthesise
-from shaper.traffic.traces import TRACE_FORMATS, load_trace
+from shaper.traffic.traces import TRACE_FORMATS, TraceFormat, load_trace
 from shaper.traffic.workload import Workload
 from shaper.units import parse_seconds
 
@@ -89,15 +89,46 @@ def add_workload_options(parser: argparse.ArgumentParser, default_rate: float | 
         "--trace",
         type=Path,
         metavar="FILE",
-        help="replay recorded traffic in place of synthetic: Azure's CSV, Mooncake's JSONL "
-        "or vLLM's timed trace",
+        help="replay recorded traffic in place of synthetic: Azure's or BurstGPT's CSV, Mooncake's "
+        "JSONL or vLLM's timed trace",
     )
     group.add_argument(
-        "--trace-format",
+        *("--trace-format", "--format"),
         choices=TRACE_FORMATS,
         default="auto",
         help="what the trace file is (default: told by its content)",
     )
+
+
+def recorded_workload(
+    path: Path,
+    trace_format: TraceFormat,
+    number: int,
+    rate_hertz: float | None,
+    duration_seconds: float | None,
+) -> Workload:
+    """The part of a trace that arrives in a time, read as far as that needs.
+
+    Args:
+        path: of the trace.
+        trace_format: of it.
+        number: the seed of its text.
+        rate_hertz: mean requests a second to which its times are stretched; None: as recorded.
+        duration_seconds: None: all of it.
+
+    Raises:
+        TraceError: the trace has a broken line or can't be read.
+    """
+    if duration_seconds is None:
+        found = load_trace(path, trace_format, number)
+    elif rate_hertz is None:
+        found = load_trace(path, trace_format, number, seconds=duration_seconds)
+    else:
+        needed = rate_hertz * duration_seconds + 1
+        found = load_trace(path, trace_format, number, seconds=0.0, requests=needed)
+    if rate_hertz is not None:
+        found = found.at_rate(rate_hertz)
+    return found if duration_seconds is None else found.clipped(duration_seconds)
 
 
 def workload(
@@ -113,11 +144,9 @@ def workload(
     if options.trace is None:
         chosen = synthesise(duration or default_seconds, options.rate or default_rate, options.seed)
     else:
-        chosen = load_trace(options.trace, options.trace_format, options.seed)
-        if options.rate is not None:
-            chosen = chosen.at_rate(options.rate)
-        if duration is not None:
-            chosen = chosen.clipped(duration)
+        chosen = recorded_workload(
+            options.trace, options.trace_format, options.seed, options.rate, duration
+        )
     if not chosen.requests:
         raise ConfigError("no request arrives in that time; give a longer --duration")
     return chosen

@@ -128,7 +128,8 @@ def workload_of(options: argparse.Namespace, rack_seconds: float, engines: int) 
         TraceError: the trace has a broken line or can't be read.
     """
     if options.trace is not None:
-        return load_trace(options.trace, options.format)
+        needed = options.rate * rack_seconds * engines + 1
+        return load_trace(options.trace, options.format, seconds=0.0, requests=needed)
     if REFERENCE_TRACE.is_file():
         return load_trace(REFERENCE_TRACE, "azure")
     # Long enough that no two engines get the same stretch.

@@ -18,7 +18,6 @@ Reads a recorded trace and prints the JSON that `shaper.traffic.synthetic` draws
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -29,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from shaper.errors import ShaperError
-from shaper.traffic.traces import load_trace
+from shaper.arguments import Parser
+from shaper.errors import ShaperError, TraceError
+from shaper.traffic.traces import TRACE_FORMATS, load_trace
 from shaper.traffic.workload import Workload
 
 FloatArray = NDArray[np.float64]
@@ -62,6 +62,10 @@ PROMPT_BIN_LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RATE_SECONDS = (0.2, 1.0, 5.0, 25.0, 125.0, 625.0)
 WINDOW_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0)
 
+# Two of the longest windows, for a variance of their counts.
+LEAST_SECONDS = 3.0 * max(WINDOW_SECONDS)
+LEAST_REQUESTS = 100
+
 
 def rate_variance(arrivals: FloatArray, window_seconds: float) -> float:
     """`(index of dispersion - 1) / mean count` of arrivals counted in windows.
@@ -90,7 +94,17 @@ def correlation_share(windows: FloatArray, correlation_seconds: FloatArray) -> F
 
 
 def summarise(workload: Workload) -> dict[str, Any]:
-    """The summary of a recorded workload, ready for JSON."""
+    """The summary of a recorded workload, ready for JSON.
+
+    Raises:
+        TraceError: it is too short for its slowest fluctuation to show.
+    """
+    if workload.span_seconds < LEAST_SECONDS or len(workload.requests) < LEAST_REQUESTS:
+        raise TraceError(
+            f"{workload.name} has {len(workload.requests)} requests in "
+            f"{workload.span_seconds:.0f} s; its statistics need {LEAST_REQUESTS} in "
+            f"{LEAST_SECONDS:.0f} s or more"
+        )
     arrivals = np.array([r.arrival_seconds for r in workload.requests])
     prompts = np.array([r.prompt_tokens for r in workload.requests])
     outputs = np.array([r.output_tokens for r in workload.requests])
@@ -121,13 +135,14 @@ def summarise(workload: Workload) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the summary of a trace. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.summarise", description=__doc__)
+    parser = Parser(prog="python -m bench.summarise", description=__doc__, allow_abbrev=False)
     parser.add_argument("trace", type=Path)
-    options = parser.parse_args(argv)
+    parser.add_argument("--format", choices=TRACE_FORMATS, default="auto", help="of the trace")
     try:
-        summary = summarise(load_trace(options.trace))
+        options = parser.parse_args(argv)
+        summary = summarise(load_trace(options.trace, options.format))
     except ShaperError as error:
-        print(f"bench.summarise: {error}", file=sys.stderr)
+        print(f"bench.summarise: error: {error}", file=sys.stderr)
         return 2
     print(as_json({"source": f"quantiles and rate statistics of {options.trace.name}"} | summary))
     return 0

@@ -2,6 +2,7 @@
 
     ShaperError
     ├── ConfigError          a setting is wrong; the message names the key, the value and the fix
+    │   ├── MissingPackageError  an optional package is not installed
     │   ├── UnknownGpuError  no profile of that name
     │   └── UnknownModelError  no built-in shape and no config directory of that name
     ├── ControlError         a live change can't be made, or was refused
@@ -18,6 +19,10 @@
 A command turns a `ShaperError` into one line on stderr and exit code 2.
 """
 
+from __future__ import annotations
+
+import sys
+
 
 class ShaperError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -25,6 +30,21 @@ class ShaperError(Exception):
 
 class ConfigError(ShaperError):
     """A setting is wrong. The message names the key, the value and the fix."""
+
+
+class MissingPackageError(ConfigError):
+    """Something needs an optional package that this Python has not.
+
+    Args:
+        what: what needs it, like `--report`.
+        package: its name on PyPI.
+    """
+
+    def __init__(self, what: str, package: str) -> None:
+        super().__init__(
+            f"{what} needs {package}, which this Python does not have: "
+            f"{sys.executable} -m pip install {package}"
+        )
 
 
 class UnknownGpuError(ConfigError):

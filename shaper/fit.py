@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 from shaper.core.shape import ModelShape
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_shape
-from shaper.errors import ConfigError, TraceError
+from shaper.errors import ConfigError, MissingPackageError, TraceError
+from shaper.files.text import shown
 from shaper.fitting import FitResult, fit_recording
 from shaper.gpu.profiles import load_profile
 from shaper.recording import read_recording
@@ -59,14 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import scipy  # noqa: F401 - fails here, before minutes of reading
     except ImportError as error:
-        raise ConfigError("shaper fit needs SciPy: pip install 'vllm-shaper[bench]'") from error
+        raise MissingPackageError("shaper fit", "scipy") from error
     recording = read_recording(arguments.recording)
     base = arguments.gpu or recording.meta.get("gpu")
     if not base:
         raise ConfigError("the recording does not say which GPU it is of: give --gpu")
     profile = load_profile(str(base))
     shape = _shape(arguments.model, recording.meta)
-    tensor_parallel = arguments.tp or int(recording.meta.get("tensor_parallel", 1))
+    tensor_parallel = arguments.tp
+    if tensor_parallel is None:
+        tensor_parallel = recording.meta.get("tensor_parallel", 1)
+    if isinstance(tensor_parallel, bool) or not isinstance(tensor_parallel, int):
+        raise TraceError(
+            f"the recording's tensor_parallel is {shown(tensor_parallel)}, no number of GPUs: give "
+            "--tp"
+        )
     try:
         coefficients = WorkCoefficients.from_shape(shape, tensor_parallel)
     except ValueError as error:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import errno
 import glob
 import io
@@ -29,15 +28,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shaper.core.types import ClockEventReasons, GpuSample, StepBatch
+from shaper.core.types import GpuSample, StepBatch
 from shaper.errors import TraceError
+from shaper.files.rows import (
+    COLUMNS,
+    SAMPLE_FIELDS,
+    STEP_FIELDS,
+    WHOLE_FIELDS,
+    Row,
+    recorded_rows,
+)
 
-STEP_FIELDS = StepBatch._fields
-SAMPLE_FIELDS = tuple(field.name for field in dataclasses.fields(GpuSample))
-COLUMNS = ("kind", "start_seconds", "end_seconds", *STEP_FIELDS, *SAMPLE_FIELDS, "meta")
 PARTIAL = ".partial.csv"
 """Ends the name of the rows of a Parquet recording that is not finished."""
-_WHOLE = frozenset({*STEP_FIELDS, "gpu_index", "clock_event_reasons"})
 _BLOCK_BYTES = 1 << 20
 
 
@@ -207,7 +210,7 @@ def finish_rows(rows: Path) -> None:
         import pyarrow.parquet as pq
 
         text = {"kind": pa.string(), "meta": pa.string()}
-        types = {c: text.get(c, pa.int64() if c in _WHOLE else pa.float64()) for c in COLUMNS}
+        types = {c: text.get(c, pa.int64() if c in WHOLE_FIELDS else pa.float64()) for c in COLUMNS}
         with _complete_lines(rows) as source:
             made = _created(path)
             pieces = pa_csv.open_csv(
@@ -252,33 +255,30 @@ def _complete_lines(rows: Path) -> Iterator[Any]:
 
 
 def read_recording(path: str | Path) -> Recording:
-    """Reads a `.csv` or `.parquet` recording.
+    """Reads a recording, CSV or Parquet.
 
     Raises:
         TraceError: the file is missing or no recording, or a row is broken; the message
             names the row.
+        MissingPackageError: it is Parquet, and pyarrow is not there.
     """
     path = Path(path)
     meta: dict[str, Any] = {}
     steps: list[RecordedStep] = []
     samples: list[GpuSample] = []
-    try:
-        for number, cells in _rows(path):
-            row = _typed(path, number, cells)
-            kind = row.get("kind")
-            try:
-                if kind == "meta":
-                    meta.update(json.loads(row["meta"]))
-                elif kind == "step":
-                    steps.append(_step(row))
-                elif kind == "sample":
-                    samples.append(_sample(row))
-                else:
-                    raise ValueError(f"kind is {kind!r}, not meta, step or sample")
-            except (KeyError, TypeError, ValueError) as error:
-                raise TraceError(f"{path}, row {number}: {error}") from error
-    except (OSError, csv.Error) as error:
-        raise TraceError(f"{path}: cannot be read as a recording: {error}") from error
+    for row in recorded_rows(path, ("kind",)):
+        kind = row.cells.get("kind")
+        try:
+            if kind == "meta":
+                meta.update(_meta(row))
+            elif kind == "step":
+                steps.append(_step(row.cells))
+            elif kind == "sample":
+                samples.append(row.sample())
+            else:
+                raise ValueError(f"kind is {kind!r}, not meta, step or sample")
+        except ValueError as error:
+            raise TraceError(f"{path}, {row.place}: {error}") from error
     return Recording(meta, tuple(steps), tuple(samples))
 
 
@@ -287,65 +287,32 @@ def recorded_meta(path: Path) -> dict[str, Any]:
 
     Raises:
         TraceError: that row is broken.
+        MissingPackageError: see `read_recording`.
     """
+    first = next(recorded_rows(path, ()), None)
+    if first is None or first.cells.get("kind") != "meta":
+        return {}
     try:
-        if path.suffix == ".csv":
-            with path.open(newline="") as file:
-                first: Mapping[str, Any] = next(csv.DictReader(file), {})
-        else:
-            first = next((cells for _, cells in _rows(path)), {})
-        found = json.loads(first["meta"]) if first.get("kind") == "meta" else {}
-    except (OSError, ValueError, csv.Error, TypeError) as error:
-        raise TraceError(f"{path}: its meta row can't be read: {error}") from error
-    return found if isinstance(found, dict) else {}
+        return _meta(first)
+    except ValueError as error:
+        raise TraceError(f"{path}, {first.place}: {error}") from error
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    if path.suffix == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            yield from enumerate(pq.read_table(path).to_pylist(), start=1)
-        except pa.ArrowInvalid as error:
-            raise TraceError(f"{path}: cannot be read as a recording: {error}") from error
-    else:
-        yield from _csv_rows(path)
+def _meta(row: Row) -> dict[str, Any]:
+    try:
+        found = json.loads(row.cells.get("meta", ""))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the meta row's cell meta is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError("the meta row's cell meta is no JSON object")
+    return found
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(newline="") as file:
-        # Half a row at the end, left by a kill, is none.
-        reader = csv.DictReader(line for line in file if line.endswith("\n"))
-        if "kind" not in (reader.fieldnames or ()):
-            raise TraceError(f"{path}: has no column 'kind'; is it a recording?")
-        yield from enumerate(reader, start=2)
-
-
-def _typed(path: Path, number: int, cells: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's cells that are not empty, as numbers where they are."""
-    row: dict[str, Any] = {}
-    for name, cell in cells.items():
-        if cell is None or cell == "" or name is None:
-            continue
-        if name in ("kind", "meta"):
-            row[name] = cell
-            continue
-        try:
-            row[name] = int(cell) if name in _WHOLE else float(cell)
-        except ValueError:
-            raise TraceError(f"{path}, row {number}: {name} is {cell!r}, not a number") from None
-    return row
-
-
-def _step(row: Mapping[str, Any]) -> RecordedStep:
-    start, end = row["start_seconds"], row["end_seconds"]
+def _step(cells: Mapping[str, Any]) -> RecordedStep:
+    for name in ("start_seconds", "end_seconds"):
+        if name not in cells:
+            raise ValueError(f"{name} is empty")
+    start, end = cells["start_seconds"], cells["end_seconds"]
     if not end > start:
         raise ValueError(f"a step ends at {end}, not after its start at {start}")
-    return RecordedStep(start, end, StepBatch(**{name: row.get(name, 0) for name in STEP_FIELDS}))
-
-
-def _sample(row: Mapping[str, Any]) -> GpuSample:
-    values = {name: row[name] for name in SAMPLE_FIELDS if name in row}
-    values["clock_event_reasons"] = ClockEventReasons(int(values.get("clock_event_reasons", 0)))
-    return GpuSample(**values)
+    return RecordedStep(start, end, StepBatch(**{name: cells.get(name, 0) for name in STEP_FIELDS}))

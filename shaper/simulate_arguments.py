@@ -100,7 +100,12 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
         metavar="FILE|conversation",
         help="recorded traffic, or conversation traffic drawn from the seed (default)",
     )
-    group.add_argument("--format", type=_one_of("format", TRACE_FORMATS), default="auto")
+    group.add_argument(
+        "--format",
+        type=_one_of("format", TRACE_FORMATS),
+        default="auto",
+        help=f"of the file: {', '.join(TRACE_FORMATS)} (default: by what is in it)",
+    )
     group.add_argument(
         "--rate-scale",
         type=_number,
@@ -311,9 +316,9 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
         ConfigError: it would be too much.
         TraceError: the file can't be read.
     """
-    if arguments.trace != CONVERSATION:
-        return load_trace(Path(arguments.trace), arguments.format, arguments.seed)
     # A segment of its own for each engine.
     seconds = arguments.duration * arguments.engines * arguments.rate_scale
+    if arguments.trace != CONVERSATION:
+        return load_trace(Path(arguments.trace), arguments.format, arguments.seed, seconds=seconds)
     check_count(seconds * load_summary().rate_hertz)
     return synthesise(seconds, seed=arguments.seed)

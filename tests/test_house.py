@@ -25,10 +25,11 @@ NOT_IN_CORE = frozenset(
 # What a room may import of this package, itself and `shaper.errors` apart.
 ROOMS: dict[str, frozenset[str]] = {
     "core": frozenset(),
-    "gpu": frozenset({"core"}),
+    "files": frozenset({"core"}),
+    "gpu": frozenset({"core", "files"}),
     "emulator": frozenset({"core", "gpu"}),
     "fleet": frozenset({"core"}),
-    "traffic": frozenset({"core", "emulator"}),
+    "traffic": frozenset({"core", "emulator", "files"}),
 }
 # The part of the emulator that vLLM's engine runs; the rest of it knows no vLLM.
 EMULATED_EXECUTOR = (

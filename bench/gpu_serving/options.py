@@ -8,14 +8,14 @@ from pathlib import Path
 from bench.gpu_serving import plan
 from bench.gpu_serving.plan import parse_knobs, runs
 from bench.gpu_serving.store import Settings, read_settings
-from bench.options import count, rate, ratio, seconds, seed
+from bench.options import count, rate, ratio, recorded_workload, seconds, seed
 from shaper.arguments import Parser
 from shaper.config import build_config
 from shaper.emulator.shapes import load_model_config
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.traffic.synthetic import synthesise
-from shaper.traffic.traces import load_trace
+from shaper.traffic.traces import TRACE_FORMATS
 from shaper.traffic.workload import Workload
 
 PROGRAM = "bench.gpu_serve"
@@ -67,6 +67,7 @@ def build_parser(description: str) -> Parser:
     add("--rate", type=rate, metavar="PER_SECOND", help=f"requests ({DEFAULT_RATE_HERTZ:g})")
     add("--seed", type=seed, metavar="N", help="of the traffic (default: 0)")
     add("--trace", type=Path, metavar="FILE", help="recorded traffic in place of synthetic")
+    add("--format", choices=TRACE_FORMATS, help="of the trace (default: by what is in it)")
     add("--budgets", metavar="RATIOS", help="of the unshaped 100 ms peak (default: 0.85,0.70)")
     add("--itl-target", type=seconds, metavar="TIME", help="of the -itl runs (default: 50ms)")
     add("--static", metavar="TOKENSxSEQS", help=f"vLLM's static knobs ({DEFAULT_STATIC})")
@@ -120,7 +121,16 @@ def _check_same(options: argparse.Namespace, before: Settings) -> None:
         )
     given = [
         f"--{name.replace('_', '-')}"
-        for name in ("duration", "rate", "seed", "trace", "budgets", "itl_target", "static")
+        for name in (
+            "duration",
+            "rate",
+            "seed",
+            "trace",
+            "format",
+            "budgets",
+            "itl_target",
+            "static",
+        )
         if getattr(options, name) is not None
     ]
     if options.model is not None and options.model != before.model:
@@ -158,10 +168,9 @@ def _workload(options: argparse.Namespace) -> Workload:
         default = EMULATED_RATE_HERTZ if options.emulate else DEFAULT_RATE_HERTZ
         found = synthesise(duration, options.rate or default, number)
     else:
-        found = load_trace(options.trace, "auto", number)
-        if options.rate is not None:
-            found = found.at_rate(options.rate)
-        found = found.clipped(duration)
+        found = recorded_workload(
+            options.trace, options.format or "auto", number, options.rate, duration
+        )
     if not found.requests:
         raise ConfigError("no request arrives in that time; give a longer --duration")
     return found

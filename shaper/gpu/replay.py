@@ -8,17 +8,13 @@ that the GPU did not report; `nan` is one that it reported so.
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-from shaper.core.types import ClockEventReasons, GpuIdentity, GpuSample
+from shaper.core.types import GpuIdentity, GpuSample
 from shaper.errors import GpuLostError, GpuUnavailableError, TraceError
-
-_COLUMNS = tuple(field.name for field in fields(GpuSample))
-_REQUIRED = ("read_seconds", "gpu_index")
-_WHOLE = ("gpu_index", "clock_event_reasons")
+from shaper.files.rows import recorded_rows
 
 
 class ReplayReader:
@@ -38,7 +34,7 @@ class ReplayReader:
     def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
         self._path = path
         self._clock = clock
-        self._readings = _group(path, [_sample(path, *row) for row in _rows(path)])
+        self._readings = _group(path, _samples(path))
         self._gpus = replayed_gpus(path, self._readings[0])
         last, before = self._readings[-1][0], self._readings[max(0, len(self._readings) - 2)][0]
         self._end_seconds = 2 * last.read_seconds - before.read_seconds
@@ -82,54 +78,21 @@ class ReplayReader:
             and self._readings[self._next + 1][0].read_seconds <= recorded_seconds
         ):
             self._next += 1
-        return tuple(_restamp(sample, now_seconds) for sample in self._readings[self._next])
+        return tuple(replace(s, read_seconds=now_seconds) for s in self._readings[self._next])
 
 
-def _restamp(sample: GpuSample, read_seconds: float) -> GpuSample:
-    values = {name: getattr(sample, name) for name in _COLUMNS}
-    return GpuSample(**{**values, "read_seconds": read_seconds})
-
-
-def _rows(path: Path) -> Iterable[tuple[int, Mapping[str, object]]]:
-    """Pairs of (row number in the file, row), the header being row 1 of a CSV."""
-    try:
-        if path.suffix == ".parquet":
-            # Only a user of Parquet recordings needs pyarrow; it comes with the `bench` extra.
-            import pyarrow.parquet
-
-            table = pyarrow.parquet.read_table(path)
-            header, rows = table.column_names, table.to_pylist()
-            first = 1
-        else:
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file, restval="")
-                rows = list(reader)
-                header = list(reader.fieldnames or ())
-            first = 2
-    except (OSError, ValueError, csv.Error) as error:
-        raise TraceError(f"{path}: cannot be read as a recording: {error}") from error
-    missing = [name for name in _REQUIRED if name not in header]
-    if missing:
-        raise TraceError(f"{path}: has no column {' and no column '.join(missing)}")
-    # A whole recording (shaper/recording.py) holds steps, too; `kind` tells them apart.
-    numbered = enumerate(rows, start=first)
-    return (pair for pair in numbered if pair[1].get("kind") in (None, "", "sample"))
-
-
-def _sample(path: Path, number: int, row: Mapping[str, object]) -> GpuSample:
-    values: dict[str, float | int | None] = {}
-    for name in _COLUMNS:
-        cell = row.get(name)
-        if cell is None or cell == "":
-            if name in _REQUIRED:
-                raise TraceError(f"{path}, row {number}: {name} is empty")
+def _samples(path: Path) -> list[tuple[str, GpuSample]]:
+    """The samples of the file, each with its place there."""
+    found: list[tuple[str, GpuSample]] = []
+    for row in recorded_rows(path, ("read_seconds", "gpu_index")):
+        # A whole recording (shaper/recording.py) holds steps, too; `kind` tells them apart.
+        if row.cells.get("kind", "sample") != "sample":
             continue
         try:
-            values[name] = int(str(cell)) if name in _WHOLE else float(str(cell))
-        except ValueError:
-            raise TraceError(f"{path}, row {number}: {name} is {cell!r}, not a number") from None
-    reasons = ClockEventReasons(int(values.pop("clock_event_reasons", None) or 0))
-    return GpuSample(**values, clock_event_reasons=reasons)  # type: ignore[arg-type]
+            found.append((row.place, row.sample()))
+        except ValueError as error:
+            raise TraceError(f"{path}, {row.place}: {error}") from error
+    return found
 
 
 def replayed_gpus(path: Path, reading: Iterable[GpuSample]) -> tuple[GpuIdentity, ...]:
@@ -145,23 +108,27 @@ def replayed_gpus(path: Path, reading: Iterable[GpuSample]) -> tuple[GpuIdentity
     )
 
 
-def _group(path: Path, samples: list[GpuSample]) -> list[tuple[GpuSample, ...]]:
+def _group(path: Path, samples: list[tuple[str, GpuSample]]) -> list[tuple[GpuSample, ...]]:
     if not samples:
-        raise TraceError(f"{path}: has no rows")
+        raise TraceError(f"{path}: has no rows with readings of a GPU")
     order: list[int] = []
-    for sample in samples:
+    for _, sample in samples:
         if sample.gpu_index in order:
             break
         order.append(sample.gpu_index)
     readings: list[tuple[GpuSample, ...]] = []
     for start in range(0, len(samples), len(order)):
-        reading = tuple(samples[start : start + len(order)])
+        place = samples[start][0]
+        reading = tuple(sample for _, sample in samples[start : start + len(order)])
         if [sample.gpu_index for sample in reading] != order:
             raise TraceError(
-                f"{path}, reading {len(readings) + 1}: expected one row for each of the GPUs "
-                f"{order}, in this order"
+                f"{path}, from {place} on, reading {len(readings) + 1}: expected one row for each "
+                f"of the GPUs {order}, in this order"
             )
         if readings and reading[0].read_seconds < readings[-1][0].read_seconds:
-            raise TraceError(f"{path}, reading {len(readings) + 1}: its time goes backwards")
+            raise TraceError(
+                f"{path}, {place}, reading {len(readings) + 1}: its time goes backwards; sort the "
+                "file by read_seconds"
+            )
         readings.append(reading)
     return readings

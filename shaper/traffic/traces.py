@@ -1,213 +1,182 @@
-"""Loaders of recorded traffic.
+"""Loads recorded traffic; `shaper/traffic/trace_formats.py` has the formats.
 
-- `azure`: CSV with the columns `TIMESTAMP,ContextTokens,GeneratedTokens`
-  (Azure/AzurePublicDataset). The text is unknown.
-- `mooncake`: a JSON object a line with `timestamp` in milliseconds,
-  `input_length`, `output_length` and `hash_ids`, one id per 512 tokens.
-- `timed`: the same keys, `timestamp` in seconds and one id per 16 tokens: what
-  `vllm bench serve --dataset-name timed_trace` reads with its defaults.
-
-`auto` takes `azure` by the CSV header, and tells the two JSON formats apart by
-how many tokens an id stands for.
+A request without a prompt or without an answer (one that failed, where it was recorded) is
+left out and counted in the workload's name.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from datetime import datetime
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
 from shaper.errors import TraceError
+from shaper.files.tables import read_header, read_rows
+from shaper.files.text import Lines, open_lines
+from shaper.traffic.trace_formats import (
+    LAYOUTS,
+    TAKEN,
+    TRACE_FORMATS,
+    TraceFormat,
+    blocks,
+    csv_format,
+    csv_parser,
+    json_object,
+    json_parser,
+    tokens_of,
+)
 from shaper.traffic.workload import TimedRequest, Workload
 
-TraceFormat = Literal["auto", "azure", "mooncake", "timed"]
-TRACE_FORMATS: tuple[TraceFormat, ...] = ("auto", "azure", "mooncake", "timed")
+__all__ = ["TRACE_FORMATS", "TraceFormat", "load_trace"]
 
-AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 MAX_REQUESTS = 1_000_000
-MAX_LINE_BYTES = 4 * 1024 * 1024
-# The longest context that any served model takes is 10 million tokens.
-MAX_TOKENS = 10_000_000
+WHOLE_REQUESTS = 100_000
+"""A file of no more is read whole: a longer run of it goes on with its start, and its mean rate
+is that of the whole. Of the public traces of some hours each has fewer."""
+# Recorders write a request when it ends: neighbours may change places.
+_LATE_REQUESTS = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class _JsonLayout:
-    """What the two JSON formats differ in."""
-
-    seconds_per_unit: float
-    block_tokens: int
-
-
-_LAYOUTS = {"mooncake": _JsonLayout(1e-3, 512), "timed": _JsonLayout(1.0, 16)}
-
-
-def load_trace(path: Path, trace_format: TraceFormat = "auto", seed: int = 0) -> Workload:
+def load_trace(
+    path: Path,
+    trace_format: TraceFormat = "auto",
+    seed: int = 0,
+    *,
+    seconds: float | None = None,
+    requests: float = 0,
+) -> Workload:
     """Read recorded traffic; arrivals start at 0 and ascend.
 
     Args:
         path: the file.
         trace_format: one of `TRACE_FORMATS`.
         seed: of the text that stands in for the prompts.
+        seconds: of it that are needed, from its first request on: a file of more than
+            `WHOLE_REQUESTS` is read no further. None: all of it.
+        requests: that are needed besides.
 
     Raises:
         TraceError: the file can't be read, is empty, or has a broken line; the
             message names the file, the line and what is wrong with it.
     """
-    lines = _lines(path)
+    enough = max(requests, WHOLE_REQUESTS)
+    found: list[TimedRequest] = []
+    late: list[TimedRequest] = []
+    left_out = 0
+    first, cut = float("inf"), False
+    with closing(_requests(path, trace_format)) as lines:
+        for number, name, request in lines:
+            trace_format = name
+            if not request.prompt_tokens or not request.output_tokens:
+                left_out += 1
+                continue
+            first = min(first, request.arrival_seconds)
+            over = seconds is not None and request.arrival_seconds - first >= seconds
+            if over and len(found) >= enough:
+                late.append(request)
+                cut = len(late) > _LATE_REQUESTS
+                if cut:
+                    break
+            else:
+                found.append(request)
+            if len(found) > MAX_REQUESTS:
+                how = "a --duration" if seconds is None else "a shorter --duration"
+                raise TraceError(
+                    f"{path}, line {number}: more than {MAX_REQUESTS} requests; give {how}"
+                )
+    if not cut:
+        found += late
+    if not found:
+        why = f": {left_out} have no prompt or no answer" if left_out else ""
+        raise TraceError(f"{path} holds no request{why}")
+    found.sort(key=lambda request: request.arrival_seconds)
+    shifted = tuple(replace(r, arrival_seconds=r.arrival_seconds - first) for r in found)
+    return Workload(_name(path, trace_format, len(found), left_out, cut), shifted, seed, left_out)
+
+
+def _name(path: Path, trace_format: str, count: int, left_out: int, cut: bool) -> str:
+    notes = [trace_format]
+    if cut:
+        notes.append(f"its first {count:,} requests")
+    if left_out:
+        notes.append(f"{left_out:,} without a prompt or an answer left out")
+    return f"{path.name} ({', '.join(notes)})"
+
+
+def _requests(
+    path: Path, trace_format: TraceFormat
+) -> Generator[tuple[int, TraceFormat, TimedRequest]]:
+    """Line, format and request of each line that is not blank.
+
+    Raises:
+        TraceError: see `load_trace`.
+    """
     if trace_format == "auto":
-        trace_format = _detect(path)
-    parse = _azure(path, lines) if trace_format == "azure" else _parser(trace_format)
-    requests: list[TimedRequest] = []
-    for number, text in lines:
-        try:
-            requests.append(parse(text))
-        except ValueError as error:
-            raise TraceError(f"{path}, line {number}: {error}") from error
-        if len(requests) > MAX_REQUESTS:
-            raise TraceError(f"{path}, line {number}: more than {MAX_REQUESTS} requests")
-    if not requests:
-        raise TraceError(f"{path} holds no request")
-    requests.sort(key=lambda request: request.arrival_seconds)
-    first = requests[0].arrival_seconds
-    shifted = tuple(replace(r, arrival_seconds=r.arrival_seconds - first) for r in requests)
-    return Workload(f"{path.name} ({trace_format})", shifted, seed)
+        trace_format = _json_format(path)
+    with open_lines(path) as lines:
+        if trace_format in LAYOUTS:
+            parse = json_parser(trace_format)
+            rows: Iterator[object] = (line for line in lines if line.strip())
+        else:
+            header = read_header(lines)
+            if header is None:
+                raise TraceError(f"{path} holds no request: it is empty")
+            if trace_format == "auto":
+                trace_format = csv_format(lines, header)
+            parse = csv_parser(trace_format, lines, header)
+            rows = (cells for cells, _ in read_rows(lines, header))
+        for row in rows:
+            try:
+                request = parse(row)
+            except ValueError as error:
+                raise lines.error(str(error)) from error
+            yield lines.number, trace_format, request
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
+def _json_format(path: Path) -> TraceFormat:
+    """Of a file of JSON lines, by the first of them that can only be of one format; `auto`
+    where it is none.
+
+    Raises:
+        TraceError: no line decides, or one is of neither.
+    """
+    with open_lines(path) as lines:
+        first = True
+        for text in lines:
+            if not text.strip():
+                continue
+            if first and text.lstrip().startswith("["):
+                raise lines.error(f"a JSON array: `jq -c '.[]'` makes lines of it; {TAKEN}")
+            if first and not text.lstrip().startswith("{"):
+                return "auto"
+            fits = _fitting(lines, text, first)
+            if len(fits) == 1:
+                return fits[0]
+            first = False
+    if first:
+        raise TraceError(f"{path} holds no request: it is empty")
+    raise TraceError(
+        f"{path}: nothing in it says whether its times are milliseconds or seconds; give the "
+        "format: mooncake (milliseconds) or timed (seconds), as in --format mooncake"
+    )
+
+
+def _fitting(lines: Lines, text: str, first: bool) -> list[TraceFormat]:
+    """The formats that a line may be of: by the number of its ids, all that fit it."""
     try:
-        with path.open("rb") as file:
-            number = 0
-            while raw := file.readline(MAX_LINE_BYTES):
-                number += 1
-                if len(raw) == MAX_LINE_BYTES:
-                    raise TraceError(f"{path}, line {number}: over {MAX_LINE_BYTES} bytes long")
-                try:
-                    text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise TraceError(
-                        f"{path}, line {number}: not UTF-8 text (byte {error.start})"
-                    ) from error
-                if text.strip():
-                    yield number, text
-    except OSError as error:
-        raise TraceError(f"trace {path} can't be read: {error.strerror}") from error
-
-
-def _detect(path: Path) -> TraceFormat:
-    for number, text in _lines(path):
-        if not text.lstrip().startswith("{"):
-            return "azure"
-        try:
-            record = _json_object(text)
-            length = _tokens(record, "input_length")
-        except ValueError as error:
-            raise TraceError(f"{path}, line {number}: {error}") from error
-        ids = record.get("hash_ids") or []
-        fits = len(ids) == math.ceil(length / _LAYOUTS["mooncake"].block_tokens)
-        return "mooncake" if fits else "timed"
-    raise TraceError(f"{path} holds no request")
-
-
-def _azure(path: Path, lines: Iterator[tuple[int, str]]) -> Callable[[str], TimedRequest]:
-    number, header = next(lines, (1, ""))
-    columns = [cell.strip() for cell in next(csv.reader([header]), [])]
-    missing = [column for column in AZURE_COLUMNS if column not in columns]
-    if missing:
-        raise TraceError(
-            f"{path}, line {number}: no column {missing[0]}; "
-            f"an Azure trace starts with {','.join(AZURE_COLUMNS)}"
-        )
-    places = [columns.index(column) for column in AZURE_COLUMNS]
-
-    def parse(text: str) -> TimedRequest:
-        cells = next(csv.reader([text]))
-        if len(cells) != len(columns):
-            raise ValueError(f"{len(cells)} columns, the header has {len(columns)}")
-        stamp, prompt, output = (cells[place].strip() for place in places)
-        try:
-            # The zone is left out of the arithmetic: only differences matter.
-            seconds = (datetime.fromisoformat(stamp) - datetime(1970, 1, 1)).total_seconds()
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"TIMESTAMP {stamp!r} is no time like 2023-11-16 18:15:46") from error
-        return TimedRequest(
-            seconds, _count("ContextTokens", prompt), _count("GeneratedTokens", output)
-        )
-
-    return parse
-
-
-def _parser(trace_format: TraceFormat) -> Callable[[str], TimedRequest]:
-    layout = _LAYOUTS[trace_format]
-
-    def parse(text: str) -> TimedRequest:
-        record = _json_object(text)
-        stamp = record.get("timestamp")
-        if isinstance(stamp, bool) or not isinstance(stamp, int | float):
-            raise ValueError(f"timestamp {stamp!r} is not a number")
-        if not math.isfinite(stamp):
-            raise ValueError(f"timestamp {stamp!r} is not finite")
-        prompt_tokens = _tokens(record, "input_length")
-        return TimedRequest(
-            stamp * layout.seconds_per_unit,
-            prompt_tokens,
-            _tokens(record, "output_length"),
-            _block_ids(record.get("hash_ids"), prompt_tokens, layout.block_tokens),
-            layout.block_tokens,
-        )
-
-    return parse
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        record = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise ValueError("not a JSON object")
-    return record
-
-
-def _tokens(record: dict[str, Any], key: str) -> int:
-    if key not in record:
-        raise ValueError(f"no key {key!r}")
-    value = record[key]
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{key} {value!r} is not a whole number of tokens")
-    return _in_range(key, value)
-
-
-def _count(key: str, text: str) -> int:
-    try:
-        value = int(text)
+        record = json_object(text)
+        length = tokens_of(record, "input_length")
     except ValueError as error:
-        raise ValueError(f"{key} {text!r} is not a whole number of tokens") from error
-    return _in_range(key, value)
-
-
-def _in_range(key: str, value: int) -> int:
-    if not 1 <= value <= MAX_TOKENS:
-        raise ValueError(f"{key} {value} is not within 1 to {MAX_TOKENS} tokens")
-    return value
-
-
-def _block_ids(value: object, prompt_tokens: int, block_tokens: int) -> tuple[int, ...]:
-    if value is None or value == []:
-        return ()
-    if not isinstance(value, list) or any(
-        isinstance(each, bool) or not isinstance(each, int) or each < 0 for each in value
-    ):
-        raise ValueError("hash_ids is not a list of whole numbers")
-    needed = math.ceil(prompt_tokens / block_tokens)
-    if len(value) != needed:
-        raise ValueError(
-            f"{len(value)} hash_ids for a prompt of {prompt_tokens} tokens; "
-            f"blocks of {block_tokens} tokens need {needed}"
+        raise lines.error(f"{error}; {TAKEN}" if first else str(error)) from error
+    ids = record.get("hash_ids")
+    kinds: list[TraceFormat] = ["mooncake", "timed"]
+    if not isinstance(ids, list) or not ids:
+        return kinds
+    found = [kind for kind in kinds if len(ids) == blocks(length, LAYOUTS[kind].block_tokens)]
+    if not found:
+        needed = [f"{blocks(length, LAYOUTS[k].block_tokens)} in the format {k}" for k in kinds]
+        raise lines.error(
+            f"{len(ids)} hash_ids for a prompt of {length} tokens, which has {' and '.join(needed)}"
         )
-    return tuple(value)
+    return found
