@@ -22,7 +22,7 @@ from shaper.budget_config import (
     check_pairs,
     terms_of,
 )
-from shaper.core.budget import BudgetPlan, BudgetTerms, resolve
+from shaper.core.budget import BudgetPlan, BudgetTerms, Constraints, resolve
 from shaper.errors import ConfigError
 from shaper.group_config import (
     GroupTerms,
@@ -200,10 +200,15 @@ class ShaperConfig(Frozen):
         targets = (self.itl_target_seconds, self.ttft_target_seconds)
         return self.limits_power or any(target is not None for target in targets)
 
-    @property
-    def shapes_heat(self) -> bool:
-        """Whether heat may limit power."""
-        return self.asks_for_shaping if self.shape_heat is None else self.shape_heat
+    def shapes_heat(self, constraints: Constraints) -> bool:
+        """Whether heat may limit power.
+
+        Args:
+            constraints: what limits the engine now, which may have been set while it runs.
+        """
+        if self.shape_heat is not None:
+            return self.shape_heat
+        return self.asks_for_shaping or constraints.asked
 
     @property
     def terms(self) -> BudgetTerms:

@@ -27,8 +27,14 @@ SAMPLER_METRICS = (
     ("shaper_gpu_sm_clock_hertz", "Lowest SM clock of the engine's GPUs."),
     ("shaper_gpu_temperature_celsius", "Highest temperature of the engine's GPUs."),
     ("shaper_gpu_clock_event_reasons", "NVML clock event reasons, the union as a bit mask."),
-    ("shaper_power_headroom_watts", "Least of limit minus metered mean power over its window."),
-    ("shaper_pressure_ratio", "Greatest share of a limit's room above idle in use, 0 to 1."),
+    (
+        "shaper_power_headroom_watts",
+        "Least of limit minus mean power over its window: metered, and its group's as committed.",
+    ),
+    (
+        "shaper_pressure_ratio",
+        "Greatest share of a limit's room above idle in use, its group's too, 0 to 1.",
+    ),
     ("shaper_sample_read_errors_total", "Reads of the GPUs that failed."),
     ("shaper_samples_rejected_total", "Readings that were not plausible."),
     ("shaper_supervisor_errors_total", "Ticks at which the supervisor failed."),

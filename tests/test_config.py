@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from shaper.budget_config import parse_power_limit
 from shaper.config import ShaperConfig, build_config, check_floor, check_gpu_limits
-from shaper.core.budget import resolve
+from shaper.core.budget import Constraints, resolve
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 from shaper.settings import load_config, parse_config_text, take_admin_key
@@ -301,10 +301,12 @@ def test_objects_may_stand_in_variables():
 
 def test_heat_is_shaped_where_there_is_something_to_keep():
     """Without a limit or a target vLLM is left alone, unless it is asked for."""
-    assert not build_config({}).shapes_heat
-    assert build_config({"limits": "560W@1s"}).shapes_heat
-    assert build_config({"shape_heat": True}).shapes_heat
-    assert not build_config({"limits": "560W@1s", "shape_heat": False}).shapes_heat
+    free, later = Constraints(), Constraints(shared_limits=(PowerLimit(560.0, 1.0),))
+    assert not build_config({}).shapes_heat(free)
+    assert build_config({}).shapes_heat(later)
+    assert build_config({"limits": "560W@1s"}).shapes_heat(free)
+    assert build_config({"shape_heat": True}).shapes_heat(free)
+    assert not build_config({"limits": "560W@1s", "shape_heat": False}).shapes_heat(later)
 
 
 def test_the_config_is_frozen():

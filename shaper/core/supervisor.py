@@ -71,7 +71,7 @@ class Supervisor:
         profile: of its GPUs.
         gpus: what the reader says of them.
         admission: None: all work may enter.
-        shapes_heat: False: the heat is predicted, but no limit is set for it.
+        shapes_heat: whether a limit may be set for the heat now; it is predicted all the same.
         parts: keeps health, heat and admission apart, so that one which fails says nothing
             (heat: what it said last) and the others go on; None: a failure is raised.
 
@@ -84,7 +84,7 @@ class Supervisor:
         gpus: Sequence[GpuIdentity] = (),
         *,
         admission: Admission | None = None,
-        shapes_heat: bool = True,
+        shapes_heat: Callable[[], bool] = lambda: True,
         parts: Boundary | None = None,
     ) -> None:
         self._parts: Boundary = _NoBoundary() if parts is None else parts

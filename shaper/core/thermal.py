@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from shaper.core.heat_filter import HeatFilter
 from shaper.core.profile import GpuProfile
@@ -176,13 +176,17 @@ class Thermal:
     Args:
         profile: of the GPUs.
         gpus: what the reader says of them.
-        shapes: False: predict and tell, but never set a limit.
+        shapes: whether a limit may be set now; it is predicted and told all the same.
 
     Stateful fields: one `_GpuHeat` each, the limit, when it was last needed, what was said.
     """
 
     def __init__(
-        self, profile: GpuProfile, gpus: Sequence[GpuIdentity] = (), *, shapes: bool = True
+        self,
+        profile: GpuProfile,
+        gpus: Sequence[GpuIdentity] = (),
+        *,
+        shapes: Callable[[], bool] = lambda: True,
     ) -> None:
         self._profile = profile
         self._slowdowns = {gpu.index: gpu.slowdown_celsius for gpu in gpus}
@@ -237,7 +241,7 @@ class Thermal:
             needed = gpu.peak_watts > _RELEASE_RATIO * bearable
         if needed:
             self._needed_seconds = now
-        if not self._shapes or now - self._needed_seconds > _LOAD_SECONDS:
+        if not self._shapes() or now - self._needed_seconds > _LOAD_SECONDS:
             self._limit = None
             return
         watts = len(self._gpus) * bearable

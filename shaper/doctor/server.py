@@ -177,6 +177,9 @@ def _of(found: Sequence[Sample], name: str) -> dict[str, float]:
     return {plain(engine, 10): value for engine, value in values.items()}
 
 
+_LIMITS = {"shaper_power_limit_watts": "", "shaper_group_limit_watts": " with its power group"}
+
+
 def _mode(found: Sequence[Sample]) -> Finding:
     modes = {
         plain(s.labels.get("engine", "?"), 10): plain(s.labels.get("mode", "?"), 10)
@@ -184,11 +187,15 @@ def _mode(found: Sequence[Sample]) -> Finding:
         if s.name == "shaper_mode" and s.value == 1.0
     }
     limits = sorted(
-        (plain(s.labels.get("engine"), 10), plain(s.labels.get("window_seconds"), 10), s.value)
+        (
+            plain(s.labels.get("engine"), 10),
+            plain(s.labels.get("window_seconds"), 10) + " s" + _LIMITS[s.name],
+            s.value,
+        )
         for s in found
-        if s.name == "shaper_power_limit_watts"
+        if s.name in _LIMITS
     )
-    held = ", ".join(f"{w:g} W over {window} s" for _, window, w in limits[:4]) or "no limit"
+    held = ", ".join(f"{w:g} W over {window}" for _, window, w in limits[:4]) or "no limit"
     said = ", ".join(f"engine {engine} is {mode}" for engine, mode in sorted(modes.items()))
     data = {"modes": modes, "limits": len(limits)}
     if any(mode != "on" for mode in modes.values()):

@@ -25,6 +25,7 @@ from typing import Any
 
 from shaper.control import EngineControl
 from shaper.core.standing import AdmissionState
+from shaper.enforcement import constraints_of
 from shaper.engine.asgi import (
     App,
     Header,
@@ -60,7 +61,6 @@ _STATES = tuple(AdmissionState)
 _NAMES = [name for name, _ in STANDING_METRICS]
 _STATE_INDEX = _NAMES.index("shaper_admission_state")
 _RECOVERY_INDEX = _NAMES.index("shaper_recovery_hint_seconds")
-_HEAT_INDEX = _NAMES.index("shaper_heat_limit_watts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +88,10 @@ def most_open(statuses: Sequence[Status], now_seconds: float) -> Door | None:
 def _door(status: Status, now_seconds: float) -> Door | None:
     sampler, standing = status.values["sampler"], status.values["standing"]
     control = EngineControl.from_values(status.values["control"])
-    if len(sampler) <= HEARTBEAT_INDEX or len(standing) <= _HEAT_INDEX or control is None:
+    if len(sampler) <= HEARTBEAT_INDEX or len(standing) <= _RECOVERY_INDEX or control is None:
         return None
     silent = now_seconds - sampler[HEARTBEAT_INDEX] > STALE_SECONDS
-    free = control.budget.empty and math.isnan(standing[_HEAT_INDEX])
-    if silent or free or control.mode != "on":
+    if silent or control.mode != "on" or not constraints_of(status).budgeted:
         return None
     recovery = standing[_RECOVERY_INDEX]
     state = _STATES[int(standing[_STATE_INDEX])]

@@ -14,6 +14,7 @@ enforced limits of such engines leave the others less than they draw idle can th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from collections.abc import Callable
 
 from shaper.core.power_model import StepModel
 from shaper.core.types import PowerBudget
+from shaper.engine.meter_windows import Usage, usage
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
 from shaper.fleet import GroupSnapshot, HostGroup, join_group, sweep_groups
@@ -53,6 +55,12 @@ class Membership:
         self._looked_seconds = -math.inf
         self._static_limits = handle.static_limits
         self._status = GroupStatus(handle.limits, ())
+        self._usage = Usage()
+
+    @property
+    def usage(self) -> Usage:
+        """Of the group's limits, by all its engines, as committed when last looked at."""
+        return self._usage
 
     def capped(self, budget: PowerBudget) -> PowerBudget:
         """The budget and the engine's static share: what the safe cap has to keep."""
@@ -95,7 +103,8 @@ class Membership:
         """What the group looks like, for those who ask."""
         if now - self._looked_seconds >= LOOK_SECONDS:
             self._looked_seconds = now
-            self._status = _status(self.handle.snapshot(now))
+            found = self.handle.snapshot(now)
+            self._status, self._usage = _status(found), _usage(found)
 
     def values(self) -> list[float]:
         """The group's section of the status block, as last looked at."""
@@ -140,6 +149,13 @@ def join(
         *(terms.name, label, len(handle.snapshot(time.monotonic()).engines)),
     )
     return Membership(handle, free_watts)
+
+
+def _usage(found: GroupSnapshot) -> Usage:
+    idle_watts = sum(each.idle_watts for each in found.engines)
+    both = zip(found.limits, found.used_watts, strict=True)
+    each = (usage(limit.watts, watts, idle_watts) for limit, watts in both)
+    return functools.reduce(Usage.together, each, Usage())
 
 
 def _status(found: GroupSnapshot) -> GroupStatus:

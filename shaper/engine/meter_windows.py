@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from shaper.core.types import PowerLimit, PowerState
 
@@ -14,6 +15,32 @@ _COUNTER_SECONDS = 0.5
 # Dropping the oldest readings one by one would move the rest each time.
 _TRIM_READINGS = 512
 NAN = math.nan
+
+
+class Usage(NamedTuple):
+    """How much of some limits is in use; NaN: not known, or there is no limit."""
+
+    headroom_watts: float = NAN
+    """Least of limit minus mean power over its window."""
+    use_ratio: float = NAN
+    """Greatest share of a limit's room above idle, 0 to 1."""
+
+    def together(self, other: Usage) -> Usage:
+        """Of these limits and the others; what is not known counts for nothing."""
+        if math.isnan(other.use_ratio):
+            return self
+        if math.isnan(self.use_ratio):
+            return other
+        return Usage(
+            min(self.headroom_watts, other.headroom_watts), max(self.use_ratio, other.use_ratio)
+        )
+
+
+def usage(limit_watts: float, watts: float, idle_watts: float) -> Usage:
+    """Of one limit, at a mean power over its window."""
+    # A limit at the idle level has no room: anything above idle is all of it.
+    room = max(limit_watts - idle_watts, 1.0)
+    return Usage(limit_watts - watts, min(1.0, max(0.0, (watts - idle_watts) / room)))
 
 
 class MeterWindows:
@@ -30,11 +57,11 @@ class MeterWindows:
         self._times: list[float] = []
         self._joules: list[float] = []
 
-    def observe(self, state: PowerState, limits: Sequence[PowerLimit]) -> tuple[float, float]:
-        """`(headroom in watts, pressure ratio)` after this reading; NaN without limits."""
+    def observe(self, state: PowerState, limits: Sequence[PowerLimit]) -> Usage:
+        """What is in use after this reading."""
         energy = state.energy_joules
         if not limits or energy is None:
-            return NAN, NAN
+            return Usage()
         if self._joules and energy < self._joules[-1]:
             self._times.clear()  # the counter was reset
             self._joules.clear()
@@ -43,14 +70,11 @@ class MeterWindows:
             self._times.append(state.sampled_seconds)
             self._joules.append(energy)
         self._trim(state.sampled_seconds - max(limit.window_seconds for limit in limits) - 1.0)
-        headroom, pressure = math.inf, 0.0
+        found = Usage()
         for limit in limits:
             watts = self._mean_watts(limit.window_seconds, state)
-            headroom = min(headroom, limit.watts - watts)
-            # A limit at the idle level has no room: anything above idle is all of it.
-            room = max(limit.watts - self._idle_watts, 1.0)
-            pressure = max(pressure, min(1.0, max(0.0, (watts - self._idle_watts) / room)))
-        return headroom, pressure
+            found = found.together(usage(limit.watts, watts, self._idle_watts))
+        return found
 
     def _trim(self, oldest_seconds: float) -> None:
         # One before it stays: a window may start between two moves.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
 from shaper.core.admission import FlexRules
+from shaper.core.budget import Constraints
 from shaper.core.controller import Controller
 from shaper.core.standing import Standing
-from shaper.core.types import Decision, PowerBudget, PowerLimit, PowerState, StepBatch
+from shaper.core.types import Decision, PowerBudget, PowerState, StepBatch
 from shaper.engine.flex import Governor
 from shaper.engine.safe_cap import SafeCap
 
@@ -23,14 +23,8 @@ Mode = Literal["on", "shadow", "off"]
 class Wanted:
     """What others have asked of the shaper."""
 
-    budget: PowerBudget
+    constraints: Constraints
     mode: Mode
-    extra_limits: tuple[PowerLimit, ...] = ()
-
-    @property
-    def whole(self) -> PowerBudget:
-        """The budget with the extra limits."""
-        return dataclasses.replace(self.budget, limits=self.budget.limits + self.extra_limits)
 
 
 class Flying(NamedTuple):

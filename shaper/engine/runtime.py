@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from shaper.core.admission import FlexRules
+from shaper.core.budget import Constraints
 from shaper.core.controller import Controller
 from shaper.core.standing import EngineDemand, Standing
 from shaper.core.types import (
@@ -70,6 +71,7 @@ class LiveShaper:
         new_controller: makes the controller of a budget.
         new_cap: makes what holds while there is none.
         budget: the first budget.
+        shared_limits: of the engine's power group.
         mode: the first mode.
         sampler: publishes power states; None without a sensor.
         log: gets every decision.
@@ -84,6 +86,7 @@ class LiveShaper:
         new_cap: NewCap,
         budget: PowerBudget,
         *,
+        shared_limits: tuple[PowerLimit, ...] = (),
         mode: Mode = "on",
         sampler: Sensing | None = None,
         log: DecisionSink | None = None,
@@ -102,7 +105,7 @@ class LiveShaper:
         self._tally = RunningTally(scheduler)
         self._levers = Levers(scheduler, self._tally)
         self.counters = SchedulerCounters()
-        self._wanted = self._applied = Wanted(budget, mode)
+        self._wanted = self._applied = Wanted(Constraints(budget, (), shared_limits), mode)
         self.standing: Standing | None = None  # as the supervisor last saw it
         self.flex = FlexRules()
         self._cap = new_cap(PowerBudget() if mode != "on" else budget)
@@ -162,12 +165,12 @@ class LiveShaper:
     @property
     def budget(self) -> PowerBudget:
         """The budget that was asked for last."""
-        return self._wanted.budget
+        return self._wanted.constraints.budget
 
     @property
-    def mode(self) -> Mode:
-        """The mode that was asked for last."""
-        return self._wanted.mode
+    def constraints(self) -> Constraints:
+        """Everything that limits the engine, as asked for last."""
+        return self._wanted.constraints
 
     @property
     def shaping(self) -> bool:
@@ -182,18 +185,15 @@ class LiveShaper:
 
     def set_budget(self, budget: PowerBudget) -> None:
         """Put another budget in force from the next step on."""
-        if budget != self._wanted.budget:
-            self._wanted = dataclasses.replace(self._wanted, budget=budget)
+        self._constrain(dataclasses.replace(self.constraints, budget=budget))
 
     def set_extra_limits(self, limits: tuple[PowerLimit, ...]) -> None:
         """Hold these limits beside the budget's."""
-        if limits != self._wanted.extra_limits:
-            self._wanted = dataclasses.replace(self._wanted, extra_limits=limits)
+        self._constrain(dataclasses.replace(self.constraints, heat_limits=limits))
 
-    def take(self, standing: Standing) -> None:
-        """How the engine stands now; its limits hold beside the budget's."""
-        self.standing = standing
-        self.set_extra_limits(standing.limits)
+    def _constrain(self, constraints: Constraints) -> None:
+        if constraints != self._wanted.constraints:
+            self._wanted = dataclasses.replace(self._wanted, constraints=constraints)
 
     def set_mode(self, mode: Mode) -> None:
         """Switch the shaper on, to shadow, or off."""
@@ -216,7 +216,7 @@ class LiveShaper:
 
     def _take_over(self, wanted: Wanted, now_seconds: float) -> None:
         """Do as others have asked."""
-        budget, mode = wanted.whole, wanted.mode
+        budget, mode = wanted.constraints.own, wanted.mode
         self._applied = wanted
         self._cap = self._new_cap(PowerBudget() if mode != "on" else budget)
         controller = self._controller
@@ -243,7 +243,7 @@ class LiveShaper:
             wait = RETRY_SECONDS + (_DRAIN_SECONDS if self._flying else 0.0)
             if now - self._failed_seconds < wait:
                 return None
-            controller = self._controller = self._new_controller(wanted.whole, now, True)
+            controller = self._controller = self._new_controller(wanted.constraints.own, now, True)
             controller.shadow = wanted.mode == "shadow"
         self._observe(controller)
         work = self._work()

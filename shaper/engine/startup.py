@@ -9,7 +9,7 @@ from typing import Any
 
 from shaper import __version__
 from shaper.config import ShaperConfig, check_floor, check_gpu_limits
-from shaper.control import ControlFile, Follower, sweep_control_files
+from shaper.control import ControlFile, EngineControl, Follower, sweep_control_files
 from shaper.core.admission import EngineAdmission, FlexRules, Look
 from shaper.core.budget import describe
 from shaper.core.controller import Controller
@@ -20,6 +20,7 @@ from shaper.engine.compat import check_scheduler, setting
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import flex_queue, prompt_wait_seconds
 from shaper.engine.membership import Membership, join
+from shaper.engine.meter_windows import Usage
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
@@ -137,8 +138,8 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config, parts)
     admission = EngineAdmission(
         lambda now_seconds: Look(
-            budgeted=not shaper.budget.empty or member is not None,
-            use_ratio=telemetry.use_ratio,
+            budgeted=shaper.constraints.budgeted,
+            use_ratio=telemetry.usage.use_ratio,
             wait_seconds=prompt_wait_seconds(scheduler, now_seconds),
         ),
         config.ttft_target_seconds,
@@ -148,7 +149,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         gpus.profile,
         gpus.reader.gpus,
         admission=admission,
-        shapes_heat=config.shapes_heat,
+        shapes_heat=lambda: config.shapes_heat(shaper.constraints),
         parts=parts,
     )
     telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor, parts=parts)
@@ -182,6 +183,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         _new_controller(config, gpus, model, member),
         cap,
         first.budget,
+        shared_limits=() if member is None else member.handle.limits,
         mode=first.mode,
         sampler=sampler,
         log=log,
@@ -189,16 +191,22 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         on_close=close,
     )
     shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
-    telemetry.attach(shaper, lambda: flex_queue(scheduler))
+    telemetry.attach(
+        shaper, lambda: flex_queue(scheduler), lambda: Usage() if member is None else member.usage
+    )
     tick.shaper, tick.sampler = shaper, sampler
     recorder.start()
     sampler.start()
-    note = _MODE_NOTES.get(first.mode, "")
-    if config.group is not None:
-        shared = describe(PowerBudget(config.group.limits))
-        note += f", in power group {config.group.name} with {shared}"
-    logger.info("shaper on %s: %s%s", gpus.profile.name, describe(first.budget), note)
+    logger.info("shaper on %s: %s", gpus.profile.name, _what_holds(config, first))
     return shaper
+
+
+def _what_holds(config: ShaperConfig, first: EngineControl) -> str:
+    said = describe(first.budget) + _MODE_NOTES.get(first.mode, "")
+    if config.group is None:
+        return said
+    shared = describe(PowerBudget(config.group.limits))
+    return f"{said}, in power group {config.group.name} with {shared}"
 
 
 def _new_controller(

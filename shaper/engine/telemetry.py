@@ -24,7 +24,7 @@ from shaper.core.types import (
     Reason,
 )
 from shaper.engine.flex import FlexQueue
-from shaper.engine.meter_windows import MeterWindows
+from shaper.engine.meter_windows import MeterWindows, Usage
 from shaper.gpu.parts import Parts
 from shaper.gpu.sampler import NO_REPORT, SensorReport
 from shaper.metric_values import (
@@ -161,18 +161,23 @@ class Telemetry:
         self.standing: Standing | None = None
         self._first_joules: float | None = None
         self._last: PowerState | None = None
-        self._derived = (NAN, NAN)
+        self._metered = Usage()
+        self._shared: Callable[[], Usage] = Usage
 
     @property
-    def use_ratio(self) -> float:
-        """Greatest share of a limit's room above idle in use, as metered; NaN: not known."""
-        return self._derived[1]
+    def usage(self) -> Usage:
+        """Of the engine's limits, as metered, and of its group's, as committed."""
+        return self._metered.together(self._shared())
 
     def attach(
-        self, shaper: Supervised, flex: Callable[[], FlexQueue | None] | None = None
+        self,
+        shaper: Supervised,
+        flex: Callable[[], FlexQueue | None] | None = None,
+        shared: Callable[[], Usage] = Usage,
     ) -> None:
-        """Look at this shaper from now on, and at the flex requests that it defers."""
-        self._shaper, self._flex = shaper, flex
+        """Look at this shaper from now on, at the flex requests that it defers, and at what
+        is in use of its group's limits."""
+        self._shaper, self._flex, self._shared = shaper, flex, shared
 
     def tick(
         self,
@@ -190,8 +195,8 @@ class Telemetry:
                 shaper.standing = None
         if state is not None and state is not self._last:
             self._last = state
-            derived = run("meter_windows", self._windows.observe, state, self._limits())
-            self._derived = derived or (NAN, NAN)
+            metered = run("meter_windows", self._windows.observe, state, self._limits())
+            self._metered = metered or Usage()
         self.write("sampler", self._values, now_seconds, state, (errors, rejected), report)
         if shaper is not None:
             self.write("scheduler", shaper.counters.values)
@@ -241,7 +246,7 @@ class Telemetry:
         failed = self._parts.errors["supervisor"]
         counts = [*reads, failed, *sensor_values(state, report)]
         if state is None:
-            return [NAN] * 9 + [*counts, NAN, now_seconds]
+            return [NAN] * 7 + [*self.usage, *counts, NAN, now_seconds]
         energy = state.energy_joules
         if energy is not None and self._first_joules is None:
             self._first_joules = energy
@@ -250,6 +255,6 @@ class Telemetry:
             *(or_nan(state.instant_watts), or_nan(state.average_watts), since),
             *(or_nan(state.enforced_limit_watts), or_nan(state.sm_clock_hertz)),
             *(or_nan(state.temperature_celsius), float(state.clock_event_reasons)),
-            *self._derived,
+            *self.usage,
             *(*counts, state.sampled_seconds, now_seconds),
         ]

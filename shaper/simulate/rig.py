@@ -144,6 +144,7 @@ def new_engine(
             new_controller,
             lambda budget: safe_cap(model.predict, model.gap_watts, budget),
             PowerBudget(tuple(limits or ()), ramp_watts_per_second),
+            shared_limits=() if group is None else group.limits,
             mode="shadow" if shadow else "on",
             sampler=sampler,
             log=log,
@@ -153,7 +154,9 @@ def new_engine(
             supervisor = Supervisor(profile, gpus.identities, admission=admission)
 
             def tick(now_seconds: float) -> None:
-                shaper.take(supervisor.tick(now_seconds, sampler.sampler.latest, shaper.demand))
+                latest = sampler.sampler.latest
+                shaper.standing = supervisor.tick(now_seconds, latest, shaper.demand)
+                shaper.set_extra_limits(shaper.standing.limits)
 
             sampler.on_tick = tick
         return shaper

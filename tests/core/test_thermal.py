@@ -120,7 +120,7 @@ def new_room(
     name: str, inlet: float = 30.0, wrong: tuple[float, float] = (1.0, 1.0), *, shapes: bool = True
 ) -> Room:
     profile = load_profile(name)
-    return Room(profile, Thermal(believed(profile, *wrong), shapes=shapes), inlet)
+    return Room(profile, Thermal(believed(profile, *wrong), shapes=lambda: shapes), inlet)
 
 
 @pytest.mark.parametrize("wrong", WRONG, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,32 @@ from tests.e2e.conftest import MODEL, Server, running_server
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 BATCH_KEY = "sk-nightly-batch"
+# Just above the floor: a few long prompts a second are more than it carries.
+LIMITS = ["400W@1s", "500W@100ms"]
+BUDGETS: dict[str, dict[str, Any]] = {
+    "limit": {"limits": LIMITS},
+    "group": {"power_group": f"flex-{os.getpid()}", "group_limits": LIMITS},
+}
 SETTINGS = {
-    # Just above the floor: a few long prompts a second are more than it carries.
-    "limits": ["400W@1s", "500W@100ms"],
     "ttft_target_seconds": 0.5,
     "api_key_classes": {f"sha256:{hashlib.sha256(BATCH_KEY.encode()).hexdigest()}": "flex"},
 }
 FLEX: dict[str, Any] = {"service_tier": "flex"}
 
 
-@pytest.fixture(scope="module")
-def tight_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose budget a flood of prompts exceeds."""
+@pytest.fixture(scope="module", params=BUDGETS)
+def tight_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """A server whose budget a flood of prompts exceeds: its own, or its power group's alone."""
     pytest.importorskip("vllm")
     directory = tmp_path_factory.mktemp("tight-server")
-    flags = ("--max-model-len", "8192", "--power-shaper-config", json.dumps(SETTINGS))
+    flags = (
+        "--max-model-len",
+        "8192",
+        "--power-shaper-config",
+        json.dumps(SETTINGS | BUDGETS[request.param]),
+    )
     with running_server(directory, *flags) as started:
         yield started
 
@@ -155,11 +167,15 @@ async def overdue(server: Server) -> None:
 def test_flex_that_waited_its_bound_is_told_so(tmp_path: Path) -> None:
     """Where the operator has it refused: no text and `abort`, or an error in the stream."""
     pytest.importorskip("vllm")
-    settings = SETTINGS | {
-        "ttft_target_seconds": 20,  # eight seconds of waiting defer, sixteen shed
-        "flex_max_wait_seconds": 2,
-        "flex_on_timeout": "refuse",
-    }
+    settings = (
+        SETTINGS
+        | BUDGETS["limit"]
+        | {
+            "ttft_target_seconds": 20,  # eight seconds of waiting defer, sixteen shed
+            "flex_max_wait_seconds": 2,
+            "flex_on_timeout": "refuse",
+        }
+    )
     flags = ("--max-model-len", "8192", "--power-shaper-config", json.dumps(settings))
     with running_server(tmp_path, *flags) as server:
         asyncio.run(overdue(server))

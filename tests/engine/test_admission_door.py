@@ -11,6 +11,7 @@ from shaper.core.budget import Source
 from shaper.core.standing import Admissibility, AdmissionState, Standing, ThermalOutlook
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.engine.admission_http import Door, DoorKeeper, most_open
+from shaper.group_status import GroupStatus
 from shaper.metric_values import HEARTBEAT_INDEX, standing_values
 from shaper.status import Status
 from tests.engine.door import DEFER, OPEN, SHED
@@ -26,6 +27,7 @@ def status(
     mode: Mode = "on",
     budget: PowerBudget = LIMITED,
     heat: bool = False,
+    group: tuple[PowerLimit, ...] = (),
 ) -> Status:
     """An engine's block, as its own writer makes it."""
     outcome = Admissibility(state, 0.5, "wait", recovery)
@@ -38,6 +40,7 @@ def status(
         "control": tuple(control.values()),
         "standing": tuple(standing_values(standing)),
         "scheduler": (),
+        "group": tuple(GroupStatus(group, ()).values()) if group else (),
     }
     return Status(info={"engine": 0}, values=sections)
 
@@ -61,6 +64,12 @@ NOTHING = PowerBudget()
         ([status(SHED), status(SHED, mode="off")], Door(OPEN, None)),
         ([status(SHED, budget=NOTHING)], None),
         ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0)),
+        # A group's limit is a budget too.
+        ([status(SHED, 5.0, budget=NOTHING, group=LIMITED.limits)], Door(SHED, 5.0)),
+        ([status(OPEN, budget=NOTHING, group=LIMITED.limits)], Door(OPEN, None)),
+        ([status(SHED, budget=NOTHING, group=LIMITED.limits, mode="shadow")], None),
+        # So is a ramp alone.
+        ([status(SHED, 5.0, budget=PowerBudget((), 200.0))], Door(SHED, 5.0)),
         # An engine that has written nothing yet.
         (
             [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -42,10 +43,16 @@ class FakeHandle:
         self.looks += 1
         engine = SimpleNamespace(
             **{"pid": 7, "state": "alive", "floor_watts": 150.0, "watts": 400.0, "refused": 3},
-            **{"waiting_seconds": None, "static_steps": 1, "lock_wait_seconds": 0.5},
+            **{
+                "idle_watts": 115.0,
+                "waiting_seconds": None,
+                "static_steps": 1,
+                "lock_wait_seconds": 0.5,
+            },
         )
         return SimpleNamespace(
             limits=self.limits,
+            used_watts=(600.0, 860.0),
             engines=(engine, engine),
             own=1,
             detached=True,
@@ -135,6 +142,15 @@ def test_what_the_group_says_reaches_the_status_block(member: Membership) -> Non
     assert found.detached
     assert (found.claims_refused, found.static_steps, found.lock_wait_seconds) == (3, 1, 0.5)
     assert found.count("alive") == 2
+
+
+def test_what_is_in_use_of_the_groups_limits(member: Membership) -> None:
+    """The tightest of them counts, above what all of its engines draw idle."""
+    assert math.isnan(member.usage.use_ratio)
+    member.tick("on", decides=True)
+    idle_watts = 2 * 115.0
+    assert member.usage.headroom_watts == pytest.approx(900.0 - 860.0)
+    assert member.usage.use_ratio == pytest.approx((860.0 - idle_watts) / (900.0 - idle_watts))
 
 
 def test_the_others_are_looked_at_now_and_then(handle: FakeHandle) -> None:

@@ -112,7 +112,7 @@ def engine(run: str, tmp_path: Any) -> Iterator[Engine]:
     control = budget_control(run, now_seconds=gpu.now_seconds)
     status, log = StatusWriter(run, 0, {}), DecisionLog(str(tmp_path / "decisions"))
     admission = EngineAdmission(
-        lambda now: Look(True, telemetry.use_ratio, 0.0), None, gpu.now_seconds
+        lambda now: Look(True, telemetry.usage.use_ratio, 0.0), None, gpu.now_seconds
     )
     supervisor = Supervisor(load_profile("h200-sxm"), gpu.gpus, admission=admission, parts=parts)
     telemetry = Telemetry(status, 115.0, log, supervisor=supervisor, parts=parts)

@@ -1,0 +1,146 @@
+"""Is there a budget? One answer for the engine, its admission, its heat and the API server."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from shaper.control import ControlFile
+from shaper.core.admission import AdmissionReason
+from shaper.core.budget import Constraints
+from shaper.core.standing import AdmissionState
+from shaper.core.types import PowerBudget, PowerLimit
+from shaper.enforcement import constraints_of, unkept
+from shaper.engine import startup
+from shaper.engine.admission_http import most_open
+from shaper.engine.meter_windows import Usage, usage
+from shaper.status import Status, control_paths, read_statuses, run_id
+from tests.controlled import record
+from tests.engine.harness import GPU, MODEL
+
+LIMIT = (PowerLimit(420.0, 0.1),)
+
+
+@pytest.mark.parametrize(
+    ("constraints", "asked", "budgeted"),
+    [
+        (Constraints(), False, False),
+        (Constraints(PowerBudget(LIMIT)), True, True),
+        (Constraints(PowerBudget((), 200.0)), True, True),
+        (Constraints(shared_limits=LIMIT), True, True),
+        (Constraints(heat_limits=LIMIT), False, True),
+    ],
+)
+def test_any_limit_is_a_budget(constraints: Constraints, asked: bool, budgeted: bool) -> None:
+    """Of the engine, of its group, and against heat; the last is not the operator's."""
+    assert (constraints.asked, constraints.budgeted) == (asked, budgeted)
+
+
+def test_an_engine_holds_its_own_limits_and_the_heats() -> None:
+    """The group's are in the shared ledger."""
+    heat = (PowerLimit(600.0, 0.2),)
+    whole = Constraints(PowerBudget(LIMIT, 200.0), heat, (PowerLimit(4000.0, 0.1),))
+    assert whole.own == PowerBudget(LIMIT + heat, 200.0)
+
+
+def test_usage_of_several_limits_is_that_of_the_tightest() -> None:
+    """And what is not known counts for nothing."""
+    loose, tight = usage(1000.0, 400.0, 100.0), usage(500.0, 450.0, 100.0)
+    assert loose.together(tight) == tight.together(loose) == Usage(50.0, 350.0 / 400.0)
+    assert loose.together(Usage()) == Usage().together(loose) == loose
+
+
+@cache
+def config() -> Any:
+    from shaper.simulate.engine import engine_config
+
+    return engine_config(MODEL, GPU)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """Starts the shaper of an engine as a server does, with its sampler's thread."""
+    made = []
+
+    def start(**settings: Any) -> Any:
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+        from shaper.core.power_model import StepModel
+        from shaper.engine.work import engine_coefficients
+        from shaper.gpu.profiles import load_profile
+        from shaper.simulate.engine import kv_cache, new_scheduler
+
+        model = StepModel(load_profile(GPU), engine_coefficients(config()))
+        scheduler = new_scheduler(config(), AsyncScheduler, kv_cache(config(), model, 2500))
+        monkeypatch.setattr(config(), "additional_config", {"power_shaper": settings})
+        made.append(startup.attach(scheduler))
+        return made[-1]
+
+    yield start
+    for shaper in made:
+        shaper.close()
+    for path in control_paths(run_id()):
+        path.unlink(missing_ok=True)
+
+
+def until(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def door() -> AdmissionState | None:
+    found = most_open(read_statuses(run_id()), time.monotonic())
+    return None if found is None else found.state
+
+
+def reason(shaper: Any) -> str | None:
+    return None if shaper.standing is None else shaper.standing.admissibility.reason
+
+
+def test_a_group_alone_is_a_budget_for_all_who_ask(started: Callable[..., Any]) -> None:
+    """As README's own command gives it: admission acts in the engine and at the door, and
+    pressure and headroom are shown."""
+    shaper = started(power_group=f"budgeted-{uuid.uuid4().hex[:8]}", group_limits="4000W@100ms")
+    assert shaper.constraints.budgeted
+    assert shaper.budget.empty
+    until(lambda: reason(shaper) == AdmissionReason.ROOM and door() is AdmissionState.OPEN)
+    (status,) = read_statuses(run_id())
+    assert constraints_of(status).shared_limits == (PowerLimit(4000.0, 0.1),)
+    assert unkept(status) is None
+    sampler = dict(enumerate(status.values["sampler"]))
+    assert 3500.0 < sampler[7] < 4000.0  # headroom
+    assert 0.0 <= sampler[8] < 0.1  # use
+
+
+def test_a_budget_that_comes_later_is_one_for_all_who_ask(started: Callable[..., Any]) -> None:
+    """By PUT, to an engine that was started without any; and no more once it is taken back."""
+    shaper = started()
+    until(lambda: reason(shaper) == AdmissionReason.NO_BUDGET and door() is None)
+    file = ControlFile(run_id())
+    file.write(record(run_id(), 1))
+    until(lambda: reason(shaper) == AdmissionReason.ROOM and door() is AdmissionState.OPEN)
+    file.write(record(run_id(), 2).model_copy(update={"budget": None}))
+    until(lambda: reason(shaper) == AdmissionReason.NO_BUDGET and door() is None)
+
+
+def blocked(values: dict[str, tuple[float, ...]] | None = None, **info: Any) -> Status:
+    return Status(info={"engine": 0, **info}, values=values or {})
+
+
+def test_what_nobody_keeps_is_told(started: Callable[..., Any]) -> None:
+    """By its mode, its policy, and where not even a block is written but the reason."""
+    shaper = started(limits="500W@1s", shadow=True)
+    until(lambda: unkept(read_statuses(run_id())[0]) == "shadow")
+    shaper.close()
+    shaper = started(limits="500W@1s", policy="fixed")
+    until(lambda: unkept(read_statuses(run_id())[0]) == "policy")
+    shaper.close()
+    assert unkept(blocked(limits_power=True, passes_through="why")) == "passes_through"
+    assert unkept(blocked(limits_power=False, passes_through="why")) is None
