@@ -110,12 +110,20 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+    """Runs one command; `serve`, where it is the process's own, in a child that is watched.
 
     Returns:
         Its exit code; 2 where a `ShaperError` was raised, which is then one line on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] == ["serve"]:
+        from shaper.engine.lifecycle import supervised
+
+        return supervised(lambda: _run(arguments))
+    return _run(arguments)
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else 2

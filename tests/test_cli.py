@@ -339,3 +339,11 @@ def test_errors_of_the_engine_are_lines_too(
 
     monkeypatch.setitem(cli.COMMANDS, "serve", fail)
     assert refused(capsys, "serve") == "shaper: error: first second"
+
+
+def test_a_stop_drains_unless_the_user_says_how_long() -> None:
+    """60 s by default; what was given holds, 0 as well."""
+    pytest.importorskip("vllm")
+    parse = serve._parse_with_vllm
+    given = [parse(["m", *said]).shutdown_timeout for said in ([], ["--shutdown-timeout", "0"])]
+    assert given == [60, 0]

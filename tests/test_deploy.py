@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import yaml
 
 from shaper.core.standing import Cause
 from shaper.core.types import PowerBudget, PowerLimit, Reason
+from shaper.engine.lifecycle import DRAIN_SECONDS, END_SECONDS, LEFTOVER_SECONDS
 from shaper.group_status import GROUP_METRICS, GroupStatus, MemberStatus
 from shaper.metric_values import (
     FLEX_METRICS,
@@ -127,3 +131,45 @@ def test_the_service_starts_on_loopback_and_does_not_retry_a_wrong_setting() -> 
     text = (DEPLOY / "systemd" / "vllm-shaper@.service").read_text()
     assert "Environment=HOST=127.0.0.1" in text
     assert "RestartPreventExitStatus=2" in text
+
+
+def settings(text: str) -> dict[str, str]:
+    """Of a unit; the last of a name."""
+    lines = [line for line in text.splitlines() if "=" in line and not line.startswith("#")]
+    return dict(line.split("=", 1) for line in lines)
+
+
+def test_all_instances_of_the_service_share_a_power_group() -> None:
+    """One user that is made before, and the memory that all see."""
+    text = (DEPLOY / "systemd" / "vllm-shaper@.service").read_text()
+    found = settings(text)
+    assert "DynamicUser" not in found
+    made = (DEPLOY / "systemd" / "vllm-shaper.conf").read_text()
+    assert f"u {found['User']} " in made
+    for hides in ("PrivateUsers", "TemporaryFileSystem", "InaccessiblePaths", "PrivateIPC"):
+        assert hides not in found
+
+
+def test_the_service_waits_for_the_drain_that_it_promises() -> None:
+    """The first process alone is told, and has time for the drain and for its end."""
+    found = settings((DEPLOY / "systemd" / "vllm-shaper@.service").read_text())
+    assert found["KillMode"] == "mixed"
+    assert float(found["TimeoutStopSec"]) > DRAIN_SECONDS + END_SECONDS + LEFTOVER_SECONDS
+    assert found["SuccessExitStatus"] == "143"
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+def test_systemd_takes_the_service(tmp_path: Path) -> None:
+    """As far as it can tell without a machine that runs it."""
+    text = (DEPLOY / "systemd" / "vllm-shaper@.service").read_text()
+    unit = tmp_path / "vllm-shaper@0.service"
+    unit.write_text(text.replace("/opt/vllm-shaper/bin/shaper", sys.executable))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(unit)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert unit.name not in done.stderr, done.stderr
+    assert "vllm-shaper" not in done.stderr, done.stderr

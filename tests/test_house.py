@@ -28,7 +28,7 @@ ROOMS: dict[str, frozenset[str]] = {
     "files": frozenset({"core"}),
     "gpu": frozenset({"core", "files"}),
     "emulator": frozenset({"core", "gpu"}),
-    "fleet": frozenset({"core"}),
+    "fleet": frozenset({"core", "processes"}),
     "traffic": frozenset({"core", "emulator", "files"}),
 }
 # The part of the emulator that vLLM's engine runs; the rest of it knows no vLLM.

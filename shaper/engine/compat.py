@@ -20,6 +20,7 @@
 | utility calls | not used: control goes through files | |
 | endpoint plug-ins (0.26) | not used: `--middleware` serves all versions | |
 | command line's defaults | in `common.startup` (0.33) | in `serve.utils.api_utils` |
+| a stop that drains | `shutdown_timeout` | where there is none, requests end at a stop |
 | log configuration | `configure_logging_from_args` (0.31) | at import |
 
 The emulator's own differences, in `shaper/emulator/executor.py`, are methods that some
@@ -188,6 +189,23 @@ def counts_from_requests(scheduler: Any) -> bool:
 def assigned_gpus(parallel_config: Any) -> tuple[int | str, ...]:
     """The GPUs that vLLM dealt to this engine; none where it left that to the environment."""
     return tuple(getattr(parallel_config, "assigned_physical_gpu_ids", None) or ())
+
+
+def drain_by_default(parser: argparse.ArgumentParser, seconds: int) -> None:
+    """What `--shutdown-timeout` is where a command line does not give it."""
+    if parser.get_default("shutdown_timeout") is not None:
+        parser.set_defaults(shutdown_timeout=seconds)
+
+
+def drain_seconds(arguments: argparse.Namespace) -> float:
+    """How long requests in flight have at a stop."""
+    return float(getattr(arguments, "shutdown_timeout", 0))
+
+
+def abort_at_stop(vllm_config: Any) -> None:
+    """From now on a stop of this engine ends its requests, and waits for none."""
+    if getattr(vllm_config, "shutdown_timeout", 0):
+        vllm_config.shutdown_timeout = 0
 
 
 def set_up_command_line() -> None:

@@ -9,6 +9,7 @@ from shaper.settings import admin_key
 
 CONTROL_ROUTES = "shaper.engine.control_http.ControlRoutes"
 ADMISSION = "shaper.engine.admission_http.AdmissionMiddleware"
+DRAIN = "shaper.engine.drain_http.DrainMiddleware"
 
 
 def add_admission(arguments: argparse.Namespace) -> None:
@@ -27,6 +28,11 @@ def add_control_routes(arguments: argparse.Namespace) -> None:
     """
     if admin_key(os.environ) is not None:
         add_middleware(arguments, CONTROL_ROUTES)
+
+
+def add_drain(arguments: argparse.Namespace) -> None:
+    """See to it that a stop leaves no client without an end. Outermost: call it last."""
+    add_middleware(arguments, DRAIN)
 
 
 def add_middleware(arguments: argparse.Namespace, class_path: str) -> None:

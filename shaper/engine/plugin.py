@@ -16,7 +16,7 @@ from typing import Any
 
 from shaper.config import ShaperConfig, build_config, check_gpu_limits
 from shaper.engine.logs import share_log_handlers
-from shaper.engine.middleware import add_admission, add_control_routes
+from shaper.engine.middleware import add_admission, add_control_routes, add_drain
 from shaper.engine.preflight import engine_gpu_count
 from shaper.engine.refusal import show_refusals
 from shaper.engine.shapeable import (
@@ -168,6 +168,7 @@ def use_flag(args: argparse.Namespace) -> None:
     if is_ours(chosen):
         add_admission(args)
         add_control_routes(args)
+        add_drain(args)
 
 
 def _settings(given: Any, *, asked: bool) -> ShaperConfig | None:

@@ -22,9 +22,15 @@ from pathlib import Path
 from shaper.config import ShaperConfig, check_floor, check_gpu_limits
 from shaper.core.profile import GpuProfile
 from shaper.emulator.activate import EMULATE_VARIABLE, REPLAY_VARIABLE
-from shaper.engine.compat import configure_logging, set_up_command_line
+from shaper.engine.compat import (
+    configure_logging,
+    drain_by_default,
+    drain_seconds,
+    set_up_command_line,
+)
 from shaper.engine.flags import new_parser, shaper_config
-from shaper.engine.middleware import add_admission, add_control_routes
+from shaper.engine.lifecycle import DRAIN_SECONDS, Terms, tell
+from shaper.engine.middleware import add_admission, add_control_routes, add_drain
 from shaper.engine.preflight import (
     check_model,
     check_port,
@@ -90,12 +96,20 @@ def main(argv: Sequence[str]) -> int:
         if config is not None:
             check_floor(config, idle_watts, engine_gpu_count(arguments))
             if config.group is not None:
-                check_group_idle(config.group, idle_watts, engine_count(arguments))
+                engines = engine_count(arguments)
+                check_group_idle(config.group, idle_watts, engines)
+                check_group(
+                    *(config.group.name, config.group.limits),
+                    idle_watts=idle_watts,
+                    engines=engines,
+                )
     if config is not None:
         check_gpu_limits(config, engine_gpu_count(arguments))
         _use_scheduler(arguments)
         add_admission(arguments)
         add_control_routes(arguments)
+    add_drain(arguments)
+    tell(_terms(arguments))
     try:
         _run_vllm(arguments)
     finally:
@@ -189,8 +203,16 @@ def _parse_with_vllm(passed_on: Sequence[str]) -> argparse.Namespace:
     subparsers = parser.add_subparsers(required=True, dest="subparser")
     serve = ServeSubcommand().subparser_init(subparsers)
     serve.usage = "shaper serve [model_tag] [options]"
+    drain_by_default(serve, DRAIN_SECONDS)
     arguments: argparse.Namespace = parser.parse_args(["serve", *passed_on])
     return arguments
+
+
+def _terms(arguments: argparse.Namespace) -> Terms:
+    """What the watching process needs to know of this server."""
+    uds = getattr(arguments, "uds", None)
+    listens = uds is None and not arguments.headless
+    return Terms(drain_seconds(arguments), arguments.host, arguments.port if listens else None, uds)
 
 
 def _run_vllm(arguments: argparse.Namespace) -> None:

@@ -16,11 +16,12 @@ from shaper.core.controller import Controller
 from shaper.core.power_model import StepModel
 from shaper.core.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget
-from shaper.engine.compat import check_scheduler, setting
+from shaper.engine.compat import abort_at_stop, check_scheduler, setting
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import flex_queue, prompt_wait_seconds
 from shaper.engine.membership import Membership, join
 from shaper.engine.meter_windows import Usage
+from shaper.engine.orphan import watch_parent
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
@@ -68,6 +69,7 @@ def attach(scheduler: Any) -> EngineShaper:
 
 def _attach(scheduler: Any) -> EngineShaper:
     vllm_config = scheduler.vllm_config
+    watch_parent(lambda: abort_at_stop(vllm_config))
     config = load_config(given_settings(vllm_config.additional_config), os.environ)
     try:
         obstacle = engine_obstacle(vllm_config, config)

@@ -133,6 +133,22 @@ def started_server(
     return Server(process, port, log)
 
 
+def refused_start(directory: Path, *flags: str) -> str:
+    """The one line of a server that must not start."""
+    command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
+    done = subprocess.run(
+        [*command, "--port", "0", *flags],
+        cwd=directory,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=START_SECONDS,
+    )
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
 @contextlib.contextmanager
 def running_server(
     directory: Path, *flags: str, environment: dict[str, str] | None = None

@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -21,7 +19,13 @@ from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, read_power_trace
 from shaper.fleet.segment import group_directory
 from shaper.traffic.figures import STALL_SECONDS, limit_figures
-from tests.e2e.conftest import MODEL, START_SECONDS, Server, started_server
+from tests.e2e.conftest import (
+    MODEL,
+    START_SECONDS,
+    Server,
+    refused_start,
+    started_server,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -145,22 +149,6 @@ def wait_for_floor(server: Server, whole: bool) -> None:
         lambda: (server.metric("shaper_group_floor_watts") == H200_WATTS) is whole,
         seconds=20,
     )
-
-
-def refused_start(directory: Path, *flags: str) -> str:
-    """The one line of a server that must not start."""
-    command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
-    done = subprocess.run(
-        [*command, "--port", "0", *flags],
-        cwd=directory,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
-    return done.stderr
 
 
 def test_two_servers_share_a_limit_until_one_is_killed(tmp_path: Path) -> None:

@@ -118,6 +118,7 @@ NOT_BY_VERSION = {
     "refusal.py": {"__module__"},
     "admission_http.py": {"state", "vllm_config", "additional_config"},
     "control_http.py": {"state", "vllm_config", "additional_config"},
+    "drain_http.py": {"state", "engine_client"},
     "stats.py": {"_MARK"},
     "flags.py": set(),
     "deferral.py": set(),
