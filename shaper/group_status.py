@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from shaper.core.types import PowerLimit
 
-MemberState = Literal["alive", "stalled", "gone"]
-MEMBER_STATES: tuple[MemberState, ...] = ("alive", "stalled", "gone")
+MemberState = Literal["alive", "stalled", "gone", "orphaned"]
+MEMBER_STATES: tuple[MemberState, ...] = ("alive", "stalled", "gone", "orphaned")
 
 # From `GroupStatus`, in this order; gauges unless `_total`.
 GROUP_METRICS = (

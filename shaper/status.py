@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -21,6 +22,7 @@ import secrets
 import struct
 import tempfile
 import time
+import weakref
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,11 +105,11 @@ class StatusWriter:
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.ftruncate(descriptor, _SIZE)
-            self._memory = mmap.mmap(descriptor, _SIZE)
-        finally:
-            os.close(descriptor)
+        # Open and locked as long as its process lives: its number means nothing elsewhere.
+        self._closed = weakref.finalize(self, os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        os.ftruncate(descriptor, _SIZE)
+        self._memory = mmap.mmap(descriptor, _SIZE)
         self._memory[8 : 8 + len(header)] = header
         struct.pack_into("<Q", self._memory, 0, len(header))
         self._sequence = dict.fromkeys(_SECTIONS, 0)
@@ -130,19 +132,33 @@ class StatusWriter:
 
     def close(self) -> None:
         """Remove the block. May be called twice."""
+        self._closed()
         with contextlib.suppress(FileNotFoundError):
             self.path.unlink()
 
 
 def _sweep() -> None:
-    """Remove this user's blocks whose writer is gone: a killed engine leaves its own."""
+    """Remove this user's blocks whose writer is gone: a killed engine leaves its own.
+
+    A writer in another container has a number that is not known here, and holds its block.
+    """
     for path in block_directory().glob(_pattern("*", "*")):
         with contextlib.suppress(OSError, ValueError, struct.error):
             pid = int(str(_read(path).info["pid"]))
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
-                path.unlink()
+                if not _held(path):
+                    path.unlink()
+
+
+def _held(path: Path) -> bool:
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def read_statuses(run: str) -> list[Status]:

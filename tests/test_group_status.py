@@ -67,7 +67,7 @@ def test_metrics_name_the_group_its_limits_and_its_engines(run):
             state: values["shaper_group_engines", (*own, ("state", state))]
             for state in MEMBER_STATES
         }
-        assert states == {"alive": 2.0, "stalled": 1.0, "gone": 0.0}
+        assert states == {"alive": 2.0, "stalled": 1.0, "gone": 0.0, "orphaned": 0.0}
         assert values["shaper_group_committed_watts", own] == 1050.0
         assert values["shaper_group_oldest_wait_seconds", own] == 0.5
         assert values["shaper_group_claims_refused_total", own] == 7.0

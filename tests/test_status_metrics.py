@@ -130,6 +130,22 @@ def test_the_block_of_a_killed_engine_is_swept(run):
         writer.close()
 
 
+def test_the_block_of_an_engine_in_another_container_is_kept(run, monkeypatch):
+    """Its process has a number that means nothing here; it lives all the same."""
+    first = StatusWriter(run, 0, {})
+
+    def nobody(pid: int, number: int) -> None:
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", nobody)
+    second = StatusWriter(run + "b", 0, {})
+    try:
+        assert len(read_statuses(run)) == 1
+    finally:
+        first.close()
+        second.close()
+
+
 def test_a_foreign_file_is_not_a_block(run):
     """A truncated or foreign file is passed over."""
     path = block_directory() / f"vllm-shaper-{os.getuid()}-{run}-0"

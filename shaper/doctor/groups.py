@@ -9,10 +9,18 @@ from pathlib import Path
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.errors import FleetError
 from shaper.fleet.locks import ALIVE
+from shaper.fleet.presence import apart
 from shaper.fleet.segment import GroupFile, group_directory, named
 from shaper.fleet.standing import GroupSnapshot, snapshot
+from shaper.group_status import MEMBER_STATES, MemberState
 
 _SECTION = "Power groups"
+# The worst first.
+_ADVICE: dict[MemberState, str] = {
+    "orphaned": "the server of an orphaned engine is gone, and it serves nobody: kill -9 it",
+    "stalled": "a stalled engine is stopped or hangs: kill -CONT it, or see its log",
+    "gone": "an engine that is gone was killed: see its log",
+}
 # Joining takes milliseconds; who takes longer is said to be in the way.
 _WAIT_SECONDS = 0.5
 
@@ -22,6 +30,10 @@ def group_findings(directory: Path | None = None) -> list[Finding]:
     folder = group_directory() if directory is None else directory
     paths = sorted(folder.glob("*.group")) if folder.is_dir() else []
     found = [_group(path.stem, directory) for path in paths]
+    alone = apart() if found else None
+    if alone is not None:
+        what, _, advice = alone.rpartition("; ")
+        found.append(Checks(_SECTION).warn("group.shared", what, advice))
     return found or [Checks(_SECTION).ok("group.groups", "none on this host as this user")]
 
 
@@ -56,23 +68,22 @@ def _group(name: str, directory: Path | None) -> Finding:
 
 
 def _standing(checks: Checks, name: str, state: GroupSnapshot, limits: str) -> Finding:
-    count = {
-        kind: sum(engine.state == kind for engine in state.engines)
-        for kind in ("alive", "stalled", "gone")
-    }
+    count = {kind: sum(engine.state == kind for engine in state.engines) for kind in MEMBER_STATES}
     used = ", ".join(
         f"{watts:.0f} of {limit.watts:g} W over {limit.window_seconds:g} s"
         for watts, limit in zip(state.used_watts, state.limits, strict=True)
     )
     said = f"{name}: {_counted(count.items())}; committed {used}"
-    data = {"name": name, "limits": limits, **count}
-    if count["stalled"] or count["gone"]:
-        who = [plain(e.label, 40) for e in state.engines if e.state != "alive"]
+    data: dict[str, object] = {"name": name, "limits": limits}
+    data.update((str(kind), number) for kind, number in count.items())
+    if count["alive"] < len(state.engines):
+        who = [
+            f"{plain(e.label, 40)} (process {e.pid})" for e in state.engines if e.state != "alive"
+        ]
         return checks.warn(
             "group.standing",
             said,
-            f"{', '.join(who)}: a stalled engine is stopped or hangs, one that is gone was killed; "
-            "see their logs",
+            f"{', '.join(who)}: {_ADVICE[next(k for k in _ADVICE if count[k])]}",
             **data,
         )
     over = [w > limit.watts for w, limit in zip(state.used_watts, state.limits, strict=True)]

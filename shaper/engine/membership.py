@@ -25,7 +25,7 @@ from shaper.core.types import PowerBudget
 from shaper.engine.meter_windows import Usage, usage
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
-from shaper.fleet import GroupSnapshot, HostGroup, join_group, sweep_groups
+from shaper.fleet import GroupSnapshot, HostGroup, apart, join_group, sweep_groups
 from shaper.group_config import GroupTerms
 from shaper.group_status import GroupStatus, MemberStatus
 
@@ -141,6 +141,9 @@ def join(
         gpu_count=model.gpu_count,
     )
     sweep_groups(time.monotonic())
+    alone = apart()
+    if alone is not None:
+        logger.warning("power group %s: %s", terms.name, alone)
     enforced = [gpu.enforced_limit_watts for gpu in gpus.reader.gpus]
     known = [gpus.profile.power.limit_watts if watts is None else watts for watts in enforced]
     free_watts = sum(known) or model.gpu_count * gpus.profile.power.limit_watts

@@ -1,7 +1,9 @@
 """Engines of one host that share a power budget."""
 
-from shaper.fleet.host import HostGroup, check_group, join_group
+from shaper.fleet.host import HostGroup, join_group
+from shaper.fleet.joining import check_group
 from shaper.fleet.ledger import GroupLedger, memory_groups
+from shaper.fleet.presence import apart
 from shaper.fleet.standing import EngineStanding, GroupSnapshot
 from shaper.fleet.sweep import sweep_groups
 
@@ -10,6 +12,7 @@ __all__ = [
     "GroupLedger",
     "GroupSnapshot",
     "HostGroup",
+    "apart",
     "check_group",
     "join_group",
     "memory_groups",

@@ -8,10 +8,10 @@ its row, with its idle power; what it is allowed, others use meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
-import re
 import threading
 import time
 import weakref
@@ -21,16 +21,15 @@ from pathlib import Path
 from shaper.core.group import Committed, EngineShare, Step
 from shaper.core.types import PowerLimit
 from shaper.errors import FleetError
+from shaper.fleet.joining import check_terms, free_rows
 from shaper.fleet.ledger import GroupLedger
 from shaper.fleet.locks import ALIVE, MEMBERSHIP, ByteLocks, Gate
-from shaper.fleet.rows import MAX_WINDOW_SECONDS
-from shaper.fleet.segment import CAPACITY, GroupFile, Segment, named
+from shaper.fleet.presence import Presence
+from shaper.fleet.segment import GroupFile, Segment
 from shaper.fleet.standing import GroupSnapshot, snapshot
 
 logger = logging.getLogger(__name__)
 
-# It becomes the name of a file.
-_NAME = re.compile(r"[A-Za-z0-9-]{1,64}")
 # How often the file's name is looked at: it may be removed under a living group.
 _NAME_SECONDS = 1.0
 _HOSTED: weakref.WeakSet[HostGroup] = weakref.WeakSet()
@@ -51,11 +50,13 @@ class HostGroup(GroupLedger):
         limits: Sequence[PowerLimit],
         own: ByteLocks,
         others: ByteLocks,
+        presence: Presence,
         clock: Callable[[], float],
     ) -> None:
         super().__init__(segment.rows, row, limits, Gate(own, segment.gate, clock))
         self._file, self._segment = file, segment
         self._own_locks, self._others_locks = own, others
+        self._presence = presence
         self._clock = clock
         self._leaving = threading.Lock()
         self._left = False
@@ -148,16 +149,20 @@ class HostGroup(GroupLedger):
                 ours = self._file.same_file(self._others_locks)
                 if ours and not locks.held(ALIVE, 0):
                     self._file.remove()
+                    self._presence.remove()
         except FileNotFoundError:
             logger.info("power group %s: its file was gone before", self._file.name)
         except FleetError as error:
             logger.warning("left, but did not look whether others are left: %s", error)
+        finally:
+            self._presence.close()
 
     def forked(self) -> None:
         """Make this a handle of nothing, in a child that must not speak for its parent."""
         self._left = True
         self._own_locks.close()
         self._others_locks.close()
+        self._presence.close()
 
 
 def _forked() -> None:
@@ -198,7 +203,7 @@ def join_group(
         FleetError: the group has other limits, or they are below what its engines and this
             one draw idle; it is full; its file is not to be believed, or can't be had.
     """
-    _check(name, limits)
+    check_terms(name, limits)
     powers = idle_watts, rest_watts
     if not (all(0.0 <= x < math.inf for x in powers) and rest_after_seconds >= 0 < gpu_count):
         raise FleetError(
@@ -208,75 +213,22 @@ def join_group(
     limits = tuple(sorted(limits, key=lambda limit: limit.window_seconds))
     file = GroupFile(name, directory)
     try:
-        with file.members(create=True) as locks:
-            in_use = file.prepare(locks, limits)
-            try:
-                segment = file.map(limits)
-                segment.bury(locks, max(x.window_seconds for x in limits), clock())
-                row = _free_row(file, segment, locks, limits, idle_watts)
-                own, others = file.open(), file.open()
-                if not file.same_file(locks):
-                    raise FileNotFoundError(file.path)
-                own.take(ALIVE + row)
-                segment.mark(row, label, clock())
-                rest = rest_watts, rest_after_seconds
-                segment.rows.open(row, idle_watts, *rest, clock(), gpu_count)
-            except BaseException:
-                if not in_use:
-                    file.remove()
-                raise
+        with file.members(create=True) as locks, contextlib.ExitStack() as undo:
+            presence = Presence(name, file.path.parent.parent)
+            undo.callback(presence.close)
+            if not file.prepare(locks, limits):
+                undo.callback(file.remove)
+            segment = file.map(limits)
+            segment.bury(locks, max(x.window_seconds for x in limits), clock())
+            [row] = free_rows(file, segment, locks, limits, idle_watts, 1)
+            own, others = file.open(), file.open()
+            if not file.same_file(locks):
+                raise FileNotFoundError(file.path)
+            own.take(ALIVE + row)
+            segment.mark(row, label, clock())
+            rest = rest_watts, rest_after_seconds
+            segment.rows.open(row, idle_watts, *rest, clock(), gpu_count)
+            undo.pop_all()
     except FileNotFoundError as error:
         raise file.error(f"{file.path} was removed by somebody else: try again") from error
-    return HostGroup(file, segment, row, limits, own, others, clock)
-
-
-def _check(name: str, limits: Sequence[PowerLimit]) -> None:
-    if not _NAME.fullmatch(name):
-        raise FleetError(f"power group {name!r} is not 1 to 64 letters, digits and dashes")
-    if not limits:
-        raise FleetError(f"power group {name} has no limit: give one, like 4000W@100ms")
-    for limit in limits:
-        if not (0.0 < limit.watts < math.inf and 0.0 < limit.window_seconds <= MAX_WINDOW_SECONDS):
-            raise FleetError(
-                f"power group {name}: {named([limit])} is no limit; give watts above 0, and a "
-                f"window of at most {MAX_WINDOW_SECONDS:g} s"
-            )
-
-
-def _free_row(
-    file: GroupFile,
-    segment: Segment,
-    locks: ByteLocks,
-    limits: Sequence[PowerLimit],
-    idle_watts: float,
-) -> int:
-    """A row for an engine with this idle power."""
-    members = segment.members()
-    alive = [row for row in members if locks.held(ALIVE + row)]
-    floor_watts = idle_watts + float(segment.rows.table["idle_watts"][alive].sum())
-    for limit in limits:
-        if limit.watts <= floor_watts:
-            raise file.error(
-                f"its limit of {named([limit])} is not above what its {len(alive)} engine(s) and "
-                f"this one draw idle ({floor_watts:.0f} W): no schedule can keep it; give all of "
-                f"them more than {math.ceil(floor_watts)} W, or start fewer"
-            )
-    free = set(range(CAPACITY)) - set(members)
-    if not free:
-        raise file.error(f"it has {CAPACITY} engines already, and can hold no more: start another")
-    return min(free)
-
-
-def check_group(name: str, limits: Sequence[PowerLimit], *, directory: Path | None = None) -> None:
-    """Whether a group could be joined with these limits, without joining.
-
-    Raises:
-        FleetError: as from `join_group`, what idles apart.
-    """
-    _check(name, limits)
-    file = GroupFile(name, directory)
-    try:
-        with file.members() as locks:
-            file.check(locks, limits)
-    except FileNotFoundError:
-        return
+    return HostGroup(file, segment, row, limits, own, others, presence, clock)

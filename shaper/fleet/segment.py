@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+import multiprocessing
 import os
 import shlex
 import stat
@@ -27,10 +28,12 @@ from shaper.core.types import PowerLimit
 from shaper.errors import FleetError
 from shaper.fleet.locks import ALIVE, GATE, MEMBERSHIP, ByteLocks
 from shaper.fleet.rows import BINS, ROW, Rows, table_bytes
+from shaper.processes import pid_namespace
 
+_MEMORY = Path("/dev/shm")
 CAPACITY = 64
 """Engines of one group: 4 MB of memory for each grid that its limits need."""
-LAYOUT = 2
+LAYOUT = 3
 _MAGIC = b"SHAPERGR"
 # Magic, layout, capacity, bins, sizes of a row and a mark, number of limits, boot.
 _FIXED = struct.Struct("<8sIIIIII36s4x")
@@ -46,6 +49,8 @@ MARK = np.dtype(
     [
         ("label", "S64"),
         ("pid", np.int64),
+        ("server_pid", np.int64),
+        ("pid_namespace", np.int64),
         ("gone_seconds", np.float64),
         ("heartbeat_seconds", np.float64),
         ("claims", np.int64),
@@ -68,8 +73,7 @@ def _ordered(limits: Sequence[PowerLimit]) -> list[tuple[float, float]]:
 
 def group_directory() -> Path:
     """Where this user's groups lie: in memory if the machine has it."""
-    shm = Path("/dev/shm")
-    base = shm if os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
+    base = _MEMORY if os.access(_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     return base / f"shaper-{os.getuid()}"
 
 
@@ -102,6 +106,9 @@ class Segment:
         mark = self.marks[row]
         mark["label"] = label.encode(errors="replace")
         mark["pid"] = os.getpid()
+        # An engine that nobody started as his child has no server whose end matters.
+        mark["server_pid"] = 0 if multiprocessing.parent_process() is None else os.getppid()
+        mark["pid_namespace"] = pid_namespace()
         mark["heartbeat_seconds"] = now_seconds
 
     def bury(self, locks: ByteLocks, longest_seconds: float, now_seconds: float) -> list[str]:
@@ -164,6 +171,12 @@ class GroupFile:
         folder = group_directory() if directory is None else directory
         self.path = folder / f"{name}.group"
         self._rm = f"rm {shlex.quote(str(self.path))}"
+        if directory is None and folder.parent != _MEMORY:
+            # A directory for temporary files may be a service's own, and the group with it.
+            raise self.error(
+                f"{_MEMORY} can't be written here, and it is where the engines of a host meet: "
+                "make it writable (with a read-only root it is a mount of its own)"
+            )
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
             found = folder.lstat()

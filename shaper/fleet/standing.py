@@ -11,8 +11,9 @@ import numpy as np
 from shaper.core.types import PowerLimit
 from shaper.fleet.segment import Segment, label_of
 from shaper.fleet.sums import mean_watts
+from shaper.processes import lost_parent, pid_namespace
 
-State = Literal["alive", "stalled", "gone"]
+State = Literal["alive", "stalled", "gone", "orphaned"]
 # Sampler threads beat every 20 ms, and a driver may hold one for some 100 ms.
 STALLED_SECONDS = 1.0
 _RECENT_SECONDS = 0.1
@@ -26,7 +27,8 @@ class EngineStanding:
     pid: int
     """In its own container."""
     state: State
-    """`stalled`: it says nothing; `gone`: it died or left, and its row is not free yet."""
+    """`stalled`: it says nothing; `gone`: it died or left, and its row is not free yet;
+    `orphaned`: its server is gone, so that it serves nobody and must end."""
     gpu_count: int
     idle_watts: float
     floor_watts: float
@@ -96,16 +98,38 @@ def snapshot(
     )
 
 
+def state_of(segment: Segment, row: int, now_seconds: float) -> State:
+    """How the engine of a row fares."""
+    mark = segment.marks[row]
+    if mark["gone_seconds"]:
+        return "gone"
+    if lost_parent(int(mark["pid"]), int(mark["server_pid"]), int(mark["pid_namespace"])):
+        return "orphaned"
+    # A sampler that hangs in the driver does not make a stalled engine of one that claims.
+    entered = float(segment.rows.table[row]["entered_seconds"])
+    heard = max(float(mark["heartbeat_seconds"]), entered if math.isfinite(entered) else -math.inf)
+    return "stalled" if now_seconds - heard > STALLED_SECONDS else "alive"
+
+
+def trouble(segment: Segment, row: int, now_seconds: float) -> str | None:
+    """What is wrong with an engine, and what to do; None where nothing is."""
+    state, mark = state_of(segment, row, now_seconds), segment.marks[row]
+    if state in ("alive", "gone"):
+        return None
+    who = f"process {int(mark['pid'])} ({label_of(mark)})"
+    if mark["pid_namespace"] != pid_namespace():
+        who += ", as its own container counts,"
+    if state == "orphaned":
+        return f"{who} is an engine whose server is gone: end it (kill -9 {int(mark['pid'])})"
+    return (
+        f"{who} has said nothing for {now_seconds - float(mark['heartbeat_seconds']):.0f} s: it "
+        "is stopped or hangs; let it go on (kill -CONT), or end its server"
+    )
+
+
 def _engine(segment: Segment, row: int, watts: float, now_seconds: float) -> EngineStanding:
     values, mark = segment.rows.table[row], segment.marks[row]
-    # A sampler that hangs in the driver does not make a stalled engine of one that claims.
-    entered = float(values["entered_seconds"])
-    heard = max(float(mark["heartbeat_seconds"]), entered if math.isfinite(entered) else -math.inf)
-    state: State = "alive"
-    if mark["gone_seconds"]:
-        state = "gone"
-    elif now_seconds - heard > STALLED_SECONDS:
-        state = "stalled"
+    state = state_of(segment, row, now_seconds)
     since = float(values["waiting_since_seconds"])
     return EngineStanding(
         label=label_of(mark),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from shaper.errors import FleetError
 from shaper.fleet.locks import ALIVE
+from shaper.fleet.presence import presence_path
 from shaper.fleet.rows import MAX_WINDOW_SECONDS
 from shaper.fleet.segment import GroupFile, group_directory
 
@@ -46,4 +47,5 @@ def sweep_groups(
                     heard_seconds = float(marks["heartbeat_seconds"].max())
                 if heard_seconds < now_seconds - MAX_WINDOW_SECONDS:
                     file.remove()
+                    presence_path(file.name, folder.parent).unlink(missing_ok=True)
                     logger.info("removed power group %s: nobody lives in it", file.name)

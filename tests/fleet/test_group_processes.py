@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -13,7 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from shaper.fleet import HostGroup, join_group
+from shaper.doctor.groups import group_findings
+from shaper.errors import FleetError
+from shaper.fleet import HostGroup, check_group, join_group
+from shaper.processes import descendants, lives
 from tests.fleet import group_member
 from tests.fleet.group_judge import Drawn, excess_joules
 from tests.fleet.group_member import (
@@ -220,3 +224,51 @@ def test_whoever_is_stopped_or_killed_at_whatever_moment(group, seed):
     group.go_on(*living, runs=10)
     group.end()
     group.check()
+
+
+def test_a_stopped_engine_whose_server_is_gone_is_named(tmp_path):
+    """It can't end itself, and keeps its place: doctor, status and the next start say whose
+    process it is and what to do. One that only hangs is named as well."""
+    script = (
+        "import multiprocessing, os, sys, time\n"
+        "from tests.fleet.group_member import Member\n"
+        "from pathlib import Path\n"
+        "def engine(*given): Member(*given).live()\n"
+        "if __name__ == '__main__':\n"
+        "    given = Path(sys.argv[1]), Path(sys.argv[2]), 0\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=engine, args=given)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    server = tmp_path / "server.py"
+    server.write_text(script)
+    log, folder = tmp_path / "member.log", tmp_path / "groups"
+    root = str(Path(group_member.__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, server, folder, log], env=os.environ | {"PYTHONPATH": root}
+    )
+    until(lambda: log.exists() and "joined" in log.read_text())
+    [engine] = descendants(process.pid)[-1:]
+    try:
+        # Two engines of 600 W idle do not fit beside one of 100 W.
+        terms = {"idle_watts": 900.0, "directory": folder}
+        os.kill(engine, signal.SIGSTOP)
+        time.sleep(1.2)
+        with pytest.raises(FleetError, match=rf"process {engine} \(member 0\) has said nothing"):
+            check_group(NAME, LIMITS, **terms)
+        [found] = group_findings(folder)
+        assert "1 stalled" in found.found
+        process.kill()
+        process.wait()
+        until(lambda: "1 orphaned" in group_findings(folder)[0].found)
+        [found] = group_findings(folder)
+        assert f"process {engine}" in found.advice
+        assert "kill -9" in found.advice
+        with pytest.raises(FleetError, match=f"process {engine} .*server is gone.*kill -9"):
+            check_group(NAME, LIMITS, **terms)
+    finally:
+        os.kill(engine, signal.SIGKILL)
+        until(lambda: not lives(engine))
+        process.kill()
+        process.wait()
+    check_group(NAME, LIMITS, **terms | {"idle_watts": 800.0})
