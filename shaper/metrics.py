@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -44,10 +44,15 @@ class StatusCollector(Collector):
 
     Args:
         read: returns the blocks; called once a scrape.
+        refused: returns the requests that API servers refused, by class and reason.
     """
 
-    def __init__(self, read: Callable[[], Iterable[Status]]) -> None:
-        self._read = read
+    def __init__(
+        self,
+        read: Callable[[], Iterable[Status]],
+        refused: Callable[[], Mapping[tuple[str, str], int]] = dict,
+    ) -> None:
+        self._read, self._refused = read, refused
 
     def describe(self) -> Iterable[Metric]:
         """Nothing: lets the collector register before any engine is there."""
@@ -69,6 +74,7 @@ class StatusCollector(Collector):
         yield _degraded(statuses)
         yield from _table(statuses, "flex", FLEX_METRICS)
         yield _released(statuses)
+        yield _refused(statuses, self._refused())
         yield from _table(statuses, "scheduler", SCHEDULER_METRICS)
         yield _decisions(statuses)
         yield _chunks(statuses)
@@ -232,6 +238,21 @@ def _released(statuses: Sequence[Status]) -> Metric:
         labels=("engine", "why"),
     )
     return _labelled(statuses, "flex", len(FLEX_METRICS), RELEASED, family)
+
+
+def _refused(statuses: Sequence[Status], at_the_door: Mapping[tuple[str, str], int]) -> Metric:
+    """At the door of the API servers, and in the engines at the bound of their wait."""
+    family = CounterMetricFamily(
+        "shaper_requests_refused_total",
+        "Requests that were refused, by class of work and by why.",
+        labels=("work_class", "reason"),
+    )
+    for kind, number in at_the_door.items():
+        family.add_metric(kind, number)
+    index = [name for name, _ in FLEX_METRICS].index("shaper_flex_refused_total")
+    overdue = sum(s.values["flex"][index] for s in statuses if len(s.values["flex"]) > index)
+    family.add_metric(("flex", "wait_exceeded"), overdue)
+    return family
 
 
 def _decisions(statuses: Sequence[Status]) -> Metric:

@@ -51,7 +51,8 @@ def run_id(environ: MutableMapping[str, str] = os.environ) -> str:
 def _remove_blocks(run: str, owner_pid: int) -> None:
     if os.getpid() == owner_pid:
         blocks = block_directory().glob(_pattern(run, "*"))
-        for path in (*blocks, *control_paths(run), refusal_path(run)):
+        controls = block_directory().glob(f"{control_paths(run)[0].name}*")
+        for path in (*blocks, *controls, refusal_path(run)):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
 

@@ -40,6 +40,7 @@ from shaper.engine.flex import FLEX, STALE_SECONDS
 from shaper.engine.request_class import KeyClasses, UnknownClassError, classify
 from shaper.errors import ConfigError
 from shaper.metric_values import HEARTBEAT_INDEX, STANDING_METRICS
+from shaper.refused_requests import POWER, THERMAL, UNKNOWN_CLASS, RefusalCounts
 from shaper.settings import given_settings, load_config
 from shaper.status import Status, read_statuses, run_id
 
@@ -69,6 +70,8 @@ class Door:
 
     state: AdmissionState
     recovery_seconds: float | None
+    thermal: bool = False
+    """A limit against overheating holds."""
 
 
 def most_open(statuses: Sequence[Status], now_seconds: float) -> Door | None:
@@ -91,11 +94,13 @@ def _door(status: Status, now_seconds: float) -> Door | None:
     if len(sampler) <= HEARTBEAT_INDEX or len(standing) <= _RECOVERY_INDEX or control is None:
         return None
     silent = now_seconds - sampler[HEARTBEAT_INDEX] > STALE_SECONDS
-    if silent or control.mode != "on" or not constraints_of(status).budgeted:
+    constraints = constraints_of(status)
+    if silent or control.mode != "on" or not constraints.budgeted:
         return None
     recovery = standing[_RECOVERY_INDEX]
     state = _STATES[int(standing[_STATE_INDEX])]
-    return Door(state, None if math.isnan(recovery) else recovery)
+    thermal = bool(constraints.heat_limits)
+    return Door(state, None if math.isnan(recovery) else recovery, thermal)
 
 
 class DoorKeeper:
@@ -135,14 +140,21 @@ class AdmissionMiddleware:
         app: what is inside.
         keeper: says how the engines stand; by default from this run's blocks.
         keys: classes of API keys; by default of this run's configuration.
+        counts: of refusals; by default for this run's metrics.
     """
 
     def __init__(
-        self, app: App, *, keeper: DoorKeeper | None = None, keys: KeyClasses | None = None
+        self,
+        app: App,
+        *,
+        keeper: DoorKeeper | None = None,
+        keys: KeyClasses | None = None,
+        counts: RefusalCounts | None = None,
     ) -> None:
         self.app = app
         self._keeper = keeper or DoorKeeper(lambda: read_statuses(run_id()))
         self._keys = keys
+        self._counts = counts or RefusalCounts(run_id())
         self._shed = 0
         self._logged_seconds = -math.inf
 
@@ -181,6 +193,7 @@ class AdmissionMiddleware:
             try:
                 kind, marked = classify(body, headers, bound)
             except UnknownClassError as error:
+                self._counts.count(UNKNOWN_CLASS)
                 wrong = "invalid_request_error"
                 return _Answer(400, openai_error(str(error), wrong, "unknown_class"))
             if marked is not body:
@@ -190,7 +203,9 @@ class AdmissionMiddleware:
         self._shed += 1
         if self._may_log():
             logger.warning("flex requests are refused: %d so far by this API server", self._shed)
-        return _refusal(door)
+        answer = _refusal(door)
+        self._counts.count(THERMAL if door.thermal else POWER)
+        return answer
 
     def _may_log(self) -> bool:
         now = time.monotonic()

@@ -12,6 +12,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from shaper.metrics import StatusCollector
+from shaper.refused_requests import refused_requests
 from shaper.status import read_statuses, run_id
 
 _MARK = "_shaper_collector"
@@ -21,7 +22,9 @@ def register_collector(registry: CollectorRegistry) -> None:
     """Add the collector to a registry, once."""
     if not hasattr(registry, _MARK):
         run = run_id()
-        registry.register(StatusCollector(lambda: read_statuses(run)))
+        registry.register(
+            StatusCollector(lambda: read_statuses(run), lambda: refused_requests(run))
+        )
         setattr(registry, _MARK, True)
 
 

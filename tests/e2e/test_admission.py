@@ -107,6 +107,7 @@ async def flooded(server: Server) -> None:
         ]
         for call in calls:
             check_refusal(await refusal(call))
+        assert server.metric("shaper_requests_refused_total") == len(calls)
         with pytest.raises(openai.BadRequestError, match="felx"):
             await prompt(people, 7, 20, extra_body={"vllm_xargs": {"shaper_class": "felx"}})
         # Interactive work enters, and all of the flood is served.

@@ -63,7 +63,7 @@ NOTHING = PowerBudget()
         ([status(SHED, mode="shadow")], None),
         ([status(SHED), status(SHED, mode="off")], Door(OPEN, None)),
         ([status(SHED, budget=NOTHING)], None),
-        ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0)),
+        ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0, thermal=True)),
         # A group's limit is a budget too.
         ([status(SHED, 5.0, budget=NOTHING, group=LIMITED.limits)], Door(SHED, 5.0)),
         ([status(OPEN, budget=NOTHING, group=LIMITED.limits)], Door(OPEN, None)),
