@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from shaper.config import build_config
-from shaper.engine import refusal, shapeable, startup
+from shaper.engine import shapeable, startup
 from shaper.engine.compat import gpus_per_engine, is_diffusion, own_scheduler
 from shaper.engine.plugin import use_flag
 from shaper.engine.protocols import PassThrough
 from shaper.engine.shapeable import check_arguments, check_engine, engine_obstacle
 from shaper.errors import EngineError
-from shaper.status import RUN_VARIABLE, refusal_path, run_id
+from shaper.status import refusal_path, run_id
 
 LIMITED = build_config({"limits": "500W@1s"})
 LAYOUT = {
@@ -208,6 +205,43 @@ def test_a_vllm_without_our_scheduler_keeps_no_limit(monkeypatch: pytest.MonkeyP
     use_flag(argparse.Namespace(**plain))
 
 
+def engine_arguments(**changed: Any) -> Any:
+    """vLLM's own, of an engine with our scheduler and a limit."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from shaper.emulator.models import model_directory
+
+    return EngineArgs(
+        model=str(model_directory("llama-3.1-8b")),
+        load_format="dummy",
+        distributed_executor_backend="shaper.emulator.executor.EmulatedExecutor",
+        scheduler_cls="shaper.PowerScheduler",
+        additional_config={"power_shaper": {"limits": "500W@1s"}},
+        **changed,
+    )
+
+
+def test_vllms_configuration_is_checked_before_an_engine_is_made(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What only the model tells, too: an error to who made it, exit code 2 on a command line."""
+    engine_arguments().create_engine_config()
+    assert "pooling" in refused_line(engine_arguments(runner="pooling").create_engine_config)
+    other = engine_arguments()
+    other.scheduler_cls = None
+    assert "--scheduler-cls" in refused_line(other.create_engine_config)
+    served = engine_arguments(runner="pooling")
+    served._shaper_from_command_line = True
+    with pytest.raises(SystemExit) as ended:
+        served.create_engine_config()
+    assert ended.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert "pooling" in line
+    free = engine_arguments(runner="pooling")
+    free.additional_config = {"power_shaper": {}}
+    assert free.create_engine_config().model_config.runner_type == "pooling"
+
+
 class Composed(SimpleNamespace):
     """A scheduler class that is not ours."""
 
@@ -259,66 +293,6 @@ def test_ray_workers_on_other_hosts_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert engine_obstacle(engine(layout), LIMITED) is None
     placed[1] = "there"
     assert "1 other host" in refused_line(lambda: check_engine(engine(layout), LIMITED))
-
-
-CORE = """
-import multiprocessing, sys
-from shaper.engine.refusal import refuse, show_refusals
-from shaper.errors import EngineError
-
-def core():
-    refuse(EngineError("no schedule\\ncan keep it"))
-
-def serve():
-    show_refusals()
-    process = multiprocessing.get_context("spawn").Process(target=core, name="EngineCore_DP0")
-    process.start()
-    process.join()
-    assert process.exitcode == 2, process.exitcode
-    raise RuntimeError("Engine core initialization failed. See root cause above.")
-
-if __name__ == "__main__":
-    serve()
-"""
-
-
-def run_server(directory: Path, text: str) -> subprocess.CompletedProcess[str]:
-    """A script as a run of its own."""
-    script = directory / "server.py"
-    script.write_text(text)
-    return subprocess.run(
-        [sys.executable, str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={name: value for name, value in os.environ.items() if name != RUN_VARIABLE},
-    )
-
-
-def test_an_engine_that_refuses_ends_the_server_with_its_line(tmp_path: Path) -> None:
-    """Exit code 2 and the engine's reason, without a traceback of either process."""
-    done = run_server(tmp_path, CORE)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "shaper: error: no schedule can keep it"
-
-
-def test_an_error_that_is_no_refusal_is_shown_as_it_is(tmp_path: Path) -> None:
-    """A traceback, and exit code 1."""
-    done = run_server(tmp_path, CORE.replace("process.start()", "raise ValueError('another')"))
-    assert done.returncode == 1
-    assert "ValueError: another" in done.stderr
-
-
-def test_a_refusal_in_a_process_of_somebody_else_is_an_error_there() -> None:
-    """An engine that is made in a user's own process does not end it."""
-    try:
-        refusal.refuse(EngineError("why"))
-        assert refusal.refused(run_id()) == "why"
-    finally:
-        refusal_path(run_id()).unlink()
-    assert refusal.refused(run_id()) is None
 
 
 def test_unshaped_ok_starts_whatever_stands_in_the_way(
