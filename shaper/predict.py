@@ -180,6 +180,10 @@ def _print_one(one: StepAnswer, *, as_json: bool) -> None:
         return
     print(f"{found['model']} on {one.gpu_count} x {found['gpu']}, bound by {one.bound_by}")
     print(
+        f"  {found['parameters'] / 1e9:.2f} G parameters, {found['bytes_per_weight']:.3g} bytes "
+        f"a weight, {found['kv_bytes_per_token'] / 1024:.4g} KiB of KV cache a token"
+    )
+    print(
         f"  {found['seconds'] * 1e3:.2f} ms  {found['joules']:.2f} J  "
         f"{found['watts_per_gpu']:.0f} W per GPU at {one.sm_clock_hertz / 1e6:.0f} MHz  "
         f"{found['tokens_per_second']:.0f} tokens/s  {found['tokens_per_joule']:.2f} tokens/J"

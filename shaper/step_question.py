@@ -7,6 +7,7 @@ from typing import Any
 
 from shaper.core.explain import StepExplanation
 from shaper.core.power_model import GpuProfile, StepModel
+from shaper.core.shape import ModelShape
 from shaper.core.types import StepBatch
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_shape
@@ -59,6 +60,7 @@ class StepAnswer:
     gpu_count: int
     sm_clock_hertz: float
     bound_by: str
+    shape: ModelShape
 
     def as_dict(self) -> dict[str, Any]:
         """What `--json` prints. Tokens are those that the step computes, of both kinds."""
@@ -67,6 +69,9 @@ class StepAnswer:
         return {
             "gpu": self.question.gpu,
             "model": self.question.model,
+            "parameters": self.shape.parameters,
+            "bytes_per_weight": self.shape.weight_bytes_per_value,
+            "kv_bytes_per_token": self.shape.kv_bytes_per_token_full,
             "tensor_parallel": self.gpu_count,
             "decode_requests": self.question.decode_requests,
             "context_tokens": self.question.context_tokens,
@@ -115,7 +120,7 @@ def answer(question: StepQuestion) -> StepAnswer:
         batch, sm_clock_hertz=clock, temperature_celsius=question.temperature_celsius
     )
     bound_by = "power cap" if clock < ceiling else explanation.bound_by
-    return StepAnswer(question, explanation, model.gpu_count, clock, bound_by)
+    return StepAnswer(question, explanation, model.gpu_count, clock, bound_by, shape)
 
 
 def _check(question: StepQuestion, profile: GpuProfile, model: StepModel) -> None:

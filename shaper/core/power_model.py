@@ -251,7 +251,7 @@ class StepModel:
         """Of all its layers: weight seconds, memory seconds per row, compute seconds
         per row at the highest clock."""
         shape = self.coefficients.shape
-        weights = gemm.values * shape.weight_bytes_per_value / self._gemm_bandwidth
+        weights = gemm.weight_bytes / self._gemm_bandwidth
         per_row = (
             (gemm.outputs + gemm.inputs)
             * gemm.count
@@ -293,7 +293,7 @@ class StepModel:
                 * experts
                 * self.profile.compute.expert_tile_tokens
                 * self.coefficients.expert_weight_bytes
-                / self.coefficients.shape.weight_bytes_per_value
+                / self.coefficients.shape.weights.experts
             )
             b = (rows + padding) * self._expert_flop_seconds * slow
             a *= stretch

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-_BYTES_PER_VALUE = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8_e4m3fn": 1.0}
-_QUANTISED_BYTES = {
-    "fp8": 1.0,
-    "fbgemm_fp8": 1.0,
-    "modelopt": 1.0,
-    "mxfp4": 0.5,
-    "awq": 0.5,
-    "gptq": 0.5,
+from shaper.core.layer_kinds import count, experts, moe_mask, sliding
+from shaper.core.model_keys import EXPERT_WIDTH_TYPES, HEAD_DIMS, TIED_TYPES, check_keys
+from shaper.core.quantisation import Matrix, WeightBytes, weight_bytes
+
+_BYTES_PER_VALUE = {
+    **dict.fromkeys(("float32", "float"), 4.0),
+    **dict.fromkeys(("bfloat16", "float16", "half", "auto", "None"), 2.0),
+    "float8_e4m3fn": 1.0,
 }
+# The decoder of a multimodal model.
+_TEXT_KEYS = ("text_config", "llm_config", "language_config")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,127 +44,218 @@ class ModelShape:
     shared_experts: int = 0
     sliding_window_tokens: int | None = None
     sliding_layers: int = 0
-    weight_bytes_per_value: float = 2.0
+    weights: WeightBytes = field(default_factory=WeightBytes)
     kv_bytes_per_value: float = 2.0
     activation_bytes_per_value: float = 2.0
 
     @classmethod
-    def from_hf_config(cls, config: Mapping[str, Any], name: str | None = None) -> ModelShape:
+    def from_hf_config(
+        cls,
+        config: Mapping[str, Any],
+        name: str | None = None,
+        *,
+        quantisation: Mapping[str, Any] | None = None,
+        method: str | None = None,
+        plain_bytes: float | None = None,
+    ) -> ModelShape:
         """Reads a Hugging Face config; a nested `text_config` is used when present.
 
+        Args:
+            config: as `config.json` has it.
+            name: for messages; by default the config's own.
+            quantisation: what says how weights are stored, if `config` does not
+                (`hf_quant_config.json`).
+            method: that a server quantises weights with when it loads them.
+            plain_bytes: of a weight that is not quantised, if not the config's.
+
         Raises:
-            ValueError: a dimension is missing or wrong, or the attention is of a kind
-                (multi-head latent attention) that this module does not know.
+            ValueError: a dimension is missing or wrong, or a key or a kind of model is
+                not understood (`shaper.core.model_keys`); the message names the key.
         """
-        text = config.get("text_config")
-        text = text if isinstance(text, Mapping) else config
         label = name or str(config.get("_name_or_path") or config.get("model_type") or "model")
-        if text.get("kv_lora_rank"):
-            raise ValueError(f"{label}: multi-head latent attention is not supported")
-        layers = _count(text, label, "num_hidden_layers")
-        hidden = _count(text, label, "hidden_size")
-        heads = _count(text, label, "num_attention_heads")
-        experts, chosen, expert_size, moe_layers, shared = _experts(text, label, layers)
-        window, sliding = _sliding(text, layers)
-        value_bytes = _BYTES_PER_VALUE.get(
-            str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), 2.0
-        )
-        quantised = config.get("quantization_config")
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
-        return cls(
+        text = _decoder(config, label)
+        kind = check_keys({"model_type": config.get("model_type"), **text}, label)
+        layers = count(text, label, "num_hidden_layers")
+        hidden = count(text, label, "hidden_size")
+        heads = count(text, label, "num_attention_heads")
+        kv_heads = count(text, label, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ValueError(
+                f"{label}: config key 'num_key_value_heads' is {kv_heads}, which does not divide "
+                f"'num_attention_heads' {heads}"
+            )
+        head_dim = count(text, label, "head_dim", HEAD_DIMS.get(kind, hidden // heads))
+        number, chosen, expert_size, shared = experts(text, label, kind)
+        mask = moe_mask(text, label, layers) if number else (False,) * layers
+        dense = None
+        if all(mask):
+            dense = expert_size if kind in EXPERT_WIDTH_TYPES else 4 * hidden
+        window, window_layers = sliding(text, label, kind, layers)
+        width = plain_bytes or _plain_bytes(text, config, label)
+        found = cls(
             name=label,
             layers=layers,
             hidden_size=hidden,
             attention_heads=heads,
-            kv_heads=_count(text, label, "num_key_value_heads", heads),
-            head_dim=_count(text, label, "head_dim", hidden // heads),
-            intermediate_size=_count(text, label, "intermediate_size", 4 * hidden),
-            vocab_size=_count(text, label, "vocab_size"),
-            max_context_tokens=_count(text, label, "max_position_embeddings"),
-            tied_embeddings=bool(
-                text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-            ),
-            experts=experts,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate_size=count(text, label, "intermediate_size", dense),
+            vocab_size=count(text, label, "vocab_size"),
+            max_context_tokens=count(text, label, "max_position_embeddings"),
+            tied_embeddings=_tied(text, config, kind, label),
+            experts=number,
             experts_per_token=chosen,
             expert_intermediate_size=expert_size,
-            moe_layers=moe_layers,
+            moe_layers=sum(mask),
             shared_experts=shared,
             sliding_window_tokens=window,
-            sliding_layers=sliding,
-            weight_bytes_per_value=_QUANTISED_BYTES.get(str(method), value_bytes),
-            kv_bytes_per_value=min(value_bytes, 2.0),
-            activation_bytes_per_value=min(value_bytes, 2.0),
+            sliding_layers=window_layers,
+            kv_bytes_per_value=min(width, 2.0),
+            activation_bytes_per_value=min(width, 2.0),
         )
+        quantisation = quantisation or _quantisation(text, config, label)
+        try:
+            weights = weight_bytes(_matrices(found, mask), layers, width, quantisation, method)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from error
+        return replace(found, weights=weights)
+
+    @property
+    def weight_bytes_per_value(self) -> float:
+        """Mean bytes of a weight in the quantised matrices, scales included; of any weight
+        where none is quantised."""
+        return self.weights.quantised
 
     @property
     def parameters(self) -> int:
         """Weights of the model, norms left out (below 0.01% of the whole)."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.attention_heads + self.kv_heads)
-        dense = 3 * self.hidden_size * self.intermediate_size
-        expert = 3 * self.hidden_size * self.expert_intermediate_size
-        moe = expert * (self.experts + self.shared_experts) + self.hidden_size * self.experts
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-        return (
-            self.layers * attention
-            + (self.layers - self.moe_layers) * dense
-            + self.moe_layers * moe
-            + embeddings
-        )
+        return sum(values for values, _ in self._stored())
 
     @property
     def weight_bytes(self) -> float:
         """Memory that all weights occupy, all GPUs together."""
-        return self.parameters * self.weight_bytes_per_value
+        return sum(values * width for values, width in self._stored())
 
     @property
     def kv_bytes_per_token(self) -> float:
         """KV cache of one token of context, all layers and GPUs, windows not considered."""
         return 2.0 * self.layers * self.kv_heads * self.head_dim * self.kv_bytes_per_value
 
+    @property
+    def kv_bytes_per_token_full(self) -> float:
+        """The same of the layers that cache the whole context."""
+        return self.kv_bytes_per_token * (self.layers - self.sliding_layers) / self.layers
 
-def _count(config: Mapping[str, Any], label: str, key: str, default: int | None = None) -> int:
-    value = config.get(key, default)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ValueError(f"{label}: config key {key!r} is {value!r}, not a positive integer")
-    return value
-
-
-def _experts(text: Mapping[str, Any], label: str, layers: int) -> tuple[int, int, int, int, int]:
-    """(experts, chosen per token, expert width, layers that have them, shared ones)."""
-    keys = ("num_experts", "num_local_experts", "n_routed_experts")
-    experts = next((int(text[key]) for key in keys if text.get(key)), 0)
-    if not experts:
-        return 0, 0, 0, 0, 0
-    chosen = _count(text, label, "num_experts_per_tok")
-    if chosen > experts:
-        raise ValueError(f"{label}: {chosen} experts per token of only {experts}")
-    width = text.get("moe_intermediate_size") or text.get("intermediate_size")
-    shared = int(text.get("n_shared_experts") or text.get("num_shared_experts") or 0)
-    moe_layers = layers
-    if text.get("interleave_moe_layer_step"):
-        moe_layers = layers // int(text["interleave_moe_layer_step"])
-    elif "moe_layer_freq" in text and "first_k_dense_replace" in text:
-        first, every = int(text["first_k_dense_replace"]), int(text["moe_layer_freq"])
-        moe_layers = sum(1 for i in range(layers) if i >= first and i % every == 0)
-    return experts, chosen, _count({"width": width}, label, "width"), moe_layers, shared
+    def _stored(self) -> tuple[tuple[int, float], ...]:
+        """(weights, bytes of each) of each kind of matrix, all layers."""
+        of = self.weights
+        hidden, ffn = self.hidden_size, self.hidden_size * self.intermediate_size
+        expert = 3 * hidden * self.expert_intermediate_size * self.moe_layers
+        dense = self.layers - self.moe_layers
+        heads = self.attention_heads + 2 * self.kv_heads
+        embeddings = self.vocab_size * hidden
+        return (
+            (self.layers * hidden * self.head_dim * heads, of.attention),
+            (self.layers * hidden * self.head_dim * self.attention_heads, of.output),
+            (dense * 2 * ffn, of.gate_up),
+            (dense * ffn, of.down),
+            (expert * self.experts, of.experts),
+            (expert * self.shared_experts, of.shared),
+            (self.moe_layers * hidden * self.experts, of.plain),
+            (embeddings, of.head),
+            (0 if self.tied_embeddings else embeddings, of.plain),
+        )
 
 
-def _sliding(text: Mapping[str, Any], layers: int) -> tuple[int | None, int]:
-    """(window, layers that have it). Qwen names a window and turns it off."""
-    window = text.get("sliding_window")
-    if not isinstance(window, int) or window <= 0 or text.get("use_sliding_window") is False:
-        return None, 0
-    kinds = text.get("layer_types")
-    if isinstance(kinds, list):
-        sliding = sum(1 for kind in kinds[:layers] if "sliding" in str(kind))
-        return (window, sliding) if sliding else (None, 0)
-    pattern = text.get("sliding_window_pattern")
-    if isinstance(pattern, int) and pattern > 1:
-        return window, layers - layers // pattern
-    if text.get("model_type") in ("gemma3", "gemma3_text"):
-        return window, layers - layers // 6
-    if text.get("model_type") == "gemma2":
-        return window, (layers + 1) // 2
-    return window, layers
+def _decoder(config: Mapping[str, Any], label: str) -> Mapping[str, Any]:
+    for key in _TEXT_KEYS:
+        text = config.get(key)
+        if text is not None:
+            if not isinstance(text, Mapping) or not text:
+                raise ValueError(f"{label}: config key {key!r} is no object with entries")
+            return text
+    return config
+
+
+def _tied(text: Mapping[str, Any], config: Mapping[str, Any], kind: str, label: str) -> bool:
+    for part in (text, config):
+        value = part.get("tie_word_embeddings")
+        if isinstance(value, bool):
+            return value
+        if value is not None:
+            raise ValueError(
+                f"{label}: config key 'tie_word_embeddings' is {value!r}, not true or false"
+            )
+    return kind in TIED_TYPES
+
+
+def _plain_bytes(text: Mapping[str, Any], config: Mapping[str, Any], label: str) -> float:
+    for part in (text, config):
+        for key in ("dtype", "torch_dtype"):
+            value = part.get(key)
+            if value is None:
+                continue
+            width = _BYTES_PER_VALUE.get(str(value).removeprefix("torch."))
+            if width is None:
+                raise ValueError(f"{label}: config key {key!r} is {value!r}, which is not known")
+            return width
+    return 2.0
+
+
+def _quantisation(
+    text: Mapping[str, Any], config: Mapping[str, Any], label: str
+) -> Mapping[str, Any] | None:
+    for part in (config, text):
+        for key in ("quantization_config", "compression_config"):
+            value = part.get(key)
+            if value is None or value == {}:
+                continue
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{label}: config key {key!r} is no object")
+            return value
+    return None
+
+
+def _matrices(shape: ModelShape, mask: tuple[bool, ...]) -> list[Matrix]:
+    """Every matrix that may be quantised, with the names that lists of exceptions use."""
+    hidden, kv = shape.hidden_size, shape.kv_heads * shape.head_dim
+    q = shape.attention_heads * shape.head_dim
+    ffn, expert = shape.intermediate_size, shape.expert_intermediate_size
+    found = [Matrix("head", shape.vocab_size * hidden, ("lm_head",))]
+
+    def add(kind: str, weights: int, *names: str) -> None:
+        found.append(Matrix(kind, weights, names))
+
+    for layer, has_experts in enumerate(mask):
+        at = f"layers.{layer}."
+        attention = at + "self_attn."
+        for name, width in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+            add("attention", hidden * width, attention + name, attention + "qkv_proj")
+        add("output", hidden * q, attention + "o_proj")
+        parts = (
+            ("gate_up", "gate_proj", "w1"),
+            ("gate_up", "up_proj", "w3"),
+            ("down", "down_proj", "w2"),
+        )
+        for kind, name, short in parts:
+            fused = "gate_up_proj" if kind == "gate_up" else name
+            if not has_experts:
+                add(kind, hidden * ffn, *(f"{at}mlp.{one}" for one in (name, fused)))
+                continue
+            add(
+                "experts",
+                hidden * expert * shape.experts,
+                *(f"{at}mlp.experts.{one}" for one in (f"0.{name}", fused)),
+                f"{at}block_sparse_moe.experts.0.{short}",
+            )
+            if shape.shared_experts:
+                add(
+                    "shared",
+                    hidden * expert * shape.shared_experts,
+                    *(
+                        f"{at}mlp.shared_expert{s}.{one}"
+                        for s in ("", "s")
+                        for one in (name, fused)
+                    ),
+                )
+    return found

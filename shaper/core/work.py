@@ -36,20 +36,26 @@ _ELEMENTWISE_WIDTHS = 10
 class Gemm:
     """One weight matrix of `outputs` x `inputs` on one GPU, in `count` layers.
 
-    `rows_per_token` scales the rows it sees: 1 for every token of the step. With
-    `logits_only` it sees only the tokens whose logits are needed.
+    It sees every token of the step; with `logits_only` those whose logits are needed.
     """
 
     name: str
     outputs: int
     inputs: int
     count: int
+    bytes_per_value: float
+    """Of a weight, scales included; means over its layers."""
     logits_only: bool = False
 
     @property
     def values(self) -> int:
         """Weights in all its layers together."""
         return self.outputs * self.inputs * self.count
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of the weights in all its layers together."""
+        return self.values * self.bytes_per_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +144,22 @@ class WorkCoefficients:
             expert_ffn = shape.expert_intermediate_size
         dense_layers = shape.layers - shape.moe_layers
         shared = expert_ffn * shape.shared_experts
+        of = shape.weights
         gemms = [
-            Gemm("qkv", (heads + 2 * kv_heads) * head_dim, width, shape.layers),
-            Gemm("attention output", width, heads * head_dim, shape.layers),
+            Gemm("qkv", (heads + 2 * kv_heads) * head_dim, width, shape.layers, of.attention),
+            Gemm("attention output", width, heads * head_dim, shape.layers, of.output),
         ]
         if dense_layers:
-            gemms.append(Gemm("gate and up", 2 * ffn, width, dense_layers))
-            gemms.append(Gemm("down", width, ffn, dense_layers))
+            gemms.append(Gemm("gate and up", 2 * ffn, width, dense_layers, of.gate_up))
+            gemms.append(Gemm("down", width, ffn, dense_layers, of.down))
         if shape.moe_layers:
-            gemms.append(Gemm("router", shape.experts, width, shape.moe_layers))
+            moe = shape.moe_layers
+            gemms.append(Gemm("router", shape.experts, width, moe, of.plain))
             if shared:
-                gemms.append(Gemm("shared gate and up", 2 * shared, width, shape.moe_layers))
-                gemms.append(Gemm("shared down", width, shared, shape.moe_layers))
-        gemms.append(Gemm("logits", math.ceil(shape.vocab_size / tp), width, 1, logits_only=True))
+                gemms.append(Gemm("shared gate and up", 2 * shared, width, moe, of.shared))
+                gemms.append(Gemm("shared down", width, shared, moe, of.shared))
+        vocabulary = math.ceil(shape.vocab_size / tp)
+        gemms.append(Gemm("logits", vocabulary, width, 1, of.head, logits_only=True))
         per_token = sum(gemm.values for gemm in gemms if not gemm.logits_only)
         logits = gemms[-1].values
         expert_values = 3 * width * expert_ffn * shape.moe_layers
@@ -169,8 +178,8 @@ class WorkCoefficients:
             expert_flops_per_token=2.0 * expert_values * shape.experts_per_token,
             flops_per_pair_full=pair_flops * full_layers,
             flops_per_pair_sliding=pair_flops * shape.sliding_layers,
-            dense_weight_bytes=(per_token + logits) * shape.weight_bytes_per_value,
-            expert_weight_bytes=expert_values * shape.weight_bytes_per_value,
+            dense_weight_bytes=sum(gemm.weight_bytes for gemm in gemms),
+            expert_weight_bytes=expert_values * of.experts,
             kv_bytes_per_token_full=kv_bytes * full_layers,
             kv_bytes_per_token_sliding=kv_bytes * shape.sliding_layers,
             activation_bytes_per_token=a * _activation_values_per_token(shape, tp),
@@ -272,7 +281,7 @@ class WorkCoefficients:
         new_kv = self.kv_bytes_per_token_full + self.kv_bytes_per_token_sliding
         read_bytes = (
             self.dense_weight_bytes
-            - router * 0.5 * shape.weight_bytes_per_value
+            - router * 0.5 * shape.weights.plain
             + experts * self.expert_weight_bytes
             + tokens * reads * a
             + logits * shape.hidden_size * a

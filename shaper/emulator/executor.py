@@ -26,7 +26,6 @@ from vllm.v1.outputs import (
     ModelRunnerOutput,
 )
 
-from shaper.core.shape import ModelShape
 from shaper.core.types import StepBatch
 from shaper.emulator.activate import (
     EMULATE_VARIABLE,
@@ -36,7 +35,7 @@ from shaper.emulator.activate import (
 )
 from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.device import EmulatedDevice
-from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
+from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs, served_shape
 from shaper.emulator.sampling import TokenSource, logprob_rows
 from shaper.emulator.tokenizer import BYTE_TOKENS
 from shaper.errors import ConfigError
@@ -105,7 +104,7 @@ class EmulatedExecutor(Executor):
     def _init_executor(self) -> None:
         config = self.vllm_config
         _refuse_unsupported(config)
-        self._shape = ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
+        self._shape = served_shape(config)
         parallel = config.parallel_config
         replay = os.environ.get(REPLAY_VARIABLE)
         self.device = EmulatedDevice(

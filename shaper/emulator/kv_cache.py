@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shaper.core.power_model import StepModel
+from shaper.core.profile import GpuProfile
 from shaper.core.shape import ModelShape
+from shaper.core.work import WorkCoefficients
 from shaper.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +53,39 @@ def available_kv_bytes(model: StepModel, utilization_ratio: float, max_batched_t
     return int(left)
 
 
+def served_shape(config: VllmConfig) -> ModelShape:
+    """The model that vLLM serves, as the emulated GPU runs it: the truth of its steps.
+
+    Deliberately not what the shaper makes of the same configuration
+    (`shaper.engine.work`), so that a mistake there shows as power.
+
+    Raises:
+        ConfigError: a model or a way to store it that is not emulated.
+    """
+    model_config = config.model_config
+    stored = getattr(model_config.hf_config, "quantization_config", None)
+    method = getattr(model_config, "quantization", None) if stored is None else None
+    try:
+        shape = ModelShape.from_hf_config(
+            model_config.hf_config.to_dict(),
+            method=method,
+            plain_bytes=_width(model_config.dtype),
+        )
+    except ValueError as error:
+        raise ConfigError(f"this model is not emulated: {error}") from error
+    return replace(shape, kv_bytes_per_value=_width(_cache_dtype(config)))
+
+
+def true_model(config: VllmConfig, profile: GpuProfile) -> StepModel:
+    """What steps of this engine truly take on GPUs of this profile (see `served_shape`).
+
+    Raises:
+        ConfigError: a model that is not emulated.
+    """
+    tensor_parallel = config.parallel_config.tensor_parallel_size
+    return StepModel(profile, WorkCoefficients.from_shape(served_shape(config), tensor_parallel))
+
+
 def kv_cache_specs(config: VllmConfig, shape: ModelShape) -> dict[str, Any]:
     """vLLM's KV cache spec of each layer, of what one GPU holds.
 
@@ -78,6 +114,11 @@ def kv_cache_specs(config: VllmConfig, shape: ModelShape) -> dict[str, Any]:
         else:
             specs[name] = FullAttentionSpec(**common)
     return specs
+
+
+def _width(dtype: torch.dtype | str) -> float:
+    """Bytes of a value."""
+    return float((_CACHE_DTYPES[dtype] if isinstance(dtype, str) else dtype).itemsize)
 
 
 def _cache_dtype(config: VllmConfig) -> torch.dtype:

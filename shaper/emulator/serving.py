@@ -43,7 +43,7 @@ def fill_in(arguments: argparse.Namespace, profile: GpuProfile) -> float:
     """
     _refuse_unsupported(arguments)
     name = str(arguments.model_tag or arguments.model)
-    model = _step_model(name, profile, arguments.tensor_parallel_size)
+    model = _step_model(name, profile, arguments)
     directory = model_directory(name)
     arguments.model_tag = arguments.model = str(directory)
     if not arguments.served_model_name:
@@ -79,8 +79,9 @@ def _refuse_unsupported(arguments: argparse.Namespace) -> None:
         )
 
 
-def _step_model(name: str, profile: GpuProfile, tensor_parallel: int) -> StepModel:
-    shape = load_shape(name)
+def _step_model(name: str, profile: GpuProfile, arguments: argparse.Namespace) -> StepModel:
+    shape = load_shape(name, method=getattr(arguments, "quantization", None))
+    tensor_parallel = arguments.tensor_parallel_size
     try:
         return StepModel(profile, WorkCoefficients.from_shape(shape, tensor_parallel))
     except ValueError as error:

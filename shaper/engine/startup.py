@@ -114,7 +114,7 @@ def _unwatched(vllm_config: Any, config: ShaperConfig, why: str) -> PassThrough:
 def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = None) -> LiveShaper:
     vllm_config = scheduler.vllm_config
     gpus = engine_gpus(vllm_config, config)
-    model = StepModel(gpus.profile, engine_coefficients(vllm_config))
+    model = StepModel(gpus.profile, engine_coefficients(vllm_config, scheduler.kv_cache_config))
     check_floor(config, model.idle_watts, model.gpu_count)
     check_gpu_limits(config, model.gpu_count)
     control = BudgetControl(

@@ -1,84 +1,150 @@
-"""The coefficients of this engine's model: from its config, checked against vLLM's own.
+"""The work of this engine's model: from its config, its weights' formats and vLLM's KV cache.
 
-vLLM knows what it really loads (quantised weights, a narrower KV cache), so its
-`ModelMetrics` has the last word on dense models: three probes solve for FLOPs per
-token, per logit and per attended pair, and for the bytes of the weights and of a
-token's KV cache. Mixture-of-experts and sliding layers are not linear in the batch;
-there the config's numbers stand.
+Dimensions come from the config of the decoder, bytes of weights from how its files or
+`--quantization` store them, and the KV cache from the scheduler's own `kv_cache_config`:
+which layers cache what, in how many bytes on this GPU. vLLM's `ModelMetrics` is not asked:
+it drops attention and feed-forward parts whose quantisation it has no name for, and says
+nothing of it. What is not understood is an `EngineError` that names the key.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shaper.core.work import ModelShape, WorkCoefficients
+from shaper.core.shape import ModelShape
+from shaper.core.work import WorkCoefficients
+from shaper.engine.compat import setting
 from shaper.errors import EngineError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-logger = logging.getLogger(__name__)
+# Between the KV heads and sizes that vLLM allocates and those of the config: backends pad.
+_AGREES_RATIO = 0.1
 
-_PROBE_CONTEXT_TOKENS = 1001
 
-
-def engine_coefficients(vllm_config: VllmConfig) -> WorkCoefficients:
+def engine_coefficients(vllm_config: VllmConfig, kv_cache_config: Any = None) -> WorkCoefficients:
     """The work of a step on one GPU of this engine.
 
+    Args:
+        kv_cache_config: the scheduler's. None: the cache is taken to be as the config of
+            the model has it, in 16 bits.
+
     Raises:
-        EngineError: the model's kind is not known to the shaper.
+        EngineError: the model, its weights' format or a layer's cache is not understood.
     """
     model_config = vllm_config.model_config
-    config = model_config.hf_text_config.to_dict()
     tensor_parallel = vllm_config.parallel_config.tensor_parallel_size
     try:
-        shape = ModelShape.from_hf_config(config, name=str(model_config.model))
-        coefficients = WorkCoefficients.from_shape(shape, tensor_parallel)
+        shape = ModelShape.from_hf_config(
+            model_config.hf_text_config.to_dict(),
+            name=str(model_config.model),
+            plain_bytes=float(model_config.dtype.itemsize),
+            **_weights(model_config),
+        )
+        if kv_cache_config is None:
+            return WorkCoefficients.from_shape(shape, tensor_parallel)
+        return _with_cache(shape, vllm_config, list(_layer_specs(kv_cache_config)))
     except ValueError as error:
         raise EngineError(
-            f"the work of model {model_config.model} can't be computed ({error}); "
-            "start with --shaper-off, or without a power limit"
+            f"the work of a step can't be computed ({error}), so that nobody would keep a power "
+            "limit: start without one, or unshaped with --unshaped-ok"
         ) from error
-    if shape.moe_layers or shape.sliding_layers:
-        return coefficients
-    return _as_vllm_counts(coefficients, vllm_config)
 
 
-def _as_vllm_counts(coefficients: WorkCoefficients, vllm_config: VllmConfig) -> WorkCoefficients:
-    try:
-        from vllm.v1.metrics.perf import ExecutionContext, ModelMetrics
+def _weights(model_config: Any) -> dict[str, Any]:
+    """How the weights are stored, as arguments of `ModelShape.from_hf_config`."""
+    parts = (model_config.hf_config, model_config.hf_text_config)
+    names = ("quantization_config", "compression_config")
+    stored = next((x for y in parts for name in names if (x := setting(y, name, None))), None)
+    if stored is not None and not isinstance(stored, Mapping):
+        stored = stored.to_dict()
+    chosen = setting(model_config, "quantization_config", None)
+    online = None if chosen is None else _online(chosen)
+    if stored is None:
+        method = model_config.quantization
+        return {"quantisation": online} if online else {"method": method and str(method)}
+    if online is not None:
+        raise ValueError("'--quantization-config' beside a quantised checkpoint is not understood")
+    return {"quantisation": stored}
 
-        metrics = ModelMetrics(vllm_config)
-        if not metrics.is_enabled():
-            return coefficients
-        single = ExecutionContext.from_single_request
-        short = single(1, 1, is_prefill=False)
-        long = single(1, _PROBE_CONTEXT_TOKENS, is_prefill=False)
-        pair = single(2, 2, is_prefill=True)
-        return dataclasses.replace(coefficients, **_solve(metrics, short, long, pair))
-    # ModelMetrics is not a stable interface, and the config's own numbers are good.
-    except Exception:
-        logger.warning("vLLM's ModelMetrics can't be used; going by the model's config")
-        return coefficients
 
-
-def _solve(metrics: Any, short: Any, long: Any, pair: Any) -> dict[str, Any]:
-    """Dense coefficients from a short decode, a long decode and a prefill of two tokens."""
-    contexts = _PROBE_CONTEXT_TOKENS - 1
-    per_pair = (metrics.get_num_flops(long) - metrics.get_num_flops(short)) / contexts
-    one = metrics.get_num_flops(short) - per_pair
-    # A prefill of two tokens at context two: two tokens, one logit, four pairs.
-    per_token = metrics.get_num_flops(pair) - 4 * per_pair - one
-    kv = (metrics.get_read_bytes(long) - metrics.get_read_bytes(short)) / contexts
-    weights = sum(
-        count for name, count in metrics.get_read_bytes_breakdown(short).items() if "weight" in name
-    )
-    return {
-        "flops_per_pair_full": per_pair,
-        "dense_flops_per_token": per_token,
-        "logits_flops_per_token": one - per_token,
-        "kv_bytes_per_token_full": kv,
-        "dense_weight_bytes": weights,
+def _online(chosen: Any) -> dict[str, Any] | None:
+    """vLLM's `QuantizationConfigArgs`; None where it quantises no weights."""
+    unknown = object()
+    parts = {key: setting(chosen, key, unknown) for key in ("linear", "moe")}
+    if unknown in parts.values():
+        raise ValueError("'--quantization-config' of this vLLM is not understood")
+    others = {
+        "ignore": list(setting(chosen, "ignore", [])),
+        "targets": setting(chosen, "targets", None),
     }
+    formats = {key: str(x) for key, x in parts.items() if x is not None and x.weight is not None}
+    if not formats and not others["targets"]:
+        return None
+    return {"quant_method": "online", **formats, **others}
+
+
+def _layer_specs(kv_cache_config: Any) -> Iterator[tuple[str, Any]]:
+    """(layer's name, what it caches) of each layer that caches anything."""
+    for group in kv_cache_config.kv_cache_groups:
+        # Of layers that differ in size alone, vLLM keeps each one's own.
+        single = setting(group.kv_cache_spec, "kv_cache_specs", {})
+        for name in group.layer_names:
+            yield name, single.get(name, group.kv_cache_spec)
+
+
+def _with_cache(
+    shape: ModelShape, vllm_config: VllmConfig, specs: list[tuple[str, Any]]
+) -> WorkCoefficients:
+    windows: set[int] = set()
+    counts = {"full": 0, "sliding": 0}
+    kv_bytes = {"full": 0.0, "sliding": 0.0}
+    values = shape.head_dim * max(
+        1, shape.kv_heads // vllm_config.parallel_config.tensor_parallel_size
+    )
+    for name, spec in specs:
+        if _is_draft(name, shape.layers):
+            continue
+        kind = type(spec).__name__
+        window = setting(spec, "sliding_window", None)
+        if kind not in ("FullAttentionSpec", "SlidingWindowSpec") or setting(
+            spec, "attention_chunk_size", None
+        ):
+            raise ValueError(f"layer {name} has a cache of a kind that is not modelled: {kind}")
+        has = spec.num_kv_heads * (spec.head_size + setting(spec, "head_size_v", spec.head_size))
+        if abs(has / (2 * values) - 1.0) > _AGREES_RATIO:
+            raise ValueError(
+                f"layer {name} caches {has} values a token on a GPU; "
+                f"config keys 'num_key_value_heads' and 'head_dim' give {2 * values}"
+            )
+        which = "full" if window is None else "sliding"
+        counts[which] += 1
+        kv_bytes[which] += spec.real_page_size_bytes / spec.block_size
+        windows |= set() if window is None else {int(window)}
+    if sum(counts.values()) != shape.layers or len(windows) > 1:
+        raise ValueError(
+            f"{sum(counts.values())} layers have a KV cache, with windows {sorted(windows)}; "
+            f"config key 'num_hidden_layers' is {shape.layers}, and windows are of one width"
+        )
+    shape = dataclasses.replace(
+        shape,
+        sliding_layers=counts["sliding"],
+        sliding_window_tokens=windows.pop() if windows else None,
+    )
+    parallel = vllm_config.parallel_config
+    spread = setting(parallel, "decode_context_parallel_size", 1)
+    return dataclasses.replace(
+        WorkCoefficients.from_shape(shape, parallel.tensor_parallel_size),
+        kv_bytes_per_token_full=kv_bytes["full"] / spread,
+        kv_bytes_per_token_sliding=kv_bytes["sliding"] / spread,
+    )
+
+
+def _is_draft(name: str, layers: int) -> bool:
+    """vLLM numbers the layers of a draft model on from the decoder's."""
+    number = re.search(r"\blayers\.(\d+)", name)
+    return number is not None and int(number.group(1)) >= layers

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from shaper.core.power_model import StepModel
-from shaper.core.shape import ModelShape
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.silicon import EmulatedGpus, StepRun
@@ -72,10 +71,10 @@ def kv_cache(config: Any, model: StepModel, blocks: int | None) -> Any:
     """
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
-    from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs
+    from shaper.emulator.kv_cache import available_kv_bytes, kv_cache_specs, served_shape
     from shaper.engine.compat import laid_out_kv_cache
 
-    specs = kv_cache_specs(config, _shape(config))
+    specs = kv_cache_specs(config, served_shape(config))
     if blocks is not None:
         groups: dict[Any, list[str]] = {}
         for name, spec in specs.items():
@@ -91,10 +90,6 @@ def kv_cache(config: Any, model: StepModel, blocks: int | None) -> Any:
         return laid_out_kv_cache(config, specs, int(left_bytes))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _shape(config: Any) -> ModelShape:
-    return ModelShape.from_hf_config(config.model_config.hf_config.to_dict())
 
 
 def new_scheduler(config: Any, kind: Callable[..., Any], cache: Any) -> Any:

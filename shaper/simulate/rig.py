@@ -54,6 +54,16 @@ class VirtualSampler:
         return self.sampler.latest
 
 
+def _models(config: Any, gpu: str, kv_blocks: int | None) -> tuple[StepModel, StepModel, Any]:
+    """What steps truly take, what a controller makes of the configuration, and the KV cache."""
+    from shaper.emulator.kv_cache import true_model
+
+    profile = load_profile(gpu)
+    true = true_model(config, profile)
+    cache = kv_cache(config, true, kv_blocks)
+    return true, StepModel(profile, engine_coefficients(config, cache)), cache
+
+
 def new_engine(
     config: Any,
     gpu: str,
@@ -92,7 +102,7 @@ def new_engine(
         itl_target_seconds, ttft_target_seconds, spend_slack: its latency targets.
         shadow: start in this mode.
         on_output, host_late_seconds: the engine's.
-        plant: what the emulated GPUs do, if that is not what the controller's model says.
+        plant: what the emulated GPUs do, if that is not what the served model truly takes.
         exact_meter, meter_seed: whether the meters have no gain error, and which one.
         step_noise_ratio: standard deviation of a step's relative duration.
         faults: puts itself between the meters and the sampler.
@@ -104,11 +114,11 @@ def new_engine(
 
     from shaper.simulate.pauses import VirtualAsyncScheduler, VirtualScheduler
 
-    profile = load_profile(gpu)
-    model = StepModel(profile, engine_coefficients(config))
+    true, model, cache = _models(config, gpu, kv_blocks)
+    profile = model.profile
     gpus = EmulatedGpus(
-        (plant or model).profile,
-        plant or model,
+        (plant or true).profile,
+        plant or true,
         start_seconds=0.0,
         seed=meter_seed,
         exact_meter=exact_meter,
@@ -165,7 +175,7 @@ def new_engine(
     shaped = VirtualAsyncScheduler if asynchronous else VirtualScheduler
     kind = own if limits is None else partial(shaped, attach=attach)
     engine = VirtualEngine(
-        new_scheduler(config, kind, kv_cache(config, model, kv_blocks)),
+        new_scheduler(config, kind, cache),
         gpus,
         asynchronous=asynchronous,
         on_output=on_output,

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 
 from shaper.budget_config import first_line
 from shaper.core.group import PowerGroup
-from shaper.core.power_model import StepModel
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.arrivals import Arrival, segments
@@ -69,10 +68,10 @@ def _groups(setup: RackSetup, config: Any) -> list[PowerGroup | None]:
     """A handle of the shared ledger for each engine, or None for each."""
     if not (setup.shaped and setup.shared and setup.group_limits):
         return [None] * setup.engines
-    from shaper.engine.work import engine_coefficients
+    from shaper.emulator.kv_cache import true_model
     from shaper.fleet import memory_groups
 
-    model = StepModel(load_profile(setup.gpu), engine_coefficients(config))
+    model = true_model(config, load_profile(setup.gpu))
     handles = memory_groups(
         setup.group_limits,
         setup.engines,

@@ -40,11 +40,11 @@ class Seat:
     """An engine's place in the rack: the engine, and what is counted of it."""
 
     def __init__(self, setup: RackSetup, index: int, config: Any, group: PowerGroup | None) -> None:
-        from shaper.engine.work import engine_coefficients
+        from shaper.emulator.kv_cache import true_model
         from shaper.simulate.rig import new_engine
 
         profile = load_profile(setup.gpu)
-        model = StepModel(profile, engine_coefficients(config))
+        model = true_model(config, profile)
         errors, seed = setup.errors, setup.seed
         true = (
             drawn_plant(model, errors, seed, index)

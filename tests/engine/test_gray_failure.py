@@ -81,11 +81,11 @@ class Slow:
 
 @pytest.fixture
 def slow(make_rig: Callable[..., Rig]) -> Slow:
-    from shaper.engine.work import engine_coefficients
+    from shaper.emulator.kv_cache import true_model
     from shaper.gpu.profiles import load_profile
 
     config = make_rig(None).engine.scheduler.vllm_config
-    return Slow(StepModel(load_profile(GPU), engine_coefficients(config)))
+    return Slow(true_model(config, load_profile(GPU)))
 
 
 def test_a_hot_inlet_slows_the_unshaped_gpu_down_and_never_the_shaped_one(make_rig):

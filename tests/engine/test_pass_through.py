@@ -75,14 +75,13 @@ def served() -> Iterator[Callable[..., tuple[Any, list[Any]]]]:
     def serve(traffic: Any, attached: bool) -> tuple[Any, list[Any]]:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-        from shaper.core.power_model import StepModel
+        from shaper.emulator.kv_cache import true_model
         from shaper.emulator.silicon import EmulatedGpus
         from shaper.engine.scheduler import power_scheduler
-        from shaper.engine.work import engine_coefficients
         from shaper.gpu.profiles import load_profile
         from shaper.simulate.engine import VirtualEngine, kv_cache, new_request, new_scheduler
 
-        model = StepModel(load_profile(GPU), engine_coefficients(config()))
+        model = true_model(config(), load_profile(GPU))
         outputs: list[Any] = []
         kind = power_scheduler if attached else AsyncScheduler
         scheduler = new_scheduler(config(), kind, kv_cache(config(), model, 2500))
