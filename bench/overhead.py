@@ -3,9 +3,10 @@
     python -m bench.overhead [--quick] [--sizes 1,64,256,1024] [--steps 300] [--json FILE]
     python -m bench.overhead --memory [--steps 1000000]
 
-Each size is run in three states of the shaper: no limit, limits that don't bind, and a
-limit that binds (prompts wait, so that the planner looks for a chunk at every step). All
-is virtual time in this process; what is timed is the CPU time of this thread, so that
+Each size is run in four states of the shaper: no limit, limits that don't bind, a limit that
+binds (prompts wait, so that the planner looks for a chunk at every step), and the same while 64
+prompts of 30,000 tokens that are in the prefix cache wait, and no step takes one. All is
+virtual time in this process; what is timed is the CPU time of this thread, so that
 other work on the machine costs precision only.
 
 `adds` is what the aim is judged by: inside one engine, both calls, less the part of vLLM's
@@ -33,7 +34,9 @@ from typing import Any
 
 from bench.overhead_memory import show
 from bench.overhead_timers import PARTS, Parts, Timed, own_methods_timed, timer_microseconds
-from shaper.core.types import PowerLimit
+from shaper.core.policy import Plan, PlanInput
+from shaper.core.policy.windowed import WindowedPlanner
+from shaper.core.types import PowerLimit, Reason, StepLimits
 from shaper.errors import ConfigError, ShaperError
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
@@ -41,7 +44,9 @@ STATES: dict[str, tuple[PowerLimit, ...]] = {
     "no limit": (),
     "loose limits": (PowerLimit(5000.0, 0.1), PowerLimit(4000.0, 1.0)),
     "binding limit": (PowerLimit(640.0, 0.1), PowerLimit(600.0, 1.0)),
+    "long queue": (PowerLimit(640.0, 0.1), PowerLimit(600.0, 1.0)),
 }
+_QUEUE, _QUEUED_PROMPTS, _QUEUED_TOKENS = "long queue", 64, 30_000
 # The aim: at most so many microseconds, or this part of vLLM's own, whichever is larger.
 AIM_MICROSECONDS, AIM_RATIO = 60.0, 0.03
 _WARM_UP_STEPS = 30
@@ -86,11 +91,33 @@ class _Published:
         self.latest = self._sampler.latest
 
 
-def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, steps: int) -> Any:
+class _Holding(WindowedPlanner):
+    """Decides as the planner does, and lets no prompt in once it `holds`."""
+
+    holds = False
+
+    def plan(self, view: PlanInput) -> Plan:
+        """See the class."""
+        plan = super().plan(view)
+        return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY) if self.holds else plan
+
+
+def _engine(
+    config: Any,
+    running: int,
+    limits: tuple[PowerLimit, ...] | None,
+    steps: int,
+    queue: bool = False,
+) -> Any:
     from shaper.simulate.engine import new_request
     from shaper.simulate.rig import new_engine
 
-    engine = new_engine(config, GPU, limits, kv_blocks=200_000)
+    policy = _Holding()
+    # Nothing is forced within the run.
+    engine = new_engine(
+        config, GPU, limits, kv_blocks=200_000, policy=lambda: policy,
+        max_pause_seconds=1e6 if queue else 1.0,
+    )  # fmt: skip
     if limits is not None:
         shaper = engine.scheduler.shaper
         shaper._sampler = _Published(shaper._sampler)
@@ -99,6 +126,15 @@ def _engine(config: Any, running: int, limits: tuple[PowerLimit, ...] | None, st
         prompt = [(index * 7 + position) % 256 for position in range(_PROMPT_TOKENS)]
         engine.add(new_request(f"r{index}", prompt, tokens, config))
     _run(engine, _WARM_UP_STEPS + -(-running * _PROMPT_TOKENS // 512))
+    if queue:
+        prompt = [(position * position) % 251 for position in range(_QUEUED_TOKENS)]
+        engine.add(new_request("first", prompt, 1, config))
+        while engine.requests["first"].finished_seconds is None:
+            _run(engine, 1)
+        policy.holds = True
+        for index in range(_QUEUED_PROMPTS):
+            engine.add(new_request(f"queued{index}", prompt, 1, config))
+        return engine
     # A prompt longer than any run: what waits while a limit binds.
     engine.add(new_request("long", list(range(256)) * 400, 1, config))
     return engine
@@ -120,7 +156,7 @@ def measure(running: int, steps: int) -> Iterator[Cost]:
     config = engine_config(MODEL, GPU)
     unshaped = [_engine(config, running, None, steps) for _ in range(2)]
     for name, limits in STATES.items():
-        engine = _engine(config, running, limits, steps)
+        engine = _engine(config, running, limits, steps, name == _QUEUE)
         gc.collect()
         gc.disable()  # a collection in the middle would be counted as the shaper's
         try:

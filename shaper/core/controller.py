@@ -133,6 +133,11 @@ class Controller:
         return self._ledger
 
     @property
+    def limited(self) -> bool:
+        """Whether anything is limited: a budget, a group's, or a latency target."""
+        return self._promises or not self._ledger.budget.empty
+
+    @property
     def quiet_until_seconds(self) -> float:
         """Until then the last plan holds, a pause, unless work arrives, leaves or returns."""
         until = self._plan.until_seconds
@@ -186,7 +191,7 @@ class Controller:
         """The limits that the engine shall apply to its next step."""
         prefills = load.prefills
         self._wanted_prefill_tokens = sum([each.remaining_tokens for each in prefills])
-        if not self._promises and self._ledger.budget.empty:
+        if not self.limited:
             self._plan = _OFF
             self._demand.planned(load, _OFF, now_seconds, None, 0.0, math.inf)
             return UNLIMITED

@@ -14,6 +14,9 @@ import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from shaper.core.chunks import Blocks, least_chunk, take
+from shaper.core.chunks import PrefillDemand as PrefillDemand
+
 
 class ClockEventReasons(enum.IntFlag):
     """Why the clocks are below what was asked for: the bits of NVML's
@@ -189,13 +192,6 @@ class StepPrediction(NamedTuple):
         return self.joules - idle_watts * self.seconds
 
 
-class PrefillDemand(NamedTuple):
-    """One prompt that the engine could work on: tokens left, and tokens already computed."""
-
-    remaining_tokens: int
-    computed_tokens: int
-
-
 @dataclass(slots=True)
 class EngineLoad:
     """What the engine would run in its next step if nothing held it back.
@@ -222,6 +218,10 @@ class EngineLoad:
     """Requests that the engine has not started, or has preempted."""
     oldest_arrival_seconds: float | None = None
     """When the first of the waiting requests arrived; None where nothing waits or nobody knows."""
+    blocks: Blocks | None = None
+    """Where the chunks of a prompt must end; None: anywhere."""
+    more_waiting: bool = False
+    """Waiting prompts that could run as well were not counted among `prefills`."""
     _batches: dict[int | None, StepBatch] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -248,36 +248,28 @@ class EngineLoad:
         room = self.token_budget - self.decode_tokens
         if prefill_tokens is not None and prefill_tokens < room:
             room = prefill_tokens
-        most, splittable = self.request_chunk_tokens, self.splittable
-        requests = tokens = contexts = products = squares = 0
-        for demand in self.prefills:
-            if room <= 0:
-                break
-            left = demand.remaining_tokens
-            chunk = left if left < room else room
-            if 0 < most < chunk:
-                chunk = most
-            if chunk <= 0 or (chunk < left and not splittable):
-                break
-            context = demand.computed_tokens + chunk
-            requests += 1
-            tokens += chunk
-            contexts += context
-            products += chunk * context
-            squares += chunk * chunk
-            room -= chunk
+        taken = take(
+            self.prefills,
+            room,
+            most=self.request_chunk_tokens,
+            splittable=self.splittable,
+            running=self.running_prefills,
+            step_tokens=self.decode_tokens + room,
+            blocks=self.blocks,
+        )
         # By position: with names the call takes half as long again.
         return StepBatch(
             self.decode_requests,
             self.decode_tokens,
             self.decode_context_tokens,
-            requests,
-            tokens,
-            contexts,
-            products,
-            squares,
+            *taken,
             self.returned_requests,
         )
+
+    @property
+    def least_chunk_tokens(self) -> int:
+        """The fewest tokens that surely bring the first prompt on; 0: there is none."""
+        return least_chunk(self.prefills, self.blocks)
 
 
 class StepLimits(NamedTuple):
@@ -292,6 +284,11 @@ class StepLimits(NamedTuple):
     decode_requests: int | None = None
     running_requests: int | None = None
     """Requests that may run at once: while so many or more do, none enters."""
+
+    @property
+    def uncut(self) -> bool:
+        """Whether prompts may run that nobody has counted: no bound on their tokens."""
+        return self.run and self.prefill_tokens is None
 
     @property
     def binding(self) -> bool:

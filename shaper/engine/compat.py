@@ -1,4 +1,5 @@
-"""What differs between the versions of vLLM that are supported. Nothing else knows.
+"""What differs between the versions of vLLM that are supported. Nothing else knows, but for
+`compat_prompts.py`, which has what waiting prompts find and where their chunks end.
 
 | what | from | before |
 |---|---|---|
@@ -16,6 +17,11 @@
 | tokens sampled in a step | `num_sampled_tokens_per_step` (0.24) | one |
 | schedulers for some kinds of model | `diffusion_scheduler` (0.32) | `Scheduler` alone |
 | GPUs of an engine | also `prefill_context_parallel_size`, where there is one | |
+| blocks that a prompt finds cached | `find_longest_cache_hit` (0.23), the second value it gives | |
+| `skip_reading_prefix_cache` | keeps off remote hits, too (0.32) | local hits |
+| bound on a chunk of a lone request | lifted (0.31) | `long_prefill_token_threshold` |
+| the same bound, adaptive | an equal share of the tokens, if that is more (0.31) | none |
+| chunk below a Mamba block | inside one that is longer than the step (0.28) | nothing |
 | GPUs that were dealt to a rank | `assigned_physical_gpu_ids` (0.24) | the environment's |
 | utility calls | not used: control goes through files | |
 | endpoint plug-ins (0.26) | not used: `--middleware` serves all versions | |
@@ -33,6 +39,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from importlib import metadata
@@ -83,6 +90,9 @@ SINCE: dict[str, tuple[int, int]] = {
     "failed_receiving": (0, 30),
     "own_admission_cap": (0, 31),
     "handled_blocked": (0, 31),
+    "lone_prompt_unbounded": (0, 31),
+    "chunks_inside_blocks": (0, 28),
+    "skips_remote_hits": (0, 32),
 }
 """What some versions have and others lack, where no attribute tells; see the table above."""
 
@@ -147,6 +157,11 @@ def waiting_requests(scheduler: Any) -> Iterator[Any]:
     return iter(scheduler.waiting)
 
 
+def keeps_order(queue: Any) -> bool:
+    """Whether a queue keeps the order in which requests were put into it."""
+    return isinstance(queue, deque)
+
+
 def may_enter(scheduler: Any, request: Any) -> bool:
     """Whether a waiting request would be started by vLLM, if there is room for it.
 
@@ -172,11 +187,17 @@ def copies_returned_requests(scheduler: Any) -> bool:
     return not getattr(scheduler, "use_v2_model_runner", False)
 
 
+def sampled_each(scheduler: Any) -> int:
+    """Tokens that a request samples in a step; none where a canvas is filled (diffusion)."""
+    count: int = getattr(scheduler, "num_sampled_tokens_per_step", 1)
+    return count
+
+
 def one_token_each(scheduler: Any) -> bool:
     """Whether a step adds one token to each decode: no drafts, diffusion or pipeline stages."""
     return (
         scheduler.num_spec_tokens == 0
-        and getattr(scheduler, "num_sampled_tokens_per_step", 1) == 1
+        and sampled_each(scheduler) == 1
         and not getattr(scheduler, "use_pp", False)
     )
 

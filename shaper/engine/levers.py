@@ -19,7 +19,9 @@ from typing import Any
 
 from shaper.core.types import UNLIMITED, StepLimits
 from shaper.engine.compat import admission_limit
-from shaper.engine.tally import RunningTally, is_ready_decode
+from shaper.engine.queue import LoadQueue
+from shaper.engine.tally import RunningTally, decode_tokens, is_ready_decode
+from shaper.engine.waiting import Waiting
 
 # Steps of a decode's turn. At 10 ms a step a request then stands still for 80 ms at most
 # where two groups take turns, and the copies come a few times a second.
@@ -70,30 +72,34 @@ class Levers:
     Args:
         scheduler: vLLM's.
         tally: of the same scheduler; it spares looking for its prompts.
+        waiting: of the same scheduler; it knows whose KV would begin to come from elsewhere.
     """
 
-    def __init__(self, scheduler: Any, tally: RunningTally | None = None) -> None:
+    def __init__(
+        self, scheduler: Any, tally: RunningTally | None = None, waiting: Waiting | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._tally = tally
+        self._queue = None if waiting is None else LoadQueue(scheduler, waiting)
         self._rotation = Rotation()
         self._before: list[tuple[str, int]] = []
 
-    def apply(self, limits: StepLimits, ready_decodes: int | None = None) -> Levers:
+    def apply(self, limits: StepLimits, ready_tokens: int | None = None) -> Levers:
         """Set up the scheduler for one `schedule()`, to be called inside `with`.
 
         Args:
             limits: of this step.
-            ready_decodes: how many decodes would run, if that is known; else counted.
+            ready_tokens: of the decodes that would run, if that is known; else counted.
         """
-        if self._before:
-            self._put_back()  # whatever a step that was never run has left
+        self._put_back()  # whatever a step that was never run has left
         if limits is UNLIMITED:
             return self
         try:
+            loads = [] if self._queue is None else self._queue.loads
             if not limits.run:
-                self._cap_tokens(0)
+                self._pause(loads)
             elif limits.binding:
-                self._bind(limits, ready_decodes)
+                self._bind(limits, ready_tokens, loads)
         except BaseException:
             self._put_back()
             raise
@@ -107,6 +113,8 @@ class Levers:
         self._put_back()
 
     def _put_back(self) -> None:
+        if self._queue is not None:
+            self._queue.put_back()
         while self._before:
             name, value = self._before.pop()
             setattr(self._scheduler, name, value)
@@ -118,19 +126,36 @@ class Levers:
     def _cap_tokens(self, tokens: int) -> None:
         self._set("max_num_scheduled_tokens", min(self._scheduler.max_num_scheduled_tokens, tokens))
 
-    def _bind(self, limits: StepLimits, ready_decodes: int | None) -> None:
-        if limits.running_requests is not None:
-            self._set(*admission_limit(self._scheduler, max(0, limits.running_requests)))
-        tokens = limits.prefill_tokens
+    def _pause(self, loads: list[Any]) -> None:
+        """No token runs. vLLM looks at its queue, for loads, only if a step has one to give."""
+        if loads and self._queue is not None:
+            for request in self._scheduler.running:
+                self._hold(request)
+            self._queue.show(loads)
+        self._cap_tokens(1 if loads else 0)
+
+    def _bind(self, limits: StepLimits, ready_tokens: int | None, loads: list[Any]) -> None:
+        cap, tokens = limits.running_requests, limits.prefill_tokens
+        enters = tokens != 0 and (cap is None or cap > len(self._scheduler.running))
+        if cap is not None and (enters or not loads):
+            self._set(*admission_limit(self._scheduler, max(0, cap)))
         if tokens == 0:
             self._hold_prefills()
-            self._set(*admission_limit(self._scheduler, 0))
-        if limits.decode_requests is not None or ready_decodes is None:
-            ready_decodes = self._hold_decodes(limits.decode_requests)
+            if not loads:
+                self._set(*admission_limit(self._scheduler, 0))
+        if limits.decode_requests is not None or ready_tokens is None:
+            ready_tokens = self._hold_decodes(limits.decode_requests)
         if tokens:
             self._decodes_first()
-            each = 1 + self._scheduler.num_spec_tokens
-            self._cap_tokens(ready_decodes * each + tokens)
+            self._cap_tokens(ready_tokens + tokens)
+        if loads and self._queue is not None:
+            if enters:
+                self._queue.show_first(loads)
+                return
+            self._queue.show(loads)
+            if tokens == 0:
+                # One more than the decodes take, or vLLM would not look at its queue.
+                self._cap_tokens(ready_tokens + 1)
 
     def _hold(self, request: Any) -> None:
         """Leave a request out of the next step. vLLM counts the step up before it looks."""
@@ -151,17 +176,19 @@ class Levers:
             running.sort(key=_IS_PREFILL)
 
     def _hold_decodes(self, cap: int | None) -> int:
-        """Hold all but `cap` decodes. Returns how many run."""
+        """Hold all but `cap` decodes. Returns the tokens of those that run."""
         next_step = self._scheduler.current_step + 1
         ready = [
             request
             for request in self._scheduler.running
             if not request.is_prefill_chunk and is_ready_decode(request, next_step)
         ]
-        if cap is None or cap >= len(ready):
+        if cap is not None and cap < len(ready):
+            chosen = self._rotation.choose(ready, cap)
+            for request in ready:
+                if request.request_id not in chosen:
+                    self._hold(request)
+            ready = [request for request in ready if request.request_id in chosen]
+        if not self._scheduler.num_spec_tokens:
             return len(ready)
-        chosen = self._rotation.choose(ready, cap)
-        for request in ready:
-            if request.request_id not in chosen:
-                self._hold(request)
-        return len(chosen)
+        return sum([max(0, decode_tokens(self._scheduler, request)) for request in ready])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Set
-from itertools import islice
 from typing import Any
 
-from shaper.core.types import EngineLoad, PrefillDemand, StepBatch
+from shaper.core.types import EngineLoad, PrefillDemand, StepBatch, StepLimits
 from shaper.engine.compat import (
     admission_cap,
     copies_returned_requests,
     may_enter,
     waiting_requests,
 )
+from shaper.engine.compat_prompts import chunk_blocks, request_chunk_tokens
 from shaper.engine.tally import RunningTally, full_count
+from shaper.engine.waiting import Waiting
 
-# More prompts than this don't fit a step of 8,192 tokens at the lengths people send.
+# More prompts than this don't fit a step of 8,192 tokens at the lengths people send. Where
+# they do, and all of them would be let in, the rest is counted as well: `whole_load`.
 _MAX_PREFILLS = 64
 # A long queue of requests that can't enter yet must not be looked through at every step.
 _MAX_LOOKED_AT = 256
@@ -23,7 +27,10 @@ EMPTY_STEP = StepBatch()
 
 
 def engine_load(
-    scheduler: Any, previous: Set[str], tally: RunningTally | None = None
+    scheduler: Any,
+    previous: Set[str],
+    tally: RunningTally | None = None,
+    waiting: Waiting | None = None,
 ) -> EngineLoad:
     """The step that vLLM would run if nothing held it back.
 
@@ -31,19 +38,24 @@ def engine_load(
         scheduler: vLLM's; it is not changed.
         previous: ids of the requests in the last step, to tell which ones return.
         tally: keeps the counts of running requests; else all of them are counted.
+        waiting: knows what waiting prompts find in the caches; else one that knows nothing yet.
     """
     counts = full_count(scheduler, previous) if tally is None else tally.read(previous)
-    decodes = counts.decodes
-    tokens = decodes * (1 + scheduler.num_spec_tokens)
+    decodes, tokens = counts.decodes, counts.tokens
+    config = scheduler.scheduler_config
     budget = scheduler.max_num_scheduled_tokens
     prefills = [_demand(request) for request in counts.prefills] if counts.prefills else []
     arrival = None
+    more = False
+    most = request_chunk_tokens(scheduler) if config.long_prefill_token_threshold else 0
     head = next(waiting_requests(scheduler), None)
     if head is not None:
-        _add_waiting(scheduler, prefills, budget - tokens)
+        known = waiting or Waiting(scheduler)
+        more = _add_waiting(scheduler, prefills, budget - tokens, most, known, _MAX_PREFILLS)
         # Stamped by the shaped scheduler: vLLM's own `arrival_time` is of the wall clock.
         arrival = getattr(head, "shaper_arrival_seconds", None)
-    config = scheduler.scheduler_config
+    elif waiting is not None:
+        waiting.loads = []
     returned = counts.returned
     # By position, in the order of its fields: with names the call takes half as long again.
     return EngineLoad(
@@ -52,14 +64,31 @@ def engine_load(
         counts.context_tokens + tokens,
         tuple(prefills),
         budget,
-        config.long_prefill_token_threshold,
+        most,
         config.enable_chunked_prefill,
         returned if returned and copies_returned_requests(scheduler) else 0,
         len(scheduler.running),
         len(counts.prefills),
         len(scheduler.waiting),
         arrival,
+        chunk_blocks(scheduler),
+        more,
     )
+
+
+def whole_load(scheduler: Any, load: EngineLoad, waiting: Waiting) -> EngineLoad:
+    """The same with every prompt that the step has room for, however many they are."""
+    prefills = list(load.prefills[: load.running_prefills])
+    tokens = load.token_budget - load.decode_tokens
+    _add_waiting(scheduler, prefills, tokens, load.request_chunk_tokens, waiting, math.inf)
+    return dataclasses.replace(load, prefills=tuple(prefills), more_waiting=False)
+
+
+def _expected(load: EngineLoad | None, limits: StepLimits | None) -> StepBatch | None:
+    """The step that the limits should give, where that is known before."""
+    if load is None or limits is None or not limits.run or limits.decode_requests is not None:
+        return None
+    return load.batch(limits.prefill_tokens)
 
 
 def has_everyone(load: EngineLoad) -> bool:
@@ -74,25 +103,50 @@ def _demand(request: Any) -> PrefillDemand:
     return PrefillDemand(left if left > 1 else 1, computed)
 
 
-def _add_waiting(scheduler: Any, prefills: list[PrefillDemand], tokens: int) -> None:
-    tokens -= sum([demand.remaining_tokens for demand in prefills])
-    slots = min(admission_cap(scheduler) - len(scheduler.running), _MAX_PREFILLS)
-    for request in islice(waiting_requests(scheduler), _MAX_LOOKED_AT):
-        if tokens <= 0 or slots <= 0:
-            return
+def _add_waiting(
+    scheduler: Any,
+    prefills: list[PrefillDemand],
+    tokens: int,
+    most: int,
+    waiting: Waiting,
+    left: float,
+) -> bool:
+    """Add the prompts that may enter, `left` at most. Returns whether some were left out."""
+    for demand in prefills:
+        tokens -= min(demand.remaining_tokens, most) if most else demand.remaining_tokens
+    slots = admission_cap(scheduler) - len(scheduler.running)
+    looks = left if left == math.inf else _MAX_LOOKED_AT
+    full = False
+    waiting.begin()
+    for request in waiting_requests(scheduler):
+        full = full or tokens <= 0 or slots <= 0
+        if full and not (waiting.connects and waiting.asks):
+            return False
+        if looks <= 0 or (left <= 0 and not full):
+            return waiting.asks and not full
+        looks -= 1
         if not may_enter(scheduler, request):
             continue
-        demand = _demand(request)
-        prefills.append(demand)
-        tokens -= demand.remaining_tokens
+        found = waiting.demand(request)
+        # Behind what fits the step only loads are of interest: unshaped, they would begin soon.
+        if found is None or full:
+            continue
+        remaining = found.remaining_tokens
+        if waiting.too_large(remaining):
+            return False
+        prefills.append(found)
+        tokens -= min(remaining, most) if most else remaining
         slots -= 1
+        left -= 1
+    return False
 
 
 def launched_batch(
     scheduler: Any,
     output: Any,
     previous: Set[str],
-    expected: StepBatch | None = None,
+    load: EngineLoad | None = None,
+    limits: StepLimits | None = None,
     tally: RunningTally | None = None,
 ) -> StepBatch:
     """What `schedule()` put into the step it just returned.
@@ -101,11 +155,11 @@ def launched_batch(
         scheduler: vLLM's.
         output: what it returned.
         previous: as in `engine_load`.
-        expected: what the limits should have given; it is taken if counts and tokens
-            agree, which spares the loop over all requests.
+        load, limits: what was counted and allowed; the step that they should have given is
+            taken if counts and tokens agree, which spares the loop over all requests.
         tally: is told.
     """
-    batch = _launched(scheduler, output, previous, expected)
+    batch = _launched(scheduler, output, previous, _expected(load, limits))
     if tally is not None:
         tally.launched(batch)
     return batch
@@ -116,13 +170,14 @@ def _launched(
 ) -> StepBatch:
     if not output.total_num_scheduled_tokens:
         return EMPTY_STEP
+    requests = scheduler.requests
     if (
         expected is not None
         and output.total_num_scheduled_tokens == expected.tokens
         and len(output.num_scheduled_tokens) == expected.requests
+        and (not expected.prefill_requests or _has_prefills(output, requests, expected))
     ):
         return expected
-    requests = scheduler.requests
     copies = copies_returned_requests(scheduler)
     decode_most = 1 + scheduler.num_spec_tokens
     decodes = decode_tokens = decode_contexts = returned = 0
@@ -153,3 +208,16 @@ def _launched(
         prefill_squared_tokens=squares,
         returned_requests=returned,
     )
+
+
+def _has_prefills(output: Any, requests: Any, expected: StepBatch) -> bool:
+    """Whether the prompts of a step have the contexts that were expected of them.
+
+    They are the last ones that vLLM has scheduled, if they are the ones that were planned.
+    """
+    counts = output.num_scheduled_tokens
+    tokens = contexts = 0
+    for request_id, _ in zip(reversed(counts), range(expected.prefill_requests), strict=False):
+        tokens += counts[request_id]
+        contexts += requests[request_id].num_computed_tokens
+    return tokens == expected.prefill_tokens and contexts == expected.prefill_context_tokens

@@ -31,12 +31,11 @@ from shaper.core.types import (
     PowerLimit,
     PowerState,
     Reason,
-    StepBatch,
     StepLimits,
     StepPrediction,
 )
 from shaper.engine.levers import Levers
-from shaper.engine.load import engine_load, has_everyone, launched_batch
+from shaper.engine.load import engine_load, has_everyone, launched_batch, whole_load
 from shaper.engine.protocols import (
     DecisionSink,
     Flying,
@@ -48,6 +47,7 @@ from shaper.engine.protocols import (
 )
 from shaper.engine.step_meter import StepMeter
 from shaper.engine.tally import RunningTally
+from shaper.engine.waiting import Waiting
 from shaper.metric_values import SchedulerCounters
 from shaper.recording import RecordedStep
 
@@ -103,7 +103,8 @@ class LiveShaper:
         self.clock = clock
         self._on_close = on_close
         self._tally = RunningTally(scheduler)
-        self._levers = Levers(scheduler, self._tally)
+        self._waiting = Waiting(scheduler)
+        self._levers = Levers(scheduler, self._tally, self._waiting)
         self.counters = SchedulerCounters()
         self._wanted = self._applied = Wanted(Constraints(budget, (), shared_limits), mode)
         self.standing: Standing | None = None  # as the supervisor last saw it
@@ -211,8 +212,8 @@ class LiveShaper:
         limits = self._decide()
         if limits is None:
             return None
-        decodes = None if self._load is None else self._load.decode_requests
-        return self._levers.apply(limits, decodes)
+        tokens = None if self._load is None else self._load.decode_tokens
+        return self._levers.apply(limits, tokens)
 
     def _take_over(self, wanted: Wanted, now_seconds: float) -> None:
         """Do as others have asked."""
@@ -252,11 +253,15 @@ class LiveShaper:
         load, self._quiet_until_seconds = self._unchanged_load(work, now), -math.inf
         self._load = self._limits = None
         if load is None:
-            load = engine_load(self._scheduler, self._previous, self._tally)
+            self._waiting.asks = controller.limited
+            load = engine_load(self._scheduler, self._previous, self._tally, self._waiting)
             # After the first empty step decodes return to the batch.
             self._load_until_seconds = -math.inf if self._previous else now + _QUIET_SECONDS
         self._load = load
         self._limits = controller.plan(load, now)
+        if load.more_waiting and self._limits.uncut:
+            self._load = whole_load(self._scheduler, load, self._waiting)
+            self._limits = controller.plan(self._load, now)
         self._quiet_until_seconds = min(controller.quiet_until_seconds, now + _QUIET_SECONDS)
         self._quiet_at = work
         return self._limits
@@ -288,21 +293,13 @@ class LiveShaper:
         scheduler = self._scheduler
         return len(scheduler.running), len(scheduler.waiting), len(self._flying)
 
-    def _expected(self) -> StepBatch | None:
-        """The step that the limits should give, where that is known before."""
-        load, limits = self._load, self._limits
-        if load is None or limits is None or not limits.run or limits.decode_requests is not None:
-            return None
-        return load.batch(limits.prefill_tokens)
-
     def _record(self, output: Any) -> None:
         now = self.clock()
         if output.total_num_scheduled_tokens:
             # First: the safe cap's spacing counts on it whatever fails below.
             self._launched_seconds = now
-        batch = launched_batch(
-            self._scheduler, output, self._previous, self._expected(), self._tally
-        )
+        planned = self._load, self._limits
+        batch = launched_batch(self._scheduler, output, self._previous, *planned, self._tally)
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
             self._flying.append(Flying(output, now, batch, self._controller))

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Set
 from typing import Any, NamedTuple
 
 from shaper.core.types import StepBatch
-from shaper.engine.compat import one_token_each
+from shaper.engine.compat import one_token_each, sampled_each
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,18 @@ class Counts(NamedTuple):
     returned: int
     """Decodes that were not in the last step."""
     prefills: tuple[Any, ...]
+    tokens: int
+    """Of the decodes in the next step: one each, and their drafts."""
+
+
+def decode_tokens(scheduler: Any, request: Any) -> int:
+    """Tokens of a decode in the next step: vLLM's own formula.
+
+    A request holds the drafts that it will run with, placeholders where they come later.
+    """
+    computed = request.num_computed_tokens
+    tokens = request.num_tokens_with_spec + request.num_output_placeholders - computed
+    return int(min(tokens, scheduler.max_model_len - computed - sampled_each(scheduler)))
 
 
 def is_ready_decode(request: Any, next_step: int) -> bool:
@@ -58,8 +70,9 @@ def full_count(scheduler: Any, previous: Set[str]) -> Counts:
         previous: ids of the requests in the last step.
     """
     next_step = scheduler.current_step + 1
-    decodes = contexts = returned = 0
+    decodes = contexts = returned = drafted = 0
     prefills = []
+    drafts = scheduler.num_spec_tokens > 0
     # `is_ready_decode`, written out: this loop runs over all requests.
     for request in scheduler.running:
         if next_step < request.next_decode_eligible_step:
@@ -73,11 +86,16 @@ def full_count(scheduler: Any, previous: Set[str]) -> Counts:
             request.num_prompt_tokens + request.max_tokens
         ):
             continue
+        if drafts:
+            tokens = decode_tokens(scheduler, request)
+            if tokens <= 0:
+                continue
+            drafted += tokens
         decodes += 1
         contexts += computed
         if request.request_id not in previous:
             returned += 1
-    return Counts(decodes, contexts, returned, tuple(prefills))
+    return Counts(decodes, contexts, returned, tuple(prefills), drafted if drafts else decodes)
 
 
 class RunningTally:
@@ -110,7 +128,7 @@ class RunningTally:
         self._ends: dict[int, set[Any]] = {}
         self._ending: set[Any] = set()
         self._others: set[Any] = set()
-        self._last = Counts(0, 0, 0, ())
+        self._last = Counts(0, 0, 0, (), 0)
 
     @property
     def prefills(self) -> list[Any] | None:
@@ -189,7 +207,7 @@ class RunningTally:
                 [each for each in self._prefills if next_step >= each.next_decode_eligible_step]
             )
         contexts = self._offset_sum + decodes * self._steps
-        return Counts(decodes, contexts, returned, prefills)
+        return Counts(decodes, contexts, returned, prefills, decodes)
 
     def _reconcile(self) -> None:
         """Take over who runs."""

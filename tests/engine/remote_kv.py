@@ -44,6 +44,8 @@ class ScriptedConnector(KVConnectorBase_V1):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.loads: dict[str, Load] = {}
         self.clock: Callable[[], float] = lambda: 0.0
+        self.begun: dict[str, float] = {}
+        """When each load began."""
         self._asked: dict[str, float] = {}
         self._due: dict[str, tuple[float, bool]] = {}
         self._loaded: set[str] = set()
@@ -63,6 +65,7 @@ class ScriptedConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         if num_external_tokens and request.request_id not in self._due:
             load = self.loads[request.request_id]
+            self.begun.setdefault(request.request_id, self.clock())
             self._due[request.request_id] = (self.clock() + load.seconds, load.fails)
 
     def take_finished(self) -> KVConnectorOutput:

@@ -180,10 +180,16 @@ def test_decodes_come_first_where_prompts_are_cut():
 
 
 def test_drafts_get_their_tokens():
-    """With speculative decoding each decode takes its drafts' tokens as well."""
-    target = scheduler([fake_request("d"), fake_request("e")], num_spec_tokens=3)
-    with Levers(target).apply(StepLimits(prefill_tokens=64), 2):
-        assert target.max_num_scheduled_tokens == 2 * 4 + 64
+    """With speculative decoding each decode takes the drafts that it holds, and no more."""
+    running = [
+        fake_request("d", num_tokens_with_spec=104),
+        fake_request("e", num_tokens_with_spec=101),
+    ]
+    target = scheduler(running, num_spec_tokens=3, max_model_len=1000)
+    assert engine_load(target, set()).decode_tokens == 4 + 1
+    for known in (5, None):
+        with Levers(target).apply(StepLimits(prefill_tokens=64), known):
+            assert target.max_num_scheduled_tokens == 4 + 1 + 64
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ class Served:
     """An engine with two decodes that go on, and what else comes."""
 
     def __init__(
-        self, limits: tuple[PowerLimit, ...], connector: bool = True, **settings: Any
+        self, limits: tuple[PowerLimit, ...] | None, connector: bool = True, **settings: Any
     ) -> None:
         self.log = RecordingLog()
         self.engine = new_engine(
@@ -124,6 +124,68 @@ def test_remote_kv_that_never_comes_stops_nobody(limits, load):
     assert tokens(served) >= 0.9 * tokens(alone)
     forced = [sum(d.reason is Reason.FORCED for d in x.log.decisions) for x in (served, alone)]
     assert forced[0] <= forced[1] * 1.2 + 2
+
+
+def load_began_seconds(served: Served, names: list[str], until: float) -> dict[str, float]:
+    """How long after it arrived each load began."""
+    assert served.connector is not None
+    began: dict[str, float] = {}
+    start = served.engine.now_seconds
+    while served.engine.now_seconds < until and served.engine.busy:
+        served.engine.step()
+        for name in names:
+            due = served.connector.begun.get(name)
+            if due is not None:
+                began.setdefault(name, due - start)
+    return began
+
+
+TIGHT = (PowerLimit(350.0, 0.1),)
+
+
+@pytest.mark.parametrize("limits", [BINDING, TIGHT, BELOW_THE_FLOOR], ids=["450", "350", "floor"])
+@pytest.mark.parametrize("before", [0, 2], ids=["alone", "behind-prompts"])
+def test_a_load_begins_as_it_would_without_a_budget(limits, before):
+    """Prompts of a decode engine: each costs a token here, and none waits for the budget. A long
+    prompt that is computed here, and that the budget holds back, holds no load back."""
+    began = {}
+    names = [f"{REMOTE}{index}" for index in range(40)]
+    for each in (None, limits):
+        served = Served(each)
+        for index in range(before):
+            served.add(f"here{index}", [50 + index] * 6000, 2)
+        for index, name in enumerate(names):
+            served.add(name, [7 + index] * 5000, 20, Load(5000, LOAD_SECONDS))
+        began[each] = load_began_seconds(served, names, served.engine.now_seconds + 5.0)
+        assert len(began[each]) == len(names)
+        served.engine.run_until(served.engine.now_seconds + 20.0)
+        assert all(served.first_token_seconds(name) is not None for name in names)
+        if each is not None:
+            assert served.scheduler.shaper.counters.errors == 0
+            if each is not BELOW_THE_FLOOR:
+                assert worst_ratio(served.engine.gpus.take_segments(), each[0]) <= 1.01
+    late = [began[limits][name] - began[None][name] for name in names]
+    # A step that runs when they arrive ends first, and may be a longer one.
+    assert max(late) <= 0.1
+
+
+def test_the_queue_is_left_as_vllm_would_leave_it():
+    """While prompts are held a load goes past them, and they are in their order afterwards."""
+    served = Served(TIGHT)
+    order = []
+    for index in range(6):
+        name = f"{REMOTE}{index}" if index % 2 else f"here{index}"
+        order.append(name)
+        load = Load(3000, NEVER) if index % 2 else None
+        served.add(name, [20 + index] * 3000, 2, load)
+    here = [name for name in order if name.startswith("here")]
+    while served.engine.now_seconds < 3.0:
+        served.engine.step()
+        left = [r.request_id for r in served.scheduler.waiting if r.request_id in here]
+        assert left == here[len(here) - len(left) :]
+    firsts = [served.first_token_seconds(name) for name in here]
+    assert None not in firsts
+    assert firsts == sorted(firsts)
 
 
 class CappedAtTwo:

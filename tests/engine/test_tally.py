@@ -132,6 +132,7 @@ def fake_request(name: str, **values: Any) -> Any:
         "num_output_placeholders": 0,
         "num_prompt_tokens": 100,
         "num_tokens": 101,
+        "num_tokens_with_spec": 5000,
         "max_tokens": 1000,
     }
     return FakeRequest(**(defaults | values))
@@ -140,7 +141,10 @@ def fake_request(name: str, **values: Any) -> Any:
 def fake_scheduler(count: int, **values: Any) -> Any:
     running = [fake_request(f"r{index}") for index in range(count)]
     return SimpleNamespace(
-        **({"running": running, "num_spec_tokens": 0, "current_step": 0} | values)
+        **(
+            {"running": running, "num_spec_tokens": 0, "current_step": 0, "max_model_len": 10_000}
+            | values
+        )
     )
 
 

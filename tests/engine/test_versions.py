@@ -47,6 +47,10 @@ def test_the_table_of_capabilities_is_right(make_rig):
         in {field.name for field in dataclasses.fields(KVConnectorOutput)},
         "own_admission_cap": hasattr(scheduler, "max_num_active_reqs"),
         "handled_blocked": hasattr(scheduler, "_handle_blocked_waiting_request"),
+        "lone_prompt_unbounded": "num_eligible_reqs" in source,
+        "chunks_inside_blocks": "next_block_boundary"
+        in inspect.getsource(Scheduler._mamba_block_aligned_split),
+        "skips_remote_hits": "request.skip_reading_prefix_cache" in source,
     }
     assert seen == {name: compat.has(name) for name in compat.SINCE}
     compat.check_scheduler(scheduler)
@@ -123,6 +127,8 @@ NOT_BY_VERSION = {
     "flags.py": set(),
     "deferral.py": set(),
     "load.py": {"shaper_arrival_seconds"},
+    "waiting.py": {"shaper_found", "connector"},
+    "queue.py": {"shaper_shown_first"},
     "flex.py": {"deferral"},
     "middleware.py": {"middleware"},
     "preflight.py": {"data_parallel_size_local"},
@@ -150,7 +156,7 @@ def by_version(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in sorted((ROOT / "shaper/engine").glob("*.py")) if p.name != "compat.py"],
+    [p for p in sorted((ROOT / "shaper/engine").glob("*.py")) if not p.name.startswith("compat")],
     ids=lambda path: path.name,
 )
 def test_only_compat_knows_versions(path):
