@@ -40,7 +40,12 @@ from shaper.engine.preflight import (
     engine_gpu_count,
 )
 from shaper.engine.replayed import check_gpu_count, take_replay
-from shaper.engine.shapeable import SCHEDULER_PATH, check_arguments, is_ours
+from shaper.engine.shapeable import (
+    SCHEDULER_PATH,
+    check_arguments,
+    is_ours,
+    unless_unshaped_ok,
+)
 from shaper.errors import ConfigError, GpuError
 from shaper.fleet import check_group, sweep_groups
 from shaper.gpu.profiles import load_profile
@@ -74,7 +79,8 @@ def main(argv: Sequence[str]) -> int:
     take_replay(options, config)
     check_vllm()
     if config is not None and config.group is not None:
-        check_group(config.group.name, config.group.limits)
+        with unless_unshaped_ok(config):
+            check_group(config.group.name, config.group.limits)
     check_port(*early_address(passed_on))
     profile = _check_gpus(options, config)
     emulated = profile is not None
@@ -98,11 +104,12 @@ def main(argv: Sequence[str]) -> int:
             if config.group is not None:
                 engines = engine_count(arguments)
                 check_group_idle(config.group, idle_watts, engines)
-                check_group(
-                    *(config.group.name, config.group.limits),
-                    idle_watts=idle_watts,
-                    engines=engines,
-                )
+                with unless_unshaped_ok(config):
+                    check_group(
+                        *(config.group.name, config.group.limits),
+                        idle_watts=idle_watts,
+                        engines=engines,
+                    )
     if config is not None:
         check_gpu_limits(config, engine_gpu_count(arguments))
         _use_scheduler(arguments)
@@ -132,10 +139,11 @@ def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> Gpu
     if config is not None:
         from shaper.engine.readers import check_gpus
 
-        try:
-            check_gpus(config)
-        except GpuError as error:
-            raise type(error)(f"{error} (to serve without a GPU, add --emulate GPU)") from error
+        with unless_unshaped_ok(config):
+            try:
+                check_gpus(config)
+            except GpuError as error:
+                raise type(error)(f"{error} (to serve without a GPU, add --emulate GPU)") from error
     return None
 
 

@@ -8,7 +8,9 @@ starts all the same, and the engine then says that it passes everything through.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from shaper.config import ShaperConfig
@@ -22,7 +24,7 @@ from shaper.engine.compat import (
     vllm_version,
 )
 from shaper.engine.work import engine_coefficients
-from shaper.errors import EngineError
+from shaper.errors import EngineError, FleetError, GpuError
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +240,18 @@ def _refuse(obstacle: Obstacle | None, config: ShaperConfig) -> None:
         logger.warning("nobody keeps %s (--unshaped-ok): %s", asked(config), obstacle.why)
         return
     raise refusal(obstacle, config)
+
+
+@contextlib.contextmanager
+def unless_unshaped_ok(config: ShaperConfig) -> Iterator[None]:
+    """What is checked inside stops the start, unless the operator has said that it need not:
+    a GPU that can't be read, a group that can't be joined."""
+    try:
+        yield
+    except (GpuError, FleetError) as error:
+        if not config.unshaped_ok:
+            raise
+        logger.warning("nobody keeps %s (--unshaped-ok): %s", asked(config), error)
 
 
 def refusal(obstacle: Obstacle, config: ShaperConfig) -> EngineError:

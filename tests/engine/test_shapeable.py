@@ -14,8 +14,13 @@ from shaper.engine import shapeable, startup
 from shaper.engine.compat import gpus_per_engine, is_diffusion, own_scheduler
 from shaper.engine.plugin import use_flag
 from shaper.engine.protocols import PassThrough
-from shaper.engine.shapeable import check_arguments, check_engine, engine_obstacle
-from shaper.errors import EngineError
+from shaper.engine.shapeable import (
+    check_arguments,
+    check_engine,
+    engine_obstacle,
+    unless_unshaped_ok,
+)
+from shaper.errors import ConfigError, EngineError, FleetError, GpuUnavailableError
 from shaper.status import refusal_path, run_id
 
 LIMITED = build_config({"limits": "500W@1s"})
@@ -295,11 +300,22 @@ def test_ray_workers_on_other_hosts_are_seen(monkeypatch: pytest.MonkeyPatch) ->
     assert "1 other host" in refused_line(lambda: check_engine(engine(layout), LIMITED))
 
 
+def test_unshaped_ok_passes_what_is_found_out_early() -> None:
+    """No GPU, no group; but a wrong setting stops the start all the same."""
+    relaxed = LIMITED.model_copy(update={"unshaped_ok": True})
+    for error in (GpuUnavailableError("no driver"), FleetError("another group")):
+        with pytest.raises(type(error)), unless_unshaped_ok(LIMITED):
+            raise error
+        with unless_unshaped_ok(relaxed):
+            raise error
+    with pytest.raises(ConfigError), unless_unshaped_ok(relaxed):
+        raise ConfigError("a setting is wrong")
+
+
 def test_unshaped_ok_starts_whatever_stands_in_the_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Also what is found out last, such as a GPU that can't be read."""
-    from shaper.errors import GpuUnavailableError
 
     def start(*args: Any) -> Any:
         raise GpuUnavailableError("no driver")
