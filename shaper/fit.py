@@ -104,7 +104,7 @@ def _shape(model: str | None, meta: Mapping[str, Any]) -> ModelShape:
     if not isinstance(config, Mapping):
         raise ConfigError("the recording does not say which model it is of: give --model")
     try:
-        return ModelShape.from_hf_config(config)
+        return ModelShape.from_hf_config(config, method=meta.get("quantization"))
     except ValueError as error:
         raise TraceError(f"the recording's model: {error}") from error
 

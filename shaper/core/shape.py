@@ -74,8 +74,8 @@ class ModelShape:
         """
         label = name or str(config.get("_name_or_path") or config.get("model_type") or "model")
         text = _decoder(config, label)
-        kind = check_keys({"model_type": config.get("model_type"), **text}, label)
         layers = count(text, label, "num_hidden_layers")
+        kind = check_keys({"model_type": config.get("model_type"), **text}, label)
         hidden = count(text, label, "hidden_size")
         heads = count(text, label, "num_attention_heads")
         kv_heads = count(text, label, "num_key_value_heads", heads)

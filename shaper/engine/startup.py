@@ -268,6 +268,7 @@ def _recorder(
         "gpu": gpu,
         "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
         "model_config": vllm_config.model_config.hf_config.to_dict(),
+        "quantization": vllm_config.model_config.quantization,
     }
     return Recorder(config.recording_directory, rank, meta, config.record, parts)
 

@@ -10,6 +10,7 @@ nothing of it. What is not understood is an `EngineError` that names the key.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from shaper.errors import EngineError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+logger = logging.getLogger(__name__)
 
 # Between the KV heads and sizes that vLLM allocates and those of the config: backends pad.
 _AGREES_RATIO = 0.1
@@ -45,6 +48,7 @@ def engine_coefficients(vllm_config: VllmConfig, kv_cache_config: Any = None) ->
             plain_bytes=float(model_config.dtype.itemsize),
             **_weights(model_config),
         )
+        _warn_of_encoder(model_config)
         if kv_cache_config is None:
             return WorkCoefficients.from_shape(shape, tensor_parallel)
         return _with_cache(shape, vllm_config, list(_layer_specs(kv_cache_config)))
@@ -53,6 +57,16 @@ def engine_coefficients(vllm_config: VllmConfig, kv_cache_config: Any = None) ->
             f"the work of a step can't be computed ({error}), so that nobody would keep a power "
             "limit: start without one, or unshaped with --unshaped-ok"
         ) from error
+
+
+def _warn_of_encoder(model_config: Any) -> None:
+    if not setting(model_config, "is_multimodal_model", False):
+        return
+    if not setting(setting(model_config, "multimodal_config", None), "language_model_only", False):
+        logger.warning(
+            "the work of encoding images, sound and video is not counted: a limit holds for "
+            "requests of text alone (--language-model-only takes no others)"
+        )
 
 
 def _weights(model_config: Any) -> dict[str, Any]:
