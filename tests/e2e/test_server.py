@@ -219,8 +219,8 @@ def test_two_hundred_requests_at_once_all_finish(server: Server) -> None:
 
 
 def test_two_ranks_of_two_gpus_end_cleanly_while_they_work(tmp_path: Path) -> None:
-    """Data and tensor parallel engines serve, shaped; SIGINT with requests in flight ends every
-    process with code 0, and each rank leaves a power trace."""
+    """Data and tensor parallel engines serve, shaped; SIGINT with requests in flight that can't be
+    finished ends every process with code 0, and each rank leaves a power trace."""
     with running_server(
         tmp_path,
         "--power-limit",
@@ -229,6 +229,8 @@ def test_two_ranks_of_two_gpus_end_cleanly_while_they_work(tmp_path: Path) -> No
         "2",
         "--tensor-parallel-size",
         "2",
+        "--shutdown-timeout",
+        "6",
         environment={"SHAPER_EMULATE_TRACE": str(tmp_path / "power")},
     ) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
