@@ -6,7 +6,8 @@ Promises. Whatever a policy says and whatever the budget is:
   one; then they run, over the budget if need be, and the step is marked `FORCED`;
 - prompts that could run wait at most twice `max_pause_seconds`; then a chunk is forced
   likewise. A prompt that a forced chunk can't advance (a model that only takes whole
-  blocks or images) gets twice the tokens next time;
+  blocks or images) gets twice the tokens next time. A chunk that was allowed and of which
+  no token ran is no turn, and the wait goes on, unless no bound on tokens was to blame;
 - a cap on running requests that leaves nothing to run for `max_pause_seconds` is lifted;
 - a pause with a date is asked about again when the first of these waits is over.
 """
@@ -50,7 +51,9 @@ class Guard:
         self._decode_since: float | None = None
         self._prefill_since: float | None = None
         self._capped_since: float | None = None
-        self._granted = False
+        self._granted = self._cut = self._unused = False
+        self._stuck_requests: int | None = None
+        self._running_requests = 0
         self._forced = 0
 
     def turn(self, load: EngineLoad, now_seconds: float) -> bool:
@@ -78,6 +81,9 @@ class Guard:
             self._decode_since = None
         if not load.prefills:
             self._prefill_since, self._forced = None, 0
+            self._unused = False
+        if self._stuck_requests is not None and load.running_requests < self._stuck_requests:
+            self._stuck_requests = None  # whoever has ended may have made room
         holds_decodes = not limits.run or limits.decode_requests == 0
         if load.decode_requests and holds_decodes:
             if self._decode_since is None:
@@ -86,12 +92,15 @@ class Guard:
                 return Plan(StepLimits(prefill_tokens=0), Reason.FORCED)
         holds_prefills = not limits.run or limits.prefill_tokens == 0
         self._granted = bool(load.prefills) and not holds_prefills
-        if load.prefills and holds_prefills:
+        self._cut = limits.prefill_tokens is not None
+        self._running_requests = load.running_requests
+        if load.prefills and (holds_prefills or self._unused):
             if self._prefill_since is None:
                 self._prefill_since = now_seconds
             elif now_seconds - self._prefill_since >= 2 * self._max_pause_seconds:
-                self._granted = True
-                return Plan(self._forced_prefill(load), Reason.FORCED)
+                forced = self._forced_prefill(load)
+                self._granted, self._cut = True, forced.prefill_tokens is not None
+                return Plan(forced, Reason.FORCED)
         if plan.until_seconds is not None:
             due = self._due_seconds(load, now_seconds)
             if due < plan.until_seconds:
@@ -138,14 +147,19 @@ class Guard:
         return StepLimits(prefill_tokens=tokens)
 
     def launched(self, batch: StepBatch) -> None:
-        """What ran ends its wait; so does a turn that the engine did not use."""
+        """What ran ends its wait; so does a turn that the engine itself did not use."""
         if batch.decode_tokens:
             self._decode_since = None
         if batch.prefill_tokens:
-            self._forced = 0
-        if batch.prefill_tokens or self._granted:
-            # No room in its KV cache, say: the next turn comes when it has waited again.
+            self._forced, self._unused, self._stuck_requests = 0, False, None
             self._prefill_since = None
+        elif self._granted and self._cut and self._stuck_requests is None:
+            self._unused = True  # too few tokens, it may be: this was no turn
+        elif self._granted:
+            # No room in its KV cache, say: the next turn comes when it has waited again.
+            self._prefill_since, self._unused = None, False
+            if not self._cut:
+                self._forced, self._stuck_requests = 0, self._running_requests
 
 
 def _clamped(limits: StepLimits, load: EngineLoad) -> StepLimits:

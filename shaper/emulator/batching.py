@@ -104,7 +104,7 @@ class _StepBuilder:
     def __init__(self, scheduled_tokens: dict[str, int]) -> None:
         self._scheduled_tokens = scheduled_tokens
         self._rows: dict[str, tuple[TrackedRequest, int | None]] = {}
-        self._decodes = self._decode_context = self._returned = 0
+        self._decodes = self._decode_tokens = self._decode_context = self._returned = 0
         self._prefills = self._prefill_tokens = self._prefill_context = 0
         self._product = self._squares = 0
 
@@ -113,6 +113,7 @@ class _StepBuilder:
         context = computed + tokens
         if computed >= known - 1:
             self._decodes += 1
+            self._decode_tokens += tokens
             self._decode_context += context
             self._returned += returned
         else:
@@ -128,7 +129,7 @@ class _StepBuilder:
         rows = [self._rows[request_id] for request_id in order]
         batch = StepBatch(
             decode_requests=self._decodes,
-            decode_tokens=self._decodes,
+            decode_tokens=self._decode_tokens,
             decode_context_tokens=self._decode_context,
             prefill_requests=self._prefills,
             prefill_tokens=self._prefill_tokens,

@@ -159,7 +159,10 @@ class WindowedPlanner:
         gentle = _gentle_seconds(view)
 
         def fits(tokens: int) -> bool:
-            prediction = view.predict(load.batch(tokens))
+            batch = load.batch(tokens)
+            if not batch.prefill_tokens:
+                return False  # below the blocks that a hybrid model takes whole
+            prediction = view.predict(batch)
             # A prompt whose turn it is may break the ITL target, by its smallest chunk.
             least_turn = view.turn and tokens == least
             if not (tokens == least or prediction.seconds <= gentle):
@@ -210,7 +213,7 @@ class WindowedPlanner:
             return 0
         if view.spend_slack and view.decodes and view.since_decode_seconds > view.decodes.seconds:
             return 0
-        crumb = min(CHUNK_TOKENS[0], least)
+        crumb = min(max(CHUNK_TOKENS[0], view.load.least_chunk_tokens), least)
         return crumb if fits_beside(view, view.predict(view.load.batch(crumb)), beside) else 0
 
     def _refused(
@@ -229,7 +232,8 @@ class WindowedPlanner:
             yield step if view.load.splittable and fits_later else None
 
     def _least_chunk(self, view: PlanInput, wanted: StepBatch, decodes: int) -> int:
-        return min(self._least_efficient(view, decodes), wanted.prefill_tokens)
+        least = max(self._least_efficient(view, decodes), view.load.least_chunk_tokens)
+        return min(least, wanted.prefill_tokens)
 
     def _least_efficient(self, view: PlanInput, decodes: int) -> int:
         # By powers of two: what a chunk costs changes slowly with the decode batch.
