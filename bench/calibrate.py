@@ -11,7 +11,6 @@ expect of a model that is not in the file.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from bench.options import one_line
 from bench.published import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
 from bench.serving_fit import Prior, fit_serving, predict_rows, replaced
+from shaper.arguments import Parser
 from shaper.core.profile import GpuProfile
-from shaper.errors import ShaperError
 from shaper.gpu.profiles import load_profile
 
 FloatArray = npt.NDArray[np.float64]
@@ -155,16 +155,16 @@ PRIORS = {"h100-sxm": H100_PRIORS, "b200-sxm": B200_PRIORS}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the fits of one GPU."""
-    parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=__doc__)
+    return one_line("bench.calibrate", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m bench.calibrate", description=__doc__)
     parser.add_argument("gpu", choices=sorted({*PRIORS, *KERNEL_FILES}))
     parser.add_argument("--leave-out", metavar="MODEL", help="don't show this model to the fit")
     parser.add_argument("--data", type=Path, default=DATA)
     arguments = parser.parse_args(argv)
-    try:
-        _run(load_profile(arguments.gpu), arguments.leave_out, arguments.data)
-    except ShaperError as error:
-        print(f"bench.calibrate: {error}", file=sys.stderr)
-        return 2
+    _run(load_profile(arguments.gpu), arguments.leave_out, arguments.data)
     return 0
 
 

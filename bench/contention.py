@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from bench.options import one_line
+from shaper.arguments import Parser, check_output
 from shaper.core.group import Committed, EngineShare, Step
 from shaper.core.ledger import Ledger
 from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
@@ -279,28 +281,29 @@ def _counts(text: str) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0, or 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m bench.contention", description=__doc__)
+    return one_line("bench.contention", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m bench.contention", description=__doc__)
     parser.add_argument("--engines", default="1,2,8,32", help="numbers of engines")
     parser.add_argument("--steps", type=int, default=300, help="steps of each engine")
-    parser.add_argument("--json", metavar="FILE", help="write the costs here, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the costs here, too")
     parser.add_argument("--member", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.member:
         folder, engines, windows, steps, seed = options.member
         print(json.dumps(member(Path(folder), int(engines), int(windows), int(seed), int(steps))))
         return 0
-    try:
-        counts = _counts(options.engines)
-        if not 10 <= options.steps <= 10_000:
-            raise ConfigError(f"--steps {options.steps}: give 10 to 10000")
-        costs = [in_memory(count, windows, options.steps) for windows in (1, 2) for count in counts]
-        costs += [in_processes(count, 1, options.steps) for count in counts]
-    except ShaperError as error:
-        print(f"bench.contention: error: {error}", file=sys.stderr)
-        return 2
+    counts = _counts(options.engines)
+    if not 10 <= options.steps <= 10_000:
+        raise ConfigError(f"--steps {options.steps}: give 10 to 10000")
+    check_output(options.json, "--json")
+    costs = [in_memory(count, windows, options.steps) for windows in (1, 2) for count in counts]
+    costs += [in_processes(count, 1, options.steps) for count in counts]
     print(table(costs))
     if options.json:
-        Path(options.json).write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
+        options.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
     return 0
 
 

@@ -8,7 +8,6 @@ that is worst.
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -22,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import describe
+from bench.options import one_line
 from bench.proofs import cost, exact, faceoff, heat, recovery, slack, step
 from bench.proofs.table import Job, Section, Verdict, section_text, verdict_text, verdicts
+from shaper.arguments import Parser, check_output
 from shaper.engine.compat import vllm_version
-from shaper.errors import ShaperError
+from shaper.engine.preflight import check_vllm_imports
 
 Results = list[dict[str, Any]]
 
@@ -139,7 +140,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when every aim is met, 1 when one is missed, 2 when something could not run.
     """
-    parser = argparse.ArgumentParser(prog="python -m bench.control", description=__doc__)
+    return one_line("bench.control", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m bench.control", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter runs")
     parser.add_argument(
         "--only", nargs="+", choices=sorted(PROOFS), metavar="PROOF", help=", ".join(PROOFS)
@@ -152,12 +157,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--processes: give 1 or more")
     if options.write and (options.quick or options.only):
         parser.error("--write: the document has all proofs at full length; drop --quick and --only")
+    check_output(options.json, "--json")
+    check_vllm_imports()
     began = time.monotonic()
-    try:
-        sections = run(options.only or list(PROOFS), options.quick, options.processes)
-    except ShaperError as error:
-        print(f"bench.control: error: {error}", file=sys.stderr)
-        return 2
+    sections = run(options.only or list(PROOFS), options.quick, options.processes)
     judged = [verdict for section in sections for verdict in verdicts(section)]
     missed = [verdict for verdict in judged if not verdict.met]
     text = report(sections, judged)

@@ -22,6 +22,7 @@ import numpy as np
 from bench.calibrate import LAWS, PRIORS
 from bench.fidelity_plot import plot
 from bench.meter_check import check_meter
+from bench.options import one_line
 from bench.published import (
     DATA,
     KERNEL_FILES,
@@ -32,9 +33,9 @@ from bench.published import (
 )
 from bench.serving_fit import Assumptions, fit_serving, predict_rows, replaced
 from bench.steady_state import ServingPoint
+from shaper.arguments import Parser
 from shaper.core.profile import GpuProfile
 from shaper.emulator.shapes import load_shape
-from shaper.errors import ShaperError
 from shaper.gpu.profiles import load_profile
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "fidelity.md"
@@ -308,7 +309,11 @@ def split_document(text: str) -> tuple[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 1 when `--check` finds the document out of date."""
-    parser = argparse.ArgumentParser(
+    return one_line("bench.fidelity", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(
         prog="python -m bench.fidelity",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -325,12 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="ID=DIR",
         help="config directory of a model in the data that has no built-in shape",
     )
-    arguments = parser.parse_args(argv)
-    try:
-        return _run(arguments)
-    except ShaperError as error:
-        print(f"bench.fidelity: {error}", file=sys.stderr)
-        return 2
+    return _run(parser.parse_args(argv))
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bench.published import ServingRow, serving_rows
 from bench.serving_fit import predict_rows
+from shaper.arguments import check_package
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 
@@ -17,10 +18,9 @@ def plot(data: Path, folder: Path) -> Path:
     Raises:
         ConfigError: plotly is missing or the folder can't be written.
     """
-    try:
-        from plotly import graph_objects, subplots
-    except ImportError as error:
-        raise ConfigError("--plots needs plotly: pip install 'vllm-shaper[bench]'") from error
+    check_package("plotly", "--plots")
+    from plotly import graph_objects, subplots
+
     rows, _ = serving_rows(data)
     figure = subplots.make_subplots(rows=2, cols=2, subplot_titles=_titles(rows))
     gpus = sorted({row.gpu for row in rows}, reverse=True)

@@ -43,6 +43,7 @@ from bench.gpu_serving.store import (
 )
 from bench.interrupt import Termination
 from bench.tables import without_nan
+from shaper.arguments import check_package
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, ShaperError
 from shaper.gpu.profiles import load_profile, profile_for_device
@@ -290,10 +291,7 @@ class _Comparison:
 
 
 def _check_packages() -> None:
-    try:
-        import pyarrow  # noqa: F401 - fails here, before a server is started
-    except ImportError as error:
-        raise ConfigError("this needs PyArrow: pip install 'vllm-shaper[bench]'") from error
+    check_package("pyarrow", "bench.gpu_serve")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ judged in metered watts, over every window that begins after the first seconds.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bench.options import one_line, seconds
+from shaper.arguments import Parser
 from shaper.core.types import PowerLimit, StepBatch, StepPrediction
 
 FloatArray = npt.NDArray[np.float64]
@@ -238,15 +240,23 @@ def _row(name: str, one: Outcome) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=30.0, help="of traffic (default: 30)")
+def _numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def main() -> int:
+    """Print the table; 0, or 2 for wrong input."""
+    return one_line("bench.learning", _main)
+
+
+def _main() -> int:
+    parser = Parser(prog="python -m bench.learning", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=seconds, default=30.0, help="of traffic (default: 30)")
     parser.add_argument("--seed", type=int, default=1, help="of the traffic (default: 1)")
     parser.add_argument("--terms", type=int, default=8, help="combinations of signs, of 128")
     parser.add_argument("--only", default="", help="plants whose name contains this")
-    parser.add_argument("--shares", default="0.7,0.85", help="of the unshaped peak")
-    parser.add_argument("--windows", default="0.1,1", help="seconds")
+    parser.add_argument("--shares", type=_numbers, default="0.7,0.85", help="of the unshaped peak")
+    parser.add_argument("--windows", type=_numbers, default="0.1,1", help="seconds")
     options = parser.parse_args()
     traffic = random_traffic(options.seed, options.seconds)
     chosen = dict(plants())
@@ -259,11 +269,12 @@ def main() -> None:
         if options.only not in name:
             continue
         peak = unshaped_peak(new_plant, traffic[: len(traffic) // 3])
-        for share in map(float, options.shares.split(",")):
-            for window in map(float, options.windows.split(",")):
+        for share in options.shares:
+            for window in options.windows:
                 outcome = judge(new_plant(), PowerLimit(share * peak, window), traffic)
                 print(_row(name, outcome), flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

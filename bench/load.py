@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(_parser().parse_args(argv))
     except ShaperError as error:
-        print(f"bench.load: {error}", file=sys.stderr)
+        print(f"bench.load: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench.load: interrupted", file=sys.stderr)

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from shaper.errors import ConfigError
+from shaper.errors import ConfigError, ShaperError
 from shaper.traffic.synthetic import load_summary, synthesise
 from shaper.traffic.traces import TRACE_FORMATS, TraceFormat, load_trace
 from shaper.traffic.workload import Workload
 from shaper.units import parse_seconds
+
+
+def one_line(program: str, run: Callable[[], int]) -> int:
+    """Runs a command; an error that it raises on purpose is one line on stderr, and 2."""
+    try:
+        return run()
+    except ShaperError as error:
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
 
 MAX_DURATION_SECONDS = 24 * 3600.0
 MAX_RATE_HERTZ = 1000.0

@@ -21,23 +21,24 @@ noise of two schedulers in different memory: `twins` says how far two unshaped o
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import os
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.options import one_line
 from bench.overhead_memory import show
 from bench.overhead_timers import PARTS, Parts, Timed, own_methods_timed, timer_microseconds
+from shaper.arguments import Parser, check_output
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import PowerLimit, Reason, StepLimits
-from shaper.errors import ConfigError, ShaperError
+from shaper.engine.preflight import check_vllm_imports
+from shaper.errors import ConfigError
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
 STATES: dict[str, tuple[PowerLimit, ...]] = {
@@ -258,23 +259,29 @@ def _steps(given: int | None, usual: int, most: int) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0, or 2 for wrong input."""
-    parser = argparse.ArgumentParser(prog="python -m bench.overhead", description=__doc__)
+    return one_line("bench.overhead", lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m bench.overhead", description=__doc__)
     parser.add_argument("--sizes", help="running requests (default 1,64,256,1024)")
     parser.add_argument("--steps", type=int, help="steps per state and size, or of --memory")
     parser.add_argument("--quick", action="store_true", help="1 and 64 requests, 60 steps")
     parser.add_argument("--memory", action="store_true", help="memory over many steps instead")
-    parser.add_argument("--json", metavar="FILE", help="write the costs here, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the costs here, too")
     options = parser.parse_args(argv)
-    try:
-        if options.memory:
-            show(_steps(options.steps, 1_000_000, 10_000_000))
-            return 0
-        sizes = _sizes(options.sizes or ("1,64" if options.quick else "1,64,256,1024"))
-        steps = _steps(options.steps, 60 if options.quick else 300, 5000)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
-    except ShaperError as error:
-        print(f"bench.overhead: error: {error}", file=sys.stderr)
-        return 2
+    check_output(options.json, "--json")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to stdout
+    sizes = _sizes(options.sizes or ("1,64" if options.quick else "1,64,256,1024"))
+    steps = (
+        _steps(options.steps, 1_000_000, 10_000_000)
+        if options.memory
+        else _steps(options.steps, 60 if options.quick else 300, 5000)
+    )
+    check_vllm_imports()
+    if options.memory:
+        show(steps)
+        return 0
     print(HEADING)
     costs = []
     for size in sizes:
@@ -282,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             costs.append(cost)
             print(row(cost), flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
+        options.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
     return 0
 
 

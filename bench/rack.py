@@ -33,6 +33,7 @@ from bench.racks.pool import Runner, Told
 from bench.racks.store import Store
 from bench.racks.variants import vary
 from shaper.arguments import Parser
+from shaper.engine.preflight import check_vllm_imports
 from shaper.errors import ConfigError, ShaperError
 from shaper.simulate.arrivals import loop_seconds
 from shaper.simulate.checks import check_setup
@@ -211,6 +212,7 @@ def _run(options: argparse.Namespace) -> int:
     began = time.monotonic()
     rack = rack_of(options)
     check_writable([options.json])
+    check_vllm_imports()
     workload = workload_of(options, rack.duration_seconds, rack.engines)
     recorded = len(workload.requests) / loop_seconds(workload)
     rack = replace(rack, rate_scale=options.rate / recorded)

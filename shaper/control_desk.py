@@ -79,7 +79,9 @@ class BudgetRequest(TermsConfig, Signed):
     @model_validator(mode="after")
     def _unambiguous(self) -> Self:
         if self.terms() == BudgetTerms():
-            raise ValueError("says no limits: give limits, gpu_limits or ramp_watts_per_second")
+            raise ValueError(
+                "the request says no limits: give limits, gpu_limits or ramp_watts_per_second"
+            )
         if self.for_seconds is not None and self.until is not None:
             raise ValueError("for and until both say when it ends: give one of them")
         if self.for_seconds is not None and not 1.0 <= self.for_seconds <= MAX_DURATION_SECONDS:
@@ -89,7 +91,7 @@ class BudgetRequest(TermsConfig, Signed):
                 raise ValueError("fallback says what holds at the end: give for or until as well")
             if self.fallback.terms() == BudgetTerms():
                 raise ValueError(
-                    "fallback says no limits: leave it out to return to what is configured"
+                    "its fallback says no limits: leave it out to return to what is configured"
                 )
         return self
 

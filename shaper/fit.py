@@ -13,28 +13,22 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from shaper.arguments import Parser, check_output, check_package
 from shaper.core.shape import ModelShape
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_shape
-from shaper.errors import ConfigError, MissingPackageError, TraceError
+from shaper.errors import ConfigError, TraceError
 from shaper.files.text import shown
 from shaper.fitting import FitResult, fit_recording
 from shaper.gpu.profiles import load_profile
 from shaper.recording import read_recording
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a `ConfigError`: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `shaper fit`."""
-    parser = _Parser(prog="shaper fit", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="shaper fit", description=__doc__, allow_abbrev=False)
     parser.add_argument("recording", type=Path, help="a .csv or .parquet written by --record")
     parser.add_argument("--gpu", help="profile to start from; by default the recording's own")
     parser.add_argument(
@@ -55,12 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         TraceError: the recording can't be read or holds too little.
     """
     arguments = build_parser().parse_args(argv)
-    if arguments.output is not None and arguments.output.suffix != ".toml":
-        raise ConfigError(f"--output {arguments.output}: the file must end in .toml")
-    try:
-        import scipy  # noqa: F401 - fails here, before minutes of reading
-    except ImportError as error:
-        raise MissingPackageError("shaper fit", "scipy") from error
+    check_output(arguments.output, "--output", ".toml")
+    check_package("scipy", "shaper fit")
     recording = read_recording(arguments.recording)
     base = arguments.gpu or recording.meta.get("gpu")
     if not base:

@@ -131,6 +131,11 @@ def _set_request(options: argparse.Namespace) -> dict[str, Any]:
         request["for"] = options.for_
     if options.until is not None:
         request["until"] = options.until
+    if not {"limits", "gpu_limits", "ramp_watts_per_second"} & set(request):
+        raise ConfigError(
+            "no limit is given: write shaper budget set 500W@1s, or none to have none; --gpu-limit "
+            "and --ramp set others"
+        )
     if options.fallback:
         request["fallback"] = {"limits": _limits(options.fallback)}
     return request

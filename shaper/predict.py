@@ -12,8 +12,9 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from shaper.arguments import Parser, check_output, check_package
 from shaper.emulator.shapes import known_models
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import known_profiles
@@ -63,13 +64,6 @@ def with_value(question: StepQuestion, name: str, value: float) -> StepQuestion:
     return dataclasses.replace(question, **changes)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as a `ConfigError`: one line, exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
-
-
 def _count(text: str) -> int:
     try:
         value = int(text)
@@ -89,7 +83,7 @@ def _clock(text: str) -> float | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of `shaper predict`."""
-    parser = _Parser(prog="shaper predict", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="shaper predict", description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "--gpu", default="h200-sxm", help=f"{', '.join(known_profiles())}, or a profile's file"
     )
@@ -139,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if arguments.plot is not None and arguments.sweep is None:
         raise ConfigError("--plot draws a sweep: give --sweep too")
+    if arguments.plot is not None:
+        check_output(arguments.plot, "--plot", ".html")
+        check_package("plotly", "--plot")
     if arguments.sweep is None:
         _print_one(answer(question), as_json=arguments.json)
         return 0
@@ -207,12 +204,8 @@ def _print_table(name: str, values: Sequence[float], answers: Sequence[StepAnswe
 
 
 def _plot(path: Path, name: str, values: Sequence[float], answers: Sequence[StepAnswer]) -> None:
-    try:
-        from plotly import graph_objects, subplots
-    except ImportError as error:
-        raise ConfigError("--plot needs plotly: pip install 'vllm-shaper[bench]'") from error
-    if path.suffix != ".html":
-        raise ConfigError(f"--plot {path}: the file must end in .html")
+    from plotly import graph_objects, subplots
+
     found = [one.as_dict() for one in answers]
     figure = subplots.make_subplots(rows=1, cols=3)
     for column, (key, label) in enumerate(

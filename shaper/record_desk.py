@@ -10,6 +10,7 @@ import asyncio
 import errno
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,24 @@ from shaper.status import Status
 MAX_SECONDS = 3600.0
 """A recording that is longer is planned: `--record FILE`."""
 _POLL_SECONDS = 0.02
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,150}\.(csv|parquet)")
 
 
 class RecordRequest(Signed):
     """`PUT /v1/shaper/record`."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,150}\.(csv|parquet)$")
+    file: str
     for_seconds: Duration = Field(default=60.0, alias="for", ge=1.0, le=MAX_SECONDS)
 
     @field_validator("file")
     @classmethod
     def _whole(cls, name: str) -> str:
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(
+                f"{name[:200]!r} is no name for a recording: write one like run-1.csv or "
+                "run-1.parquet, of letters, digits, dots, underscores and hyphens, without a "
+                "directory"
+            )
         if name.endswith(PARTIAL):
             raise ValueError(f"names that end with {PARTIAL} are of recordings under way")
         return name

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shaper.arguments import check_package
 from shaper.core.types import GpuSample, StepBatch
 from shaper.errors import TraceError
 from shaper.files.rows import (
@@ -76,12 +77,15 @@ class RecordingWriter:
 
     Raises:
         TraceError: another ending, or the file can't be made.
+        MissingPackageError: it ends with `.parquet`, and pyarrow is not there.
     """
 
     def __init__(self, path: str | Path, meta: Mapping[str, Any], *, replace: bool = True) -> None:
         self.path = Path(path)
         if self.path.suffix not in (".csv", ".parquet"):
             raise TraceError(f"recording {str(path)!r} must end with .csv or .parquet")
+        if self.path.suffix == ".parquet":
+            check_package("pyarrow", f"recording {str(path)!r} (a .csv needs nothing):")
         self.rows_path = rows_path(self.path)
         self.rows = 0
         """Steps and samples written."""

@@ -78,10 +78,12 @@ class ScheduleEntry(TermsConfig):
     @model_validator(mode="after")
     def _timed(self) -> Self:
         if self.terms() == BudgetTerms():
-            raise ValueError("says no limits: give limits, gpu_limits or ramp_watts_per_second")
+            raise ValueError(
+                "the entry says no limits: give limits, gpu_limits or ramp_watts_per_second"
+            )
         if self.daily is None:
             if self.at is None or self.until is None:
-                raise ValueError("says no time: give at and until, or daily")
+                raise ValueError("the entry says no time: give at and until, or daily")
             if self.at >= self.until:
                 raise ValueError(f"at ({self.at}) is not before until ({self.until})")
             if self.weekdays is not None or self.zone is not None:

@@ -50,7 +50,9 @@ def parse_config_text(text: str, source: str = "--power-shaper-config") -> dict[
         return _json_object(stripped, source)
     path = Path(stripped).expanduser()
     try:
-        content = path.read_text()
+        content = path.read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{source}: {path} is not UTF-8 text: save it as UTF-8") from error
     except OSError as error:
         raise ConfigError(
             f"{source}: {stripped!r} is neither a JSON object nor a readable file "
@@ -71,7 +73,7 @@ def _inline(text: str) -> bool:
 def _json_object(text: str, source: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{source} must be a JSON object, not {value!r}")

@@ -10,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from shaper.arguments import check_output, check_package
+from shaper.engine.preflight import check_vllm_imports
 from shaper.errors import ConfigError
 from shaper.simulate.bar import ProgressBar
 from shaper.simulate.checks import check_setup, floor_watts
@@ -30,16 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         ConfigError: a wrong argument, or a rack that can't be built.
         TraceError: the trace can't be read.
+        EngineError: vLLM is not installed.
     """
     arguments = build_parser().parse_args(argv)
-    _check_output(arguments.json, "--json")
-    _check_output(arguments.report, "--report")
-    _check_report(arguments.report)
+    check_output(arguments.json, "--json")
+    check_output(arguments.report, "--report", ".html")
+    if arguments.report is not None:
+        check_package("plotly", "--report")
     setup = setup_of(arguments)
+    check_setup(setup)
     workload = workload_of(arguments)
     # vLLM would tell of each engine that it configures.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    check_setup(setup)
+    check_vllm_imports()
     search = None
     try:
         with ProgressBar(sys.stderr, not arguments.quiet) as bar:
@@ -125,25 +130,6 @@ def _search_dict(search: Search) -> dict[str, Any]:
         "unshaped_peak_watts_100ms": search.unshaped.group.peak_watts,
         "probes": [asdict(probe) for probe in search.probes],
     }
-
-
-def _check_output(path: Path | None, flag: str) -> None:
-    """Say before a run of minutes that its result can't be written."""
-    if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no directory {path.parent}")
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ConfigError(f"{flag} {path}: can't be written")
-
-
-def _check_report(path: Path | None) -> None:
-    if path is None:
-        return
-    if path.suffix != ".html":
-        raise ConfigError(f"--report {path}: the file must end in .html")
-    try:
-        import plotly  # noqa: F401 - fails here, before minutes of running
-    except ImportError as error:
-        raise ConfigError("--report needs plotly: pip install 'vllm-shaper[bench]'") from error
 
 
 def _write(path: Path, text: str, flag: str) -> None:

@@ -6,12 +6,15 @@ import argparse
 import errno
 import re
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from shaper.arguments import check_directory, check_output, check_package
+from shaper.config import ShaperConfig
 from shaper.emulator.shapes import known_models, load_model_config
 from shaper.engine.compat import gpus_per_engine, vllm_version
-from shaper.errors import ConfigError, UnknownModelError
+from shaper.errors import ConfigError, EngineError, UnknownModelError
 
 DEFAULT_PORT = 8000
 
@@ -25,6 +28,40 @@ def check_vllm() -> None:
         EngineError: it is not; the message says what to install.
     """
     vllm_version()
+
+
+def check_vllm_imports() -> None:
+    """vLLM is installed and can be imported, for those that run its parts in this process.
+
+    Raises:
+        EngineError: it is not, or something that it needs is missing.
+    """
+    check_vllm()
+    try:
+        import vllm  # noqa: F401 - fails here, before anything is built
+    except ImportError as error:
+        raise EngineError(
+            f"vLLM can't be imported by {sys.executable} ({error}): run `make setup` in a clone of "
+            "this project, or install it anew"
+        ) from error
+
+
+def check_files(config: ShaperConfig) -> None:
+    """What a server is to write can be written: it would find out after the model is loaded.
+
+    Raises:
+        ConfigError: a directory is not there, or this user may not write in it.
+        MissingPackageError: a package for it is not there.
+    """
+    if config.record is not None:
+        path = Path(config.record)
+        check_output(path, "--record", ".csv", ".parquet")
+        if path.suffix == ".parquet":
+            check_package("pyarrow", f"--record {path} (a .csv needs nothing):")
+    if config.decision_log is not None:
+        check_output(Path(config.decision_log), "decision_log")
+    if config.record_directory is not None:
+        check_directory(Path(config.record_directory), "record_directory")
 
 
 def early_address(arguments: Sequence[str]) -> tuple[str | None, int | None]:

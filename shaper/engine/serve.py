@@ -32,6 +32,7 @@ from shaper.engine.flags import new_parser, shaper_config
 from shaper.engine.lifecycle import DRAIN_SECONDS, Terms, tell
 from shaper.engine.middleware import add_admission, add_control_routes, add_drain
 from shaper.engine.preflight import (
+    check_files,
     check_model,
     check_port,
     check_vllm,
@@ -77,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         return _print_help(help_flag)
     config = shaper_config(options)
     take_replay(options, config)
+    if config is not None:
+        check_files(config)
     check_vllm()
     if config is not None and config.group is not None:
         with unless_unshaped_ok(config):
