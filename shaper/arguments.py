@@ -37,7 +37,7 @@ def check_output(path: Path | None, flag: str, *suffixes: str) -> None:
         raise ConfigError(f"{flag} {path}: the file must end in {' or '.join(suffixes)}")
     folder = path.absolute().parent
     if path.is_dir():
-        raise ConfigError(f"{flag} {path} is a directory: name a file in it")
+        raise ConfigError(f"{flag} {path} can't be written: it is a directory; name a file in it")
     if path.exists() and not os.access(path, os.W_OK):
         raise ConfigError(f"{flag} {path}: this user may not write it")
     check_directory(folder, f"{flag} {path}")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from shaper import cli, simulate_command
+from shaper.arguments import check_output
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 from shaper.simulate.bar import ProgressBar
@@ -271,4 +272,4 @@ def test_latency_that_was_not_measured_is_not_good():
 def test_a_path_that_nobody_can_write_is_refused(tmp_path):
     """A directory is no file."""
     with pytest.raises(ConfigError, match="can't be written"):
-        simulate_command._check_output(Path(tmp_path), "--json")
+        check_output(Path(tmp_path), "--json")
