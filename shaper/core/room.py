@@ -160,12 +160,35 @@ class WindowPart:
         earliest = low + (need - begun) / slope if slope > 0.0 else low
         return max(0.0, min(earliest, high) - seconds)
 
-    def empty_watts(self, seconds: float) -> float:
-        """The same if nothing had run before."""
+    def empty_watts(self, seconds: float, floor_watts: float | None = None) -> float:
+        """The same if nothing had run before; by default with this part's floor after it."""
         if seconds >= self._span:
             return self.allowed_watts
-        floor = min(self._floor_watts, MOST_FLOOR_RATIO * self.allowed_watts)
+        floor = self._floor_watts if floor_watts is None else floor_watts
+        floor = min(floor, MOST_FLOOR_RATIO * self.allowed_watts)
         return floor + (self.allowed_watts - floor) * self._span / seconds
+
+    def make_way(self, step: StepPrediction, idle_watts: float) -> float:
+        """Lower the floor, to idle power at most, until an empty window would hold two such
+        steps: room for one is there before the last of what ran has left the window.
+
+        Returns:
+            The window's seconds; 0 where nothing had to be lowered.
+        """
+        seconds, joules = 2.0 * step.seconds, 2.0 * step.joules
+        if step.seconds >= self._span:
+            return 0.0
+        floor = idle_watts
+        if seconds < self._span:
+            spare = self.allowed_watts * self._span - joules
+            floor = max(idle_watts, spare / (self._span - seconds))
+        if floor >= self._floor_watts:
+            return 0.0
+        self._floor_watts = floor
+        if self._x is not None:
+            self._found.clear()
+            self._put(self._x, self._room)
+        return self._span
 
     def paced_watts(self, burst_joules: float) -> float:
         """The limit less a burst once a window; without end where the limit is a ramp."""
@@ -288,9 +311,27 @@ class Room:
         waits = [part.wait_seconds(seconds, watts, idle_watts) for part in self._parts]
         return max(waits, default=0.0)
 
-    def empty_watts(self, seconds: float) -> float:
-        """The same if nothing had run before: what no pause makes more of."""
-        return min((part.empty_watts(seconds) for part in self._parts), default=math.inf)
+    def empty_watts(self, seconds: float, floor_watts: float | None = None) -> float:
+        """The same if nothing had run before: what no pause makes more of.
+
+        Args:
+            seconds: the step's length.
+            floor_watts: power after it; None: as each window takes it.
+        """
+        parts = self._parts
+        return min((part.empty_watts(seconds, floor_watts) for part in parts), default=math.inf)
+
+    def make_way(self, step: StepPrediction, idle_watts: float) -> float:
+        """Lower what goes on after a step so far that each window, if empty, would hold this one.
+
+        Args:
+            step: one that is to run now and then, at whatever pace of the decodes.
+            idle_watts: this engine's power between steps; no floor goes below.
+
+        Returns:
+            The longest window of those where that was necessary; 0 without any.
+        """
+        return max((part.make_way(step, idle_watts) for part in self._parts), default=0.0)
 
     def paced_watts(self, burst_joules: float) -> float:
         """Power that leaves every window room for a burst; infinity without limits."""

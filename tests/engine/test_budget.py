@@ -147,3 +147,31 @@ def test_slack_saves_joules_inside_the_itl_target(make_rig, random_traffic):
     assert max(gaps) <= 0.05 * 1.03
     assert {d.reason for d in slack.log.decisions} >= {Reason.SLACK, Reason.UNCONSTRAINED}
     assert slack.shaper.counters.forced == 0
+
+
+def dense_burst(seed: int, count: int) -> list[tuple[float, list[int], int]]:
+    """Prompts of 800 to 1,800 tokens, 50 a second, whose decodes alone would fill a tight limit."""
+    rng = random.Random(seed)
+    traffic, now = [], 0.0
+    for _ in range(count):
+        now += rng.expovariate(50.0)
+        prompt = [rng.randrange(256) for _ in range(rng.randint(800, 1800))]
+        traffic.append((now, prompt, 100))
+    return traffic
+
+
+@pytest.mark.parametrize(("window_seconds", "seed"), [(0.1, 1), (0.1, 2), (0.2, 3)])
+def test_decodes_make_way_under_a_tight_limit(make_rig, window_seconds, seed):
+    """A few watts less cost as much time: no chunk is forced where an empty window holds one."""
+    seconds = {}
+    for watts in (240.0, 270.0):
+        limit = PowerLimit(watts, window_seconds)
+        rig = make_rig((limit,))
+        rig.run(dense_burst(seed, 48), seconds=60.0)
+        records = rig.engine.requests.values()
+        assert all(record.finished_seconds is not None for record in records)
+        assert rig.shaper.counters.forced == 0
+        seconds[watts] = rig.engine.now_seconds
+        power = sliding(rig.engine.gpus.take_segments(), window_seconds)
+        assert power.max() <= watts * (1 + TOLERANCE_RATIO)
+    assert seconds[240.0] <= 1.5 * seconds[270.0]

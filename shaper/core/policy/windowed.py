@@ -16,13 +16,16 @@ leaves for a step of its length, with decodes going on after it. In order:
 2. what the engine wants, if it fits: then nothing is limited;
 3. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
-   don't come back as one long step; where no chunk keeps the ITL target, 64 tokens; where no
-   empty window would hold an efficient one, the largest that one would;
+   don't come back as one long step; where no chunk keeps the ITL target, 64 tokens. Where the
+   pace of the decodes would leave an efficient one no room in an empty window, decodes go
+   slower: the least efficient chunk then fits beside less of them, or the largest that an
+   empty window would hold with idle power after it;
 4. while prompts wait for the budget: nothing, for the decodes' share of slack, so that the
    room which they leave goes to the prompts; without an ITL target an easy pace, or a share
    of the time for which prompts have been held;
-5. the decodes alone: prompts wait for the window to move on;
-6. as many of the decodes as an empty window would hold, if it would never hold all:
+5. the decodes alone, slower where an empty window would not hold them at their pace: prompts
+   wait for the window to move on;
+6. as many of the decodes as an empty window would hold, if it would not hold all once:
    those that have waited longest;
 7. nothing: a pause until what was refused could fit at the earliest (`policy/waits.py`).
 
@@ -89,6 +92,7 @@ class WindowedPlanner:
     def __init__(self) -> None:
         self._efficient_tokens: dict[int, int] = {}
         self._last_chunk = 0
+        self._way_seconds = 0.0
         self._cap = RunningCap()
 
     def plan(self, view: PlanInput) -> Plan:
@@ -121,6 +125,9 @@ class WindowedPlanner:
             waits = may_wait(view, slack)
             sharing = 0 if waits else load.decode_requests
             chunk = self._largest_chunk(view, wanted, sharing)
+            if self._way_seconds and not waits:
+                slack = _way_slack_seconds(view, self._way_seconds)
+                waits = may_wait(view, slack)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
                 return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
@@ -131,6 +138,8 @@ class WindowedPlanner:
                 again = again_seconds(view, refused, waited_until(view, slack))
                 return Plan(NOTHING, Reason.CADENCE, slack, again)
         if decodes:
+            if _never_fits(view, decodes):
+                view.room.make_way(decodes, view.idle_watts)
             if fits_beside(view, decodes, comes_first_joules(view, prompts=False)):
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
             some = _fitting_decodes(view, decodes)
@@ -172,13 +181,18 @@ class WindowedPlanner:
             return fits_beside(view, prediction, beside)
 
         def possible(tokens: int) -> bool:
-            return not _never_fits(view, view.predict(load.batch(tokens)))
+            step = view.predict(load.batch(tokens))
+            return step.watts <= view.room.empty_watts(step.seconds, view.idle_watts)
 
-        chunk = self._largest_fitting(sizes, fits)
-        if not chunk and not possible(least):
+        chunk, self._way_seconds = self._largest_fitting(sizes, fits), 0.0
+        if not chunk and _never_fits(view, view.predict(load.batch(least))):
+            # Decodes leave too little of any window: they make way.
             below = CHUNK_TOKENS[: bisect_left(CHUNK_TOKENS, least)]
-            most_possible = self._largest_fitting(below, possible)
-            chunk = most_possible if most_possible and fits(most_possible) else 0
+            largest = least if possible(least) else self._largest_fitting(below, possible)
+            if largest:
+                step = view.predict(load.batch(largest))
+                self._way_seconds = view.room.make_way(step, view.idle_watts)
+                chunk = largest if fits(largest) else 0
         if not chunk:
             return self._crumb(view, least, beside)
         self._last_chunk = chunk
@@ -324,6 +338,17 @@ def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     # The decodes are in the chunk's own step: their next token comes when it ends.
     waited = max(0.0, view.since_decode_seconds)
     return waited + prediction.seconds * LATE_RATIO <= target
+
+
+def _way_slack_seconds(view: PlanInput, window_seconds: float) -> float:
+    """How long decodes may go without a step until a window has room for a chunk with them.
+
+    Where they alone, however slow, leave it no room, prompts get theirs when the window is empty.
+    """
+    if view.decodes is None or view.itl_target_seconds is not None:
+        return 0.0
+    held = max(view.held_seconds, others_held_seconds(view))
+    return min(PATIENCE_SHARE * held, window_seconds + 2.0 * view.decodes.seconds)
 
 
 def _slack_seconds(view: PlanInput) -> float:
