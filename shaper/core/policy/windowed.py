@@ -56,7 +56,6 @@ from shaper.core.policy.waits import LATE_RATIO, again_seconds, may_wait, wait, 
 from shaper.core.types import (
     NOTHING,
     UNLIMITED,
-    EngineLoad,
     Reason,
     StepBatch,
     StepLimits,
@@ -304,8 +303,9 @@ def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
     load = view.load
     count = load.decode_requests // 2
     while count:
-        some = view.predict(_decode_batch(load, count))
-        if view.room.fits(some):
+        share = count / load.decode_requests
+        tokens, contexts = load.decode_tokens * share, load.decode_context_tokens * share
+        if view.room.fits(view.predict(StepBatch(count, round(tokens), round(contexts)))):
             return count
         count //= 2
     return 0
@@ -314,13 +314,6 @@ def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
 def _never_fits(view: PlanInput, step: StepPrediction) -> bool:
     """Whether not even an empty window would hold the step."""
     return step.watts > view.room.empty_watts(step.seconds)
-
-
-def _decode_batch(load: EngineLoad, count: int) -> StepBatch:
-    """A step of `count` of the ready decodes."""
-    share = count / load.decode_requests
-    tokens = round(load.decode_tokens * share)
-    return StepBatch(count, tokens, round(load.decode_context_tokens * share))
 
 
 def _gentle_seconds(view: PlanInput) -> float:
