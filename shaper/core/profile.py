@@ -150,6 +150,10 @@ class ClockSpec(_Checked):
     """Lowest voltage over that at the highest clock."""
     voltage_slope: float
     """Fall of the voltage ratio per fall of the clock ratio, down to the floor."""
+    rest_hertz: float = 0.0
+    """SM clock of a GPU that draws its context power only; 0: it does not fall at rest."""
+    climb_seconds: float = 0.0
+    """From there to the highest clock, once work comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +256,8 @@ class GpuProfile:
             )
         if self.clocks.sm_min_hertz > self.clocks.sm_max_hertz:
             raise ValueError(f"{self.name}: the lowest SM clock is above the highest")
+        if self.clocks.rest_hertz > self.clocks.sm_max_hertz:
+            raise ValueError(f"{self.name}: the SM clock at rest is above the highest")
         heat = self.heat
         if not heat.slowdown_celsius <= heat.hardware_slowdown_celsius <= heat.shutdown_celsius:
             raise ValueError(f"{self.name}: slowdown and shutdown temperatures are out of order")

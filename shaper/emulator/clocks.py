@@ -5,7 +5,8 @@ above `limit * (1 - margin)`, the clock falls by half the relative excess, at le
 step and at most `slew_down`; 1% below it, the clock rises likewise by at most
 `slew_up`, up to the ceiling. The average lags, so a burst overshoots for about a
 window. Above the slowdown temperature the ceiling falls one step a period. A power
-brake or the hardware slowdown temperature drops the clock at once.
+brake or the hardware slowdown temperature drops the clock at once. Where a profile says so,
+the clock falls at rest, and with the next work the ceiling rises evenly from there.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class ClockController:
         "_injected_reasons",
         "_profile",
         "_thermal_hertz",
+        "_waking_hertz",
         "brake",
         "clock_hertz",
         "limit_watts",
@@ -63,16 +65,25 @@ class ClockController:
         self._injected_hertz: float | None = None
         self._injected_reasons = ClockEventReasons.NONE
         self._thermal_hertz = profile.clocks.sm_max_hertz
+        self._waking_hertz = profile.clocks.sm_max_hertz
         self.brake = False
         self.clock_hertz = profile.clocks.sm_max_hertz
         self.limit_watts = limit_watts
         self.next_tick_seconds = start_seconds + profile.cap.period_seconds
+        self.rest()
 
     def inject_ceiling(self, hertz: float | None, reasons: ClockEventReasons) -> None:
         """Holds the clock at or below `hertz` until called with None."""
         self._injected_hertz = hertz
         self._injected_reasons = reasons if hertz is not None else ClockEventReasons.NONE
         self._apply()
+
+    def rest(self) -> None:
+        """Nothing has run for a while: the clock falls, if the profile says so."""
+        rest_hertz = self._profile.clocks.rest_hertz
+        if rest_hertz:
+            self._waking_hertz = rest_hertz
+            self._apply()
 
     def set_brake(self, on: bool) -> None:
         """The power brake's pin."""
@@ -102,6 +113,7 @@ class ClockController:
     def tick(self, die_celsius: float) -> None:
         """One decision; moves `next_tick_seconds` on by a period."""
         self.next_tick_seconds += self._profile.cap.period_seconds
+        self._wake(1)
         self._decide_power(1)
         self._decide_heat(die_celsius, 1)
         self._apply()
@@ -113,9 +125,23 @@ class ClockController:
         if count <= 0:
             return
         self.next_tick_seconds += count * period
+        self._wake(count)
         self._decide_power(count)
         self._decide_heat(die_celsius, count)
         self._apply()
+
+    def _wake(self, periods: int) -> None:
+        """The ceiling of a rest rises, and the clock with it where nothing else holds it."""
+        clocks = self._profile.clocks
+        top, before = clocks.sm_max_hertz, self._waking_hertz
+        if before >= top:
+            return
+        share = 1.0
+        if clocks.climb_seconds > 0.0:
+            share = periods * self._profile.cap.period_seconds / clocks.climb_seconds
+        self._waking_hertz = min(top, before + share * (top - clocks.rest_hertz))
+        if self.clock_hertz >= before:
+            self.clock_hertz = self._waking_hertz
 
     def _decide_power(self, periods: int) -> None:
         clocks, cap = self._profile.clocks, self._profile.cap
@@ -139,7 +165,7 @@ class ClockController:
         self._braked_hot = die_celsius >= heat.hardware_slowdown_celsius
 
     def _ceiling(self) -> float:
-        ceiling = min(self._profile.clocks.sm_max_hertz, self._thermal_hertz)
+        ceiling = min(self._waking_hertz, self._thermal_hertz)
         return ceiling if self._injected_hertz is None else min(ceiling, self._injected_hertz)
 
     def _apply(self) -> None:
@@ -148,4 +174,5 @@ class ClockController:
         if self.brake or self._braked_hot:
             ceiling = min(ceiling, clocks.sm_max_hertz * self._profile.cap.brake_clock_ratio)
         self._capped = self.clock_hertz < ceiling
-        self.clock_hertz = max(clocks.sm_min_hertz, min(ceiling, self.clock_hertz))
+        lowest = min(clocks.sm_min_hertz, self._waking_hertz)
+        self.clock_hertz = max(lowest, min(ceiling, self.clock_hertz))

@@ -290,7 +290,9 @@ class EmulatedGpus:
         if self._cursor_seconds < now_seconds and self._cursor_seconds < gap_end:
             self._idle(min(now_seconds, gap_end), power.gap_watts, ClockEventReasons.NONE)
         if self._cursor_seconds < now_seconds:
+            self._clocks.rest()
             self._idle(now_seconds, power.context_watts, ClockEventReasons.GPU_IDLE)
+            self._clocks.rest()
 
     def _idle(self, end_seconds: float, watts: float, reason: ClockEventReasons) -> None:
         """Power below any limit: the clock controller only recovers."""

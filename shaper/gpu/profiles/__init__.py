@@ -7,8 +7,8 @@
     capacity_bytes = { value = 85899345920, source = "NVIDIA H100 datasheet" }
 
 The groups and keys are those of `shaper.core.profile.GpuProfile`. A source that
-begins with `estimate` or `fitted` says so. `base = "h100-sxm"` takes every number that
-the file leaves out from another profile. A GPU is added by adding a file, here or
+begins with `estimate` or `fitted` says so; a number that may be left out has the source
+`default`. `base = "h100-sxm"` takes every number that the file leaves out from another profile. A GPU is added by adding a file, here or
 anywhere: `load_profile` takes a path too.
 """
 
@@ -91,6 +91,11 @@ def _load(name_or_path: str) -> tuple[GpuProfile, dict[str, str]]:
             if key not in keys:
                 raise ConfigError(f"{label}: unknown key {group}.{key}{_nearest(key, keys)}")
             numbers[group][key], sources[f"{group}.{key}"] = _entry(label, f"{group}.{key}", entry)
+    for group, kind in _GROUPS.items():
+        for field in dataclasses.fields(kind):
+            if field.default is not dataclasses.MISSING and field.name not in numbers[group]:
+                numbers[group][field.name] = float(field.default)
+                sources[f"{group}.{field.name}"] = "default: off"
     return _build(label, raw, numbers), sources
 
 
