@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 
 from shaper.core.claims import Claims, planned_batch
+from shaper.core.completed import HOST_LATE_SECONDS, OWN_LATE_RATIO, CompletedSteps
 from shaper.core.demand import DemandMeter
 from shaper.core.estimator import Estimator
 from shaper.core.flights import Flights
@@ -32,7 +33,6 @@ from shaper.core.types import (
     NO_TARGETS,
     NOTHING,
     UNLIMITED,
-    ClockEventReasons,
     Decision,
     EngineLoad,
     LatencyTargets,
@@ -45,14 +45,11 @@ from shaper.core.types import (
 )
 from shaper.core.window import Run
 
+__all__ = ["HOST_LATE_SECONDS", "OWN_LATE_RATIO", "STALE_SECONDS", "Controller"]
+
 # The sampler reads every 20 ms and meters refresh every 100 ms: a state this old
 # means that the sensor is gone.
 STALE_SECONDS = 1.0
-# A busy host sees a step's end some milliseconds late. Entered as seen, a window would
-# miss that much of it at full power: 3 ms at 700 W are 3% of a limit over 100 ms.
-HOST_LATE_SECONDS = 0.005
-# A clock that sags under way makes a step of 40 ms 1.4 ms longer, at full power.
-OWN_LATE_RATIO = 0.05
 # Between two steps and two readings few are asked about.
 _KEPT_PREDICTIONS = 256
 _NO_STEP = StepPrediction(0.0, 0.0)
@@ -76,6 +73,7 @@ class Controller:
         rest_after_seconds: see `rest_watts`.
         full: nobody knows what ran just before: every window is taken as used up.
         group: a ledger that this engine shares with others; its limits hold beside the budget.
+        free_hertz: the SM clock of GPUs that nothing holds down; infinity: not known.
     """
 
     def __init__(
@@ -93,8 +91,8 @@ class Controller:
         rest_after_seconds: float = math.inf,
         full: bool = False,
         group: PowerGroup | None = None,
+        free_hertz: float = math.inf,
     ) -> None:
-        self._model = model
         self._policy = policy
         self.shadow = shadow
         self._targets = targets
@@ -113,6 +111,9 @@ class Controller:
         self._guard = Guard(max_pause_seconds, targets)
         self._decode_deadline_seconds = targets.itl_seconds or max_pause_seconds
         self.estimator = Estimator(self.idle_watts)
+        self._completed = CompletedSteps(
+            model, self.estimator, self._ledger, self.idle_watts, free_hertz
+        )
         self._demand = DemandMeter(self.idle_watts, start_seconds)
         self._claims = None
         if group is not None:
@@ -120,8 +121,6 @@ class Controller:
         self._flights = Flights()
         self._returned_seconds = -math.inf
         self._state: PowerState | None = None
-        self._clock_hertz: float | None = None
-        self._celsius: float | None = None
         self._predictions: dict[StepBatch, tuple[StepPrediction, StepPrediction]] = {}
         self._room = UNBOUNDED
         self._plan = Plan(UNLIMITED, Reason.IDLE)
@@ -164,15 +163,12 @@ class Controller:
         if self._state is not None and state.sampled_seconds <= self._state.sampled_seconds:
             return
         self._state = state
-        idle = ClockEventReasons.GPU_IDLE in state.clock_event_reasons
-        # An idle GPU shows a clock that it will not run the next step at.
-        self._clock_hertz = None if idle else state.sm_clock_hertz
-        self._celsius = state.temperature_celsius
+        self._completed.observe(state, self._flights.unsure)
         self.estimator.observe_power(state)
         self._predictions.clear()
 
     def predict(self, batch: StepBatch) -> StepPrediction:
-        """A step at the present clock and temperature, corrected by what was measured."""
+        """A step at the present temperature, as it is planned: see `CompletedSteps`."""
         return self._predict(batch)[1]
 
     def _predict(self, batch: StepBatch) -> tuple[StepPrediction, StepPrediction]:
@@ -181,15 +177,13 @@ class Controller:
         if found is None:
             if len(self._predictions) >= _KEPT_PREDICTIONS:
                 self._predictions.clear()
-            raw = self._model.predict(
-                batch, sm_clock_hertz=self._clock_hertz, temperature_celsius=self._celsius
-            )
-            found = self._predictions[batch] = (raw, self.estimator.correct(batch, raw))
+            found = self._predictions[batch] = self._completed.predict(batch)
         return found
 
     def plan(self, load: EngineLoad, now_seconds: float) -> StepLimits:
         """The limits that the engine shall apply to its next step."""
         prefills = load.prefills
+        self._enter(now_seconds)
         self._wanted_prefill_tokens = sum([each.remaining_tokens for each in prefills])
         if not self.limited:
             self._plan = _OFF
@@ -221,7 +215,7 @@ class Controller:
         """Find the plan; returns what it was found from."""
         easy = 0.0 if decodes is None else EASY_STEPS * decodes.seconds
         floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or easy)
-        since = self._flights.since_decode(load, start, in_flight)
+        since = self._flights.since_decode(load, start, self._flying(now))
         claims = self._claims
         state, longest = self._state, self._ledger.longest_window_seconds
         blind = state is None or state.age_seconds(now) > STALE_SECONDS
@@ -294,7 +288,10 @@ class Controller:
         return self.idle_watts + decodes.joules_above(self.idle_watts) / cadence
 
     def _in_flight(self, now_seconds: float) -> list[Run]:
-        return self._flights.runs(self._ledger.end_seconds, now_seconds)
+        return self._completed.runs + self._flying(now_seconds)
+
+    def _flying(self, now_seconds: float) -> list[Run]:
+        return self._flights.runs(self._completed.end_seconds, now_seconds)
 
     def launched(self, batch: StepBatch, now_seconds: float) -> Decision:
         """Enter a step that the engine scheduled; one without tokens is only recorded."""
@@ -304,7 +301,9 @@ class Controller:
         if batch.decode_tokens or batch.prefill_tokens:
             raw, prediction = self._predict(batch)
             ran = prediction
-            self._flights.launch(now_seconds, batch, raw, prediction)
+            idle_seconds = 0.0 if self._flights else now_seconds - self._completed.end_seconds
+            unsure = self._completed.unsure(batch, idle_seconds)
+            self._flights.launch(now_seconds, batch, raw, prediction, unsure)
             self._demand.launched(batch, prediction, now_seconds)
             headroom = self._room.headroom_watts(prediction)
         if self._claims is not None and not self._claims.claimed(ran):
@@ -323,36 +322,26 @@ class Controller:
         )
 
     def finished(self, now_seconds: float) -> None:
-        """The oldest launched step is back: what was promised becomes what was spent.
-
-        A step that is back later than predicted was slow, or the host was late to see
-        its end; the next step then started before. A small part of the step's own length
-        is taken for its own, at its power; then up to `HOST_LATE_SECONDS` for the host's,
-        since a slow GPU soon shows in the gain on step seconds.
-        """
+        """The oldest launched step is back: what was promised becomes what was spent."""
         if not self._flights:
             return
         flight = self._flights.land()
         self._predictions.clear()  # the estimator learns
         seen = now_seconds - max(self._returned_seconds, flight.launched_seconds)
         self._returned_seconds = now_seconds
-        start = max(self._ledger.end_seconds, flight.launched_seconds)
-        prediction = flight.prediction
-        predicted_end = start + prediction.seconds
-        late = now_seconds - predicted_end
-        own_late = min(max(late, 0.0), OWN_LATE_RATIO * prediction.seconds)
-        end = min(now_seconds, predicted_end + max(own_late, late - HOST_LATE_SECONDS))
-        if end <= start:
-            return
+        start = max(self._completed.end_seconds, flight.launched_seconds)
         # Only a queued step's time is free of the host's, if this engine queues steps.
         measured = seen if flight.queued or not self._flights.queues else None
-        self.estimator.observe_run(flight.batch, flight.raw, start, end, measured)
-        # Early, or late beyond its own: the work is the same, and the rest of the time idle.
-        rest_joules = (end - predicted_end - own_late) * self.idle_watts
-        joules = prediction.joules + own_late * prediction.watts + rest_joules
-        final = self._ledger.end_seconds
-        self._ledger.spend(start, end, joules)
+        end = self._completed.add(flight, start, now_seconds, measured)
+        if end is None:
+            return
         if flight.batch.decode_tokens:
             self._flights.decoded(end)
-        if self._claims is not None:
+        self._enter(now_seconds, changed=True)
+
+    def _enter(self, now_seconds: float, *, changed: bool = False) -> None:
+        """Enter the steps whose clock is known by now, and tell the group."""
+        final = self._ledger.end_seconds
+        changed |= self._completed.enter(now_seconds)
+        if changed and self._claims is not None:
             self._claims.finished(final, self._in_flight(now_seconds), now_seconds)

@@ -58,7 +58,8 @@ _MOVES_KEPT, _RUNS_KEPT = 64, 2048
 
 
 class _Run(NamedTuple):
-    """A step that is over: when it ran, where its power lies, what the model said of it."""
+    """A step that is over: when it ran, where its power lies, what the model said of it (no
+    joules: nothing of use)."""
 
     start_seconds: float
     end_seconds: float
@@ -169,6 +170,11 @@ class Estimator:
             measured_seconds = end_seconds - start_seconds
         self._seconds.observe(batch, raw.seconds, measured_seconds)
 
+    def skip_run(self, start_seconds: float, end_seconds: float) -> None:
+        """A step is back of which nothing can be learned, nor of the energy around it."""
+        if end_seconds > start_seconds:
+            self._runs.append(_Run(start_seconds, end_seconds, 0, 0.0, 0.0))
+
     def observe_power(self, state: PowerState) -> None:
         """Learn from the energy counter; a state without one teaches nothing."""
         limit = state.enforced_limit_watts
@@ -226,6 +232,8 @@ class Estimator:
                 if run.start_seconds <= tick.at_seconds < run.end_seconds:
                     watts[index] = run.watts
             inside = _inside(run.start_seconds, run.end_seconds, begin, end)
+            if inside and not run.joules:
+                return
             busy += inside
             joules[run.knot] += run.watts * inside * (1.0 - run.part)
             joules[run.knot + 1] += run.watts * inside * run.part

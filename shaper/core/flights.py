@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from shaper.core.types import EngineLoad, StepBatch, StepPrediction
 from shaper.core.window import Run
+
+
+@dataclass(slots=True)
+class Unsure:
+    """What a step comes to whose clock may climb while it waits or runs."""
+
+    free: StepPrediction
+    """At the clock that nothing holds down: the earliest that it can be over."""
+    slowest_seconds: float
+    """At the clock that was read when it was launched, of an idle GPU too."""
+    lowest_hertz: float
+    highest_hertz: float
+    """Of the readings around it."""
 
 
 class Flight(NamedTuple):
@@ -20,7 +34,9 @@ class Flight(NamedTuple):
     raw: StepPrediction
     """As the model says."""
     prediction: StepPrediction
-    """The same, corrected by what was measured."""
+    """The same, corrected by what was measured, at the power that is planned with."""
+    unsure: Unsure | None = None
+    """None: it runs at the clock that it was predicted at."""
 
 
 class Flights:
@@ -41,13 +57,23 @@ class Flights:
         """Whether any of them computes prompts."""
         return any(flight.batch.prefill_tokens for flight in self._queue)
 
+    @property
+    def unsure(self) -> list[Unsure]:
+        """Of those whose clock is not known."""
+        return [flight.unsure for flight in self._queue if flight.unsure is not None]
+
     def launch(
-        self, now_seconds: float, batch: StepBatch, raw: StepPrediction, prediction: StepPrediction
+        self,
+        now_seconds: float,
+        batch: StepBatch,
+        raw: StepPrediction,
+        prediction: StepPrediction,
+        unsure: Unsure | None,
     ) -> None:
         """Another one is launched."""
         queued = bool(self._queue)
         self.queues = self.queues or queued
-        self._queue.append(Flight(now_seconds, queued, batch, raw, prediction))
+        self._queue.append(Flight(now_seconds, queued, batch, raw, prediction, unsure))
 
     def land(self) -> Flight:
         """The oldest is back. There must be one."""
@@ -58,7 +84,7 @@ class Flights:
         self._decode_end_seconds = end_seconds
 
     def runs(self, free_seconds: float, now_seconds: float) -> list[Run]:
-        """When they run, as `(start, end, joules)`; one that is overdue ends now.
+        """When they run at the earliest, as `(start, end, joules)`; one that is overdue ends now.
 
         Args:
             free_seconds: when the last step that is back ended.
@@ -67,10 +93,14 @@ class Flights:
         runs: list[Run] = []
         for flight in self._queue:
             start = max(free_seconds, flight.launched_seconds)
-            free_seconds = start + flight.prediction.seconds
-            if not runs:
-                free_seconds = max(free_seconds, now_seconds)
-            runs.append((start, free_seconds, flight.prediction.joules))
+            step = flight.prediction if flight.unsure is None else flight.unsure.free
+            free_seconds, joules = start + step.seconds, step.joules
+            if not runs and now_seconds > free_seconds:
+                free_seconds = now_seconds
+                if flight.unsure is not None:
+                    # Slower, and at no more power.
+                    joules = max(joules, step.watts * (now_seconds - start))
+            runs.append((start, free_seconds, joules))
         return runs
 
     def since_decode(self, load: EngineLoad, start_seconds: float, runs: list[Run]) -> float:

@@ -44,6 +44,12 @@ class EngineGpus:
     reader: GpuReader
     profile: GpuProfile
 
+    @property
+    def free_hertz(self) -> float:
+        """The SM clock that nothing holds down: the boards' own where they tell it."""
+        told = [gpu.max_sm_clock_hertz for gpu in self.reader.gpus if gpu.max_sm_clock_hertz]
+        return max(told, default=self.profile.clocks.sm_max_hertz)
+
 
 def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
     """The reader and the profile of this engine's GPUs.

@@ -231,6 +231,7 @@ def _new_controller(
             rest_after_seconds=gpus.profile.power.gap_hold_seconds,
             full=full,
             group=None if member is None else member.handle,
+            free_hertz=gpus.free_hertz,
         )
 
     return make

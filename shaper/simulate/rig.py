@@ -145,6 +145,7 @@ def new_engine(
             rest_after_seconds=profile.power.gap_hold_seconds,
             full=full,
             group=group,
+            free_hertz=profile.clocks.sm_max_hertz,
         )
 
     def attach(scheduler: Any) -> LiveShaper:
