@@ -49,6 +49,8 @@ SAMPLER_METRICS = (
     ("shaper_meter_average_window_seconds", "Window of the average reading, where it shows."),
     ("shaper_sample_read_p50_seconds", "What a read of all GPUs takes, the median."),
     ("shaper_sample_read_p99_seconds", "What a read of all GPUs takes, 99 of 100."),
+    ("shaper_meter_reading_ratio", "Power reading over energy counter, where they are apart."),
+    ("shaper_meter_disagrees", "1 while these two differ by more than a tenth on some GPU."),
 )
 # Written at the end of the sampler's section, shown as the sample's age.
 SAMPLED_AT_INDEX = len(SAMPLER_METRICS)
@@ -121,6 +123,7 @@ def sensor_values(state: PowerState | None, report: SensorReport) -> list[float]
         *(float(report.reconnects), float(report.limit_changes)),
         *(slowest(f"{name}_refresh_seconds") for name in ("instant", "average", "energy")),
         *(slowest(f"{name}_seconds") for name in ("average_window", "read_p50", "read_p99")),
+        *(report.read_over_counted_ratio, float(report.meter_disagrees)),
     ]
 
 

@@ -23,7 +23,7 @@ from shaper.core.flights import Flights
 from shaper.core.group import PowerGroup, Step
 from shaper.core.guard import Guard
 from shaper.core.ledger import Ledger
-from shaper.core.margin import Margin
+from shaper.core.margin import UNCOUNTED_MARGIN_RATIO, Margin
 from shaper.core.policy import Plan, PlanInput, Policy
 from shaper.core.policy.sustained import EASY_STEPS
 from shaper.core.predictor import StepPredictor
@@ -221,7 +221,10 @@ class Controller:
         blind = state is None or state.age_seconds(now) > STALE_SECONDS
         if claims is not None:
             longest = max(longest, claims.longest_window_seconds)
-        margin_ratio = self._margin.follow(self.estimator.margin_ratio, blind, longest, now)
+        asked_ratio = self.estimator.margin_ratio
+        if not blind and state is not None and state.energy_integrated:
+            asked_ratio += UNCOUNTED_MARGIN_RATIO
+        margin_ratio = self._margin.follow(asked_ratio, blind, longest, now)
         if claims is not None:
             run = self._flights.holds_prompts
             claims.stand(load, decodes, floor_watts, start - since, run, margin_ratio, now)

@@ -53,6 +53,8 @@ _DISAGREE_SECONDS, _DISAGREE_RATIO = 3.0, 0.05
 # Idle and step joules are weighed over a few seconds.
 _MIX_SECONDS = 3.0
 _MARGIN_GRAIN_RATIO = 0.001
+# A counter that is corrected by so much more or less is another counter.
+_OTHER_COUNTER_RATIO = 0.03
 # Moves that wait for the steps behind them, and the steps of a few spans.
 _MOVES_KEPT, _RUNS_KEPT = 64, 2048
 
@@ -114,10 +116,8 @@ class Estimator:
         self._seen: tuple[float, float] | None = None
         self._start: tuple[Tick, float] | None = None
         self._moves: deque[tuple[Tick, float]] = deque(maxlen=_MOVES_KEPT)
-        self._lean = _Mean(_LEAN_SECONDS)
-        self._late = _Mean(_DISAGREE_SECONDS)
-        self._steps = _Mean(_MIX_SECONDS)
-        self._idle_joules = 0.0
+        self._energy_ratio = 1.0
+        self._new_means()
         self.joules_gain_ratio = 1.0
         """Corrected over predicted joules of the last seconds' steps; 1 within the grain."""
         self.margin_ratio = 0.0
@@ -136,7 +136,7 @@ class Estimator:
         """A prediction of `batch` with all gains applied."""
         stretch = self._seconds.gain(batch)
         knot, part = place(raw.joules / (raw.seconds * self._full_watts))
-        gains = self._joules.applied
+        gains = self._joules.held
         gain = gains[knot] + part * (gains[knot + 1] - gains[knot])
         if stretch == 1.0 and gain == 1.0:
             return raw
@@ -181,6 +181,10 @@ class Estimator:
         if not self._limit_seen and limit is not None and 0.0 < limit < math.inf:
             # The first one counts: a limit that is lowered later does not change the model.
             self._full_watts, self._limit_seen = limit, True
+        if abs(state.energy_ratio - self._energy_ratio) > _OTHER_COUNTER_RATIO:
+            self._energy_ratio = state.energy_ratio
+            self._forget_joules()
+        self._joules.refutable = state.average_watts is not None and not state.energy_integrated
         energy, now = state.energy_joules, state.sampled_seconds
         if energy is None or not math.isfinite(energy):
             return
@@ -189,9 +193,7 @@ class Estimator:
             return
         if energy < seen[1] or now - seen[0] > _BRACKET_SECONDS:
             # The counter was reset, or the sampler was away: a new span, from a new phase.
-            self._start = None
-            self._moves.clear()
-            self._ticks.forget()
+            self._forget_moves()
             return
         if energy > seen[1]:
             self._moves.append((self._ticks.move(seen[0], now), energy))
@@ -200,6 +202,23 @@ class Estimator:
             if self._moves[0][0].at_seconds > self._runs[-1].end_seconds:
                 return
             self._move(*self._moves.popleft())
+
+    def _forget_moves(self) -> None:
+        self._start = None
+        self._moves.clear()
+        self._ticks.forget()
+
+    def _forget_joules(self) -> None:
+        """The counter has been wrong: what it taught is worth nothing."""
+        self._forget_moves()
+        self._joules = JouleGains(self._joules.held)
+        self._new_means()
+
+    def _new_means(self) -> None:
+        self._lean = _Mean(_LEAN_SECONDS)
+        self._late = _Mean(_DISAGREE_SECONDS)
+        self._steps = _Mean(_MIX_SECONDS)
+        self._idle_joules = 0.0
 
     def _move(self, tick: Tick, energy_joules: float) -> None:
         if self._start is None:

@@ -11,6 +11,9 @@ from __future__ import annotations
 # What a blind controller keeps free on top: about the mean error of the H100 and B200
 # profiles on published serving power (`python -m bench.fidelity`).
 BLIND_MARGIN_RATIO = 0.05
+# Without an energy counter: a power reading lags by half a second or sees a quarter of the
+# time, so what a second drew is known to a tenth or so, and gains follow it late.
+UNCOUNTED_MARGIN_RATIO = 0.05
 # The most that is ever kept free.
 MAX_MARGIN_RATIO = 0.2
 _RISE_PER_WINDOW = 0.3

@@ -98,6 +98,8 @@ class PowerState:
     """The least of the GPUs'."""
     energy_integrated: bool = False
     """Energy of at least one GPU is not counted but summed up from its power readings."""
+    energy_ratio: float = 1.0
+    """What the counter of a GPU is multiplied by at the most, because its power reading says so."""
 
     def age_seconds(self, now_seconds: float) -> float:
         """Seconds since the sampler read this, never negative."""

@@ -253,6 +253,7 @@ _PROBLEMS = {
     "shaper_budget_infeasible": "budget below what serving needs",
     "shaper_group_detached": "group's file was removed",
     "shaper_model_disagrees": "the model disagrees with the meter",
+    "shaper_meter_disagrees": "a GPU's energy counter disagrees with its own power reading",
 }
 _PART_ERRORS = "shaper_part_errors_total"
 

@@ -56,6 +56,10 @@ class SensorReport:
     """Times that the enforced limit of a GPU changed."""
     energy_integrated: bool = False
     """Energy of at least one GPU is summed up from its power."""
+    read_over_counted_ratio: float = 1.0
+    """Power reading over energy counter, as far as it is sure, where they are furthest apart."""
+    meter_disagrees: bool = False
+    """They are further apart than is believed of one meter."""
     last_error: str = ""
     facts: tuple[MeterFacts, ...] = ()
 
@@ -122,7 +126,7 @@ class Sampler:
         self._read_cost_seconds = 0.0
         self._silent_since: float | None = None
         self._said_back_seconds = -math.inf
-        self._said_integrated = False
+        self._said_integrated = self._said_apart = False
         self._abandoned = False
         self.latest: PowerState | None = None
         self.read_errors = 0
@@ -149,6 +153,8 @@ class Sampler:
             reconnects=0 if self._told_by is None else self._told_by.reconnects,
             limit_changes=self._limit_changes,
             energy_integrated=self._energy.integrated,
+            read_over_counted_ratio=self._energy.read_over_counted_ratio,
+            meter_disagrees=self._energy.apart,
             last_error=self._last_error,
             facts=self._facts,
         )
@@ -249,12 +255,27 @@ class Sampler:
         if self._energy.integrated and not self._said_integrated:
             self._said_integrated = True
             _log.warning("GPU sampling: no energy counter answers: energy is summed up from power")
-        state = summarise(samples, self._energy.integrated)
+        self._say_apart()
+        state = summarise(samples, self._energy.integrated, self._energy.raised_ratio)
         if state.instant_watts is not None or state.average_watts is not None:
             self.latest = state
             if self._on_state is not None:
                 self.parts.run("states", self._on_state, state)
         return screened
+
+    def _say_apart(self) -> None:
+        """Once when the counter and the power reading part, once when they agree again."""
+        if self._energy.apart == self._said_apart:
+            return
+        self._said_apart = self._energy.apart
+        if self._said_apart:
+            _log.warning(
+                "GPU sampling: a GPU's power reading says %.2f times what its energy counter "
+                "counts; limits hold by the higher of the two",
+                self._energy.read_over_counted_ratio,
+            )
+        else:
+            _log.warning("GPU sampling: energy counter and power reading agree again")
 
     def _note_meter(self, screened: tuple[GpuSample, ...]) -> None:
         if self._meter is None:

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Sequence
 from shaper.core.types import ClockEventReasons, GpuSample, PowerState
 
 
-def summarise(samples: Sequence[GpuSample], energy_integrated: bool = False) -> PowerState:
+def summarise(
+    samples: Sequence[GpuSample], energy_integrated: bool = False, energy_ratio: float = 1.0
+) -> PowerState:
     """The GPUs of one engine as one state.
 
     A sum is None when one of its GPUs is missing, since a part of it would be too
@@ -38,6 +40,7 @@ def summarise(samples: Sequence[GpuSample], energy_integrated: bool = False) -> 
             _known(sample.slowdown_margin_celsius for sample in samples), default=None
         ),
         energy_integrated=energy_integrated,
+        energy_ratio=energy_ratio,
     )
 
 

@@ -21,6 +21,7 @@ Above, it counts with its deviation on top; below, only as far as it is sure.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,6 +60,10 @@ _MIX_SECONDS = 3.0
 # mix and idle power, which the counter shows well, and what knots differ by, where dating
 # errors add up.
 _MIX_CARE, _KNOT_CARE = (1.5, 0.75), (3.0, 1.5)
+# A counter that has begun to count too little is found out in half of this (`gpu/meter_check.py`),
+# and what it has done to the gains is undone in the rest:
+# until then their fall is not believed.
+_HOLD_SECONDS = 8.0
 # A gain this near to 1 is the meter's grain.
 _BAND = 0.004
 
@@ -103,16 +108,28 @@ def _careful(off: float, deviation: float, seen_ratio: float, care: tuple[float,
 
 
 class JouleGains:
-    """The filter. Stateful fields: gains, covariance, the recent mix, what was left of spans."""
+    """The filter. Stateful fields: gains, covariance, the recent mix, what was left of spans, the
+    gains of late.
 
-    def __init__(self) -> None:
+    Args:
+        held: what steps were planned with before; nothing is planned with less at first.
+    """
+
+    def __init__(self, held: Sequence[float] = (1.0,) * GAINS) -> None:
         self._gains = np.ones(GAINS)
         self._covariance = _PRIOR.copy()
         self._mix = np.zeros(GAINS)
         self._left_seconds = 0.0
         self._left_seconds2 = _FIRST_LEFT_SECONDS**2
         self.applied: list[float] = [1.0] * GAINS
-        """What predictions are multiplied by, of each knot and then of idle power."""
+        """What the meter says by now, of each knot and then of idle power."""
+        self._first = [max(1.0, gain) for gain in held]
+        self.held: list[float] = list(self._first)
+        """The highest of the last seconds: what steps are planned with."""
+        self.refutable = False
+        """Whether a power reading could say that the counter is wrong: else nothing is held."""
+        self._late: deque[tuple[float, list[float]]] = deque()
+        self._seconds = 0.0
 
     @property
     def noise_seconds(self) -> float:
@@ -155,6 +172,17 @@ class JouleGains:
         covariance *= shrink[:, None] * shrink
         self._mix = self._mix * math.exp(-seconds / _MIX_SECONDS) + row
         self._apply()
+        self._seconds += seconds
+        self._late.append((self._seconds, list(self.applied)))
+        while self._late[0][0] < self._seconds - _HOLD_SECONDS:
+            self._late.popleft()
+        if not self.refutable:
+            self.held = self.applied
+            return
+        late = [gains for _, gains in self._late]
+        if self._seconds <= _HOLD_SECONDS:
+            late.append(self._first)
+        self.held = [max(each) for each in zip(*late, strict=True)]
 
     def _judge(self, left_seconds: float, noise_seconds2: float) -> None:
         """What is left of a span after it was learned, in seconds of its power."""

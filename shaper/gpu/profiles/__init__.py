@@ -8,8 +8,8 @@
 
 The groups and keys are those of `shaper.core.profile.GpuProfile`. A source that
 begins with `estimate` or `fitted` says so; a number that may be left out has the source
-`default`. `base = "h100-sxm"` takes every number that the file leaves out from another profile. A GPU is added by adding a file, here or
-anywhere: `load_profile` takes a path too.
+`default`. `base = "h100-sxm"` takes every number that the file leaves out from another
+profile. A GPU is added by adding a file, here or anywhere: `load_profile` takes a path too.
 """
 
 from __future__ import annotations
