@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from shaper.core.standing import (
     Admissibility,
@@ -143,7 +144,7 @@ def test_disagreement_and_an_infeasible_budget_are_said() -> None:
 def test_heat_becomes_one_more_limit_unless_that_is_switched_off() -> None:
     """86 degrees under load: a limit, and a line that says why. Switched off: none."""
     for shapes in (True, False):
-        supervisor = Supervisor(PROFILE, shapes_heat=lambda may=shapes: may)
+        supervisor = Supervisor(PROFILE, shapes_heat=partial(bool, shapes))
         hot = {"temperature_celsius": 85.0, "instant_watts": 600.0}
         standing, lines = run(supervisor, 0.0, 20.0, **hot)  # type: ignore[arg-type]
         assert bool(standing.limits) is shapes

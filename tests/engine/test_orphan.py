@@ -37,7 +37,9 @@ if __name__ == "__main__":
 """
 
 
-def started(folder: Path, method: str, name: str, then: str = "") -> tuple[subprocess.Popen, int]:
+def started(
+    folder: Path, method: str, name: str, then: str = ""
+) -> tuple[subprocess.Popen[bytes], int]:
     (folder / "server.py").write_text(SERVER)
     process = subprocess.Popen(
         [sys.executable, "server.py", method, name, then],

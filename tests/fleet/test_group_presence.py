@@ -23,8 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def join(base: Path, name: str = "g") -> HostGroup:
-    powers = {"idle_watts": 100.0, "rest_watts": 80.0, "rest_after_seconds": 1.0}
-    return join_group(name, LIMITS, label="one", directory=base / "own", **powers)
+    return join_group(
+        name,
+        LIMITS,
+        idle_watts=100.0,
+        rest_watts=80.0,
+        rest_after_seconds=1.0,
+        label="one",
+        directory=base / "own",
+    )
 
 
 @pytest.fixture

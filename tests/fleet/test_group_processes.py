@@ -262,6 +262,7 @@ def test_a_stopped_engine_whose_server_is_gone_is_named(tmp_path):
         process.wait()
         until(lambda: "1 orphaned" in group_findings(folder)[0].found)
         [found] = group_findings(folder)
+        assert found.advice is not None
         assert f"process {engine}" in found.advice
         assert "kill -9" in found.advice
         with pytest.raises(FleetError, match=f"process {engine} .*server is gone.*kill -9"):
