@@ -14,7 +14,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from shaper.core.budget import BudgetTerms, never_binds, redundant_pair
+from shaper.core.budget import (
+    BURST_SECONDS,
+    BudgetTerms,
+    cannot_bind,
+    highest_watts,
+    never_binds,
+    redundant_pair,
+)
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 from shaper.units import parse_duration, parse_seconds, parse_watts, parse_watts_per_second
@@ -234,3 +241,33 @@ def check_idle(terms: BudgetTerms, gpu_count: int, idle_watts: float, where: str
                     f"({floor_watts:.0f} W): no schedule can keep it; give more than "
                     f"{math.ceil(floor_watts)} W"
                 )
+
+
+def loose_limits(
+    terms: BudgetTerms, gpu_count: int, enforced_watts: float, where: str
+) -> list[str]:
+    """A warning for each limit that can never bind on these GPUs.
+
+    None is refused: the enforced limit can change while the engine runs.
+
+    Args:
+        terms: one layer's.
+        gpu_count: how many GPUs they are for.
+        enforced_watts: the driver's enforced limits of these GPUs, summed.
+        where: whose terms these are, for the message.
+    """
+    together = "the GPU" if gpu_count == 1 else f"all {gpu_count} GPUs"
+    found = []
+    for limits, watts, whose in (
+        (terms.limits or (), enforced_watts, together),
+        (terms.gpu_limits or (), enforced_watts / gpu_count, "each GPU"),
+    ):
+        for limit in cannot_bind(limits, watts):
+            most_watts = highest_watts(limit.window_seconds, watts)
+            bursts = f", and {most_watts:.0f} W in bursts under {BURST_SECONDS:g} s"
+            found.append(
+                f"{where}: power limit {_named(limit)} can never bind: the enforced limit of "
+                f"{whose} is {watts:g} W{bursts if most_watts > watts else ''}; lower the power "
+                "limit or remove it"
+            )
+    return found

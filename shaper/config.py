@@ -20,6 +20,7 @@ from shaper.budget_config import (
     check_idle,
     check_limits,
     check_pairs,
+    loose_limits,
     terms_of,
 )
 from shaper.core.budget import BudgetPlan, BudgetTerms, Constraints, resolve
@@ -320,6 +321,21 @@ def check_gpu_limits(config: ShaperConfig, gpu_count: int) -> None:
         check_pairs(terms, gpu_count, where)
         if config.group is not None:
             check_group_binds(config.group, resolve(terms, gpu_count).limits)
+
+
+def loose_settings(config: ShaperConfig, enforced_watts: float, gpu_count: int) -> list[str]:
+    """A warning for each limit, now or of the schedule, that the driver's power cap already holds.
+
+    Args:
+        config: the settings.
+        enforced_watts: the driver's enforced limits of the engine's GPUs, summed.
+        gpu_count: how many they are.
+    """
+    return [
+        warning
+        for terms, where in _layers(config)
+        for warning in loose_limits(terms, gpu_count, enforced_watts, where)
+    ]
 
 
 def _layers(config: ShaperConfig) -> list[tuple[BudgetTerms, str]]:

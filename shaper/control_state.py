@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from shaper.budget_config import loose_limits
 from shaper.calendar_spans import iso
-from shaper.config import ShaperConfig
+from shaper.config import ShaperConfig, loose_settings
 from shaper.control import ControlRecord, EngineControl
 from shaper.control_desk import Clocks, ControlDesk
+from shaper.core.budget import BudgetChange, BudgetTerms
 from shaper.core.types import PowerBudget
 from shaper.enforcement import unkept
 from shaper.errors import ControlError
 from shaper.group_status import GroupStatus, group_object
+from shaper.metric_values import SAMPLER_METRICS
 from shaper.metrics import StatusCollector
 from shaper.recording import path_of_rank
 from shaper.recording_state import RecordingState
 from shaper.status import Status
+
+_ENFORCED_INDEX = [name for name, _ in SAMPLER_METRICS].index("shaper_gpu_enforced_limit_watts")
 
 
 def describe_state(desk: ControlDesk, config: ShaperConfig | None) -> dict[str, Any]:
@@ -28,19 +34,45 @@ def describe_state(desk: ControlDesk, config: ShaperConfig | None) -> dict[str, 
         desk: of this API server.
         config: what is configured; None where this API server can't know it.
     """
+    change: BudgetChange | None = None
     try:
-        asked: dict[str, Any] = _asked(desk.file.read(), desk.clocks)
+        record = desk.file.read()
+        change = None if record.budget is None else record.budget.change()
+        asked: dict[str, Any] = _asked(record, desk.clocks)
     except ControlError as error:
         asked = {"error": str(error)}
     statuses = desk.statuses()
+    if change is not None and change.expired(desk.clocks.wall(), desk.clocks.monotonic()):
+        change = replace(change, terms=BudgetTerms())
     return {
         "asked": asked,
+        "warnings": _warnings(change, config, statuses),
         "configured": None if config is None else _configured(config),
         "engines": [
             _engine(status, statuses, desk.clocks) | _recording(status, asked, config)
             for status in statuses
         ],
     }
+
+
+def _warnings(
+    change: BudgetChange | None, config: ShaperConfig | None, statuses: Sequence[Status]
+) -> list[str]:
+    """The limits that can never bind on the engines' GPUs, as their enforced limits are now."""
+    found: list[str] = []
+    for status in statuses:
+        sampled = status.values.get("sampler", ())
+        enforced_watts = sampled[_ENFORCED_INDEX] if sampled else math.nan
+        if math.isnan(enforced_watts):
+            continue
+        gpu_count = int(str(status.info["gpu_count"]))
+        if change is not None:
+            for terms, where in ((change.terms, "budget"), (change.fallback, "fallback")):
+                if terms is not None:
+                    found += loose_limits(terms, gpu_count, enforced_watts, where)
+        if config is not None:
+            found += [f"configured {x}" for x in loose_settings(config, enforced_watts, gpu_count)]
+    return list(dict.fromkeys(found))
 
 
 def _asked(record: ControlRecord, clocks: Clocks) -> dict[str, Any]:

@@ -215,6 +215,8 @@ def _show(options: argparse.Namespace, state: dict[str, Any]) -> None:
         json.dump(state, sys.stdout, indent=2)
         print()
         return
+    for warning in state.get("warnings", ()):
+        print(f"shaper: warning: {warning}", file=sys.stderr)
     for engine in state["engines"]:
         print(_engine_line(engine))
     print("\n".join(_asked_lines(state["asked"])))

@@ -14,7 +14,7 @@ from shaper.arguments import check_output, check_package
 from shaper.engine.preflight import check_vllm_imports
 from shaper.errors import ConfigError
 from shaper.simulate.bar import ProgressBar
-from shaper.simulate.checks import check_setup, floor_watts
+from shaper.simulate.checks import check_setup, floor_watts, setup_warnings
 from shaper.simulate.figures import rack_figures
 from shaper.simulate.search import Factors, Probe, Search, search_limit
 from shaper.simulate.setup import RackResult, RackSetup
@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_package("plotly", "--report")
     setup = setup_of(arguments)
     check_setup(setup)
+    for warning in setup_warnings(setup):
+        print(f"shaper: warning: {warning}", file=sys.stderr)
     workload = workload_of(arguments)
     # vLLM would tell of each engine that it configures.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

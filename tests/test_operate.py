@@ -121,3 +121,15 @@ def test_a_budget_is_asked_for_as_it_was_written(
         "fallback": {"limits": ["550W@1s"]},
     }
     BudgetRequest.model_validate(json.loads(body))
+
+
+def test_what_the_server_warns_of_is_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, answering: Any
+) -> None:
+    """Beside what holds, since it does."""
+    monkeypatch.setenv("SHAPER_ADMIN_KEY", "a-key-of-this-test")
+    answering.answers.append((200, {}, b'{"engines": [], "asked": {}, "warnings": ["too high"]}'))
+    assert cli.main(["budget", "set", "900W@1s", "--url", answering.url]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == "no change in force\n"
+    assert printed.err == "shaper: warning: too high\n"

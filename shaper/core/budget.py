@@ -22,6 +22,12 @@ from itertools import combinations
 
 from shaper.core.types import PowerBudget, PowerLimit
 
+# A GPU passes the driver's enforced limit until the power cap has acted. Source: a B200 at
+# 1,000 W (arjunds/efficient-ai, `GPU_power`): bursts at full clock draw about 1.34 times the
+# limit, and 0.5 to 0.7 s after the load steps up power is below it. Other GPUs by analogy.
+BURST_RATIO = 1.35
+BURST_SECONDS = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class BudgetTerms:
@@ -114,6 +120,28 @@ def never_binds(limit: PowerLimit, other: PowerLimit) -> bool:
     windows = math.ceil(limit.window_seconds / other.window_seconds - 1e-9)
     most_joules = windows * other.watts * other.window_seconds
     return most_joules <= limit.watts * limit.window_seconds * (1 + 1e-9)
+
+
+def highest_watts(window_seconds: float, enforced_watts: float) -> float:
+    """The highest mean power over a window that GPUs under this enforced limit can draw.
+
+    Error: some percent low for windows just above `BURST_SECONDS`.
+    """
+    return enforced_watts * (BURST_RATIO if window_seconds < BURST_SECONDS else 1.0)
+
+
+def cannot_bind(limits: Iterable[PowerLimit], enforced_watts: float) -> tuple[PowerLimit, ...]:
+    """The limits that can never bind, because the driver's power cap already holds them.
+
+    Args:
+        limits: of some GPUs together.
+        enforced_watts: the driver's enforced limits of these GPUs, summed.
+    """
+    return tuple(
+        limit
+        for limit in limits
+        if limit.watts >= highest_watts(limit.window_seconds, enforced_watts)
+    )
 
 
 def redundant_pair(limits: Sequence[PowerLimit]) -> tuple[PowerLimit, PowerLimit] | None:

@@ -20,6 +20,8 @@ import math
 import time
 from collections.abc import Callable
 
+from shaper.budget_config import loose_limits
+from shaper.core.budget import BudgetTerms
 from shaper.core.power_model import StepModel
 from shaper.core.types import PowerBudget
 from shaper.engine.meter_windows import Usage, usage
@@ -144,13 +146,18 @@ def join(
     alone = apart()
     if alone is not None:
         logger.warning("power group %s: %s", terms.name, alone)
-    enforced = [gpu.enforced_limit_watts for gpu in gpus.reader.gpus]
-    known = [gpus.profile.power.limit_watts if watts is None else watts for watts in enforced]
-    free_watts = sum(known) or model.gpu_count * gpus.profile.power.limit_watts
-    logger.info(
-        "joined power group %s as %s (%d engines now)",
-        *(terms.name, label, len(handle.snapshot(time.monotonic()).engines)),
-    )
+    free_watts = gpus.enforced_watts(model.gpu_count)
+    engines = handle.snapshot(time.monotonic()).engines
+    logger.info("joined power group %s as %s (%d engines now)", terms.name, label, len(engines))
+    # Of the others only the number of GPUs is known: they count as this engine's.
+    gpu_count = sum(engine.gpu_count for engine in engines)
+    for warning in loose_limits(
+        BudgetTerms(terms.limits),
+        gpu_count,
+        free_watts / model.gpu_count * gpu_count,
+        f"power group {terms.name}, with the {len(engines)} engine(s) that have joined so far",
+    ):
+        logger.warning("%s", warning)
     return Membership(handle, free_watts)
 
 

@@ -50,6 +50,18 @@ class EngineGpus:
         told = [gpu.max_sm_clock_hertz for gpu in self.reader.gpus if gpu.max_sm_clock_hertz]
         return max(told, default=self.profile.clocks.sm_max_hertz)
 
+    def enforced_watts(self, gpu_count: int) -> float:
+        """What the driver lets the engine's GPUs draw for long, summed.
+
+        By the profile where the driver does not say.
+
+        Args:
+            gpu_count: of the engine.
+        """
+        said = [gpu.enforced_limit_watts for gpu in self.reader.gpus] or [None] * gpu_count
+        default_watts = self.profile.power.limit_watts
+        return sum(default_watts if watts is None else watts for watts in said)
+
 
 def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
     """The reader and the profile of this engine's GPUs.

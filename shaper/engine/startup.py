@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from shaper import __version__
-from shaper.config import ShaperConfig, check_floor, check_gpu_limits
+from shaper.config import ShaperConfig, check_floor, check_gpu_limits, loose_settings
 from shaper.control import ControlFile, EngineControl, Follower, sweep_control_files
 from shaper.core.admission import EngineAdmission, FlexRules, Look
 from shaper.core.budget import describe
@@ -128,7 +128,9 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         unshaped_ok=config.unshaped_ok,
     )
     first = control.state
-    _warn_of_loose_limits(first.budget, [gpu.enforced_limit_watts for gpu in gpus.reader.gpus])
+    enforced_watts = gpus.enforced_watts(model.gpu_count)
+    for warning in loose_settings(config, enforced_watts, model.gpu_count):
+        logger.warning("%s", warning)
     rank = _rank(vllm_config)
     member = join(config.group, gpus, model, f"{run_id()}/{rank}")
     status = StatusWriter(
@@ -272,16 +274,3 @@ def _recorder(
         "quantization": vllm_config.model_config.quantization,
     }
     return Recorder(config.recording_directory, rank, meta, config.record, parts)
-
-
-def _warn_of_loose_limits(budget: PowerBudget, enforced: list[float | None]) -> None:
-    """Limits above what the driver lets the GPUs draw: allowed, since that can change."""
-    known = [watts for watts in enforced if watts is not None]
-    total = sum(known)
-    if budget.limits and known and all(limit.watts >= total for limit in budget.limits):
-        logger.warning(
-            "every power limit (lowest: %g W) is at or above the GPUs' enforced limit (%g W): "
-            "the driver acts before the shaper does",
-            min(limit.watts for limit in budget.limits),
-            total,
-        )

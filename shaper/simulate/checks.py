@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from shaper.budget_config import loose_limits
 from shaper.config import ShaperConfig, build_config
+from shaper.core.budget import BudgetTerms
 from shaper.core.work import WorkCoefficients
 from shaper.emulator.clocks import check_power_cap
 from shaper.emulator.shapes import load_shape
@@ -74,6 +76,17 @@ def check_setup(setup: RackSetup) -> None:
         )
     shaper_config(setup)
     _check_floor(setup)
+
+
+def setup_warnings(setup: RackSetup) -> list[str]:
+    """A warning for each limit that the emulated driver's power cap already holds."""
+    gpus = setup.tensor_parallel
+    each = setup.gpu_power_cap_watts or load_profile(setup.gpu).power.limit_watts
+    together = gpus * setup.engines
+    return [
+        *loose_limits(BudgetTerms(setup.limits), gpus, each * gpus, "each engine"),
+        *loose_limits(BudgetTerms(setup.group_limits), together, each * together, "group"),
+    ]
 
 
 def floor_watts(setup: RackSetup) -> float:

@@ -18,6 +18,7 @@ from shaper.core.budget import (
     ScheduledTerms,
     Source,
     Span,
+    cannot_bind,
     describe,
     never_binds,
     redundant_pair,
@@ -277,3 +278,19 @@ def test_a_span_of_nothing_left_is_none():
     span = dated_span(datetime.fromtimestamp(0, UTC), datetime.fromtimestamp(10, UTC))
     assert span(9.9) == Span(0.0, 10.0)
     assert span(10.0) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "binds"),
+    [
+        (PowerLimit(900.0, 1.0), False),
+        (PowerLimit(700.0, 0.5), False),
+        (PowerLimit(690.0, 1.0), True),
+        (PowerLimit(900.0, 0.01), True),
+        (PowerLimit(940.0, 0.49), True),
+        (PowerLimit(950.0, 0.01), False),
+    ],
+)
+def test_what_the_power_cap_holds_can_never_bind(limit: PowerLimit, binds: bool) -> None:
+    """One GPU of 700 W: for long it draws that, in bursts of some hundred ms up to 1.35 times."""
+    assert cannot_bind([limit], 700.0) == (() if binds else (limit,))

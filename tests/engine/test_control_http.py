@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from shaper.control import ControlFile
 from shaper.control_desk import Clocks, ControlDesk
 from shaper.engine.control_http import MAX_BODY_BYTES, ControlRoutes
+from shaper.metric_values import SAMPLER_METRICS
 from shaper.status import StatusWriter, read_statuses
 from tests.controlled import Walls, engine, run, watts
 
@@ -295,3 +298,41 @@ def test_a_full_disk_is_an_answer(served, monkeypatch):
     assert (status, answer["error"]["code"]) == (503, "not_written")
     assert {watts(control) for control in served.engines} == {560.0}
     assert list(ControlFile(served.run).path.parent.glob(f"*{served.run}*.new")) == []
+
+
+def test_a_limit_that_can_never_bind_is_answered_with_a_warning(served):
+    """It holds all the same; once for engines alike, and by the enforced limit of this moment."""
+    names = [name for name, _ in SAMPLER_METRICS]
+
+    def enforced(watts: float) -> None:
+        values = [math.nan] * len(names)
+        values[names.index("shaper_gpu_enforced_limit_watts")] = watts
+        for writer in served.writers:
+            writer.write("sampler", values)
+
+    loose = {"limits": ["900W@1s", "950W@100ms"], "for": "10s", "fallback": {"limits": "800W@1s"}}
+    status, answer = served.budget(loose)
+    assert (status, answer["warnings"]) == (200, [])  # no reading yet
+    enforced(700.0)
+    status, answer = served.budget(loose)
+    assert status == 200
+    assert [warning.split(";")[0] for warning in answer["warnings"]] == [
+        "budget: power limit 900 W over 1 s can never bind: the enforced limit of the GPU is 700 W",
+        "budget: power limit 950 W over 0.1 s can never bind: the enforced limit of the GPU is "
+        "700 W, and 945 W in bursts under 0.5 s",
+        "fallback: power limit 800 W over 1 s can never bind: the enforced limit of the GPU is "
+        "700 W",
+    ]
+    served.seconds += 20.0  # the change has ended, its fallback holds
+    (fallback,) = served.ask("GET", "/v1/shaper/state")[1]["warnings"]
+    assert fallback.startswith("fallback: ")
+    assert served.budget({"limits": ["600W@1s", "900W@10ms"]})[1]["warnings"] == []
+    enforced(500.0)
+    settings = {"power_shaper": {"limits": ["560W@1s", "600W@100ms"]}}
+    state = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=settings))
+    found = served.ask("GET", "/v1/shaper/state", app=SimpleNamespace(state=state))[1]
+    assert [warning.split(" can ")[0] for warning in found["warnings"]] == [
+        "budget: power limit 600 W over 1 s",
+        "budget: power limit 900 W over 0.01 s",
+        "configured budget: power limit 560 W over 1 s",
+    ]

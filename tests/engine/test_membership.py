@@ -14,7 +14,11 @@ import pytest
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import PowerBudget, PowerLimit, Reason
+from shaper.engine import membership
 from shaper.engine.membership import Membership, join
+from shaper.engine.readers import EngineGpus, NoSensor
+from shaper.gpu.profiles import load_profile
+from shaper.group_config import GroupTerms
 from shaper.group_status import GroupStatus
 
 FREE_WATTS = 700.0
@@ -45,6 +49,7 @@ class FakeHandle:
             **{"pid": 7, "state": "alive", "floor_watts": 150.0, "watts": 400.0, "refused": 3},
             **{
                 "idle_watts": 115.0,
+                "gpu_count": 2,
                 "waiting_seconds": None,
                 "static_steps": 1,
                 "lock_wait_seconds": 0.5,
@@ -181,3 +186,19 @@ def test_a_tick_that_fails_is_counted_and_logged_once(
 def test_an_engine_that_names_no_group_joins_none() -> None:
     """And nothing else is asked."""
     assert join(None, None, None, "run/0") is None  # type: ignore[arg-type]
+
+
+def test_a_shared_limit_that_can_never_bind_is_said(
+    handle: FakeHandle, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the GPUs of all that have joined; the limit may be meant for those still to come."""
+    handle.limits = (PowerLimit(3000.0, 0.1), PowerLimit(2800.0, 1.0))
+    monkeypatch.setattr(membership, "join_group", lambda *_, **__: handle)
+    profile = load_profile("h200-sxm")
+    gpus = EngineGpus(NoSensor(), profile)
+    model = SimpleNamespace(gap_watts=230.0, idle_watts=230.0, gpu_count=2)
+    with caplog.at_level(logging.WARNING, logger="shaper"):
+        join(GroupTerms("rack", handle.limits), gpus, model, "run/0")  # type: ignore[arg-type]
+    (said,) = [r.getMessage() for r in caplog.records if "never bind" in r.getMessage()]
+    assert said.startswith("power group rack, with the 2 engine(s) that have joined so far: ")
+    assert "2800 W over 1 s can never bind: the enforced limit of all 4 GPUs is 2800 W" in said

@@ -8,13 +8,14 @@ from typing import get_args
 
 import pytest
 
-from shaper.config import ShaperConfig, build_config
-from shaper.core.budget import resolve
+from shaper.config import ShaperConfig, build_config, loose_settings
 from shaper.engine import startup
 from shaper.engine.compat import supported
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import PassThrough
+from shaper.engine.readers import EngineGpus
 from shaper.errors import ConfigError, GpuUnavailableError
+from shaper.gpu.profiles import load_profile
 from shaper.recording import path_of_rank
 
 
@@ -68,12 +69,68 @@ def test_a_wrong_setting_stops_the_start(no_gpu):
         startup.attach(scheduler({"limts": "500W@1s"}))
 
 
-@pytest.mark.parametrize(("limits", "warns"), [("700W@1s", True), ("690W@1s", False)])
-def test_limits_above_the_enforced_one_warn(caplog, limits, warns):
-    """The enforced limit can change while running, so it is no error."""
-    with caplog.at_level(logging.WARNING, logger="shaper"):
-        startup._warn_of_loose_limits(resolve(build_config({"limits": limits}).terms, 1), [700.0])
-    assert ("the driver acts before" in caplog.text) is warns
+def test_each_limit_that_can_never_bind_is_named():
+    """Whatever the others are, and wherever it stands; the enforced limit can change, so it is
+    no error."""
+    config = build_config(
+        {
+            "limits": ["900W@1s", "950W@10ms"],
+            "gpu_limits": ["800W@2s"],
+            "schedule": [
+                {"daily": "22:00-06:00", "zone": "UTC", "limits": "2kW@1s"},
+                {"daily": "08:00-18:00", "zone": "UTC", "limits": "650W@1s"},
+            ],
+        }
+    )
+    budget, short, each, night = loose_settings(config, 700.0, 1)
+    assert "budget: power limit 900 W over 1 s can never bind" in budget
+    assert "is 700 W; " in budget
+    assert "950 W over 0.01 s" in short
+    assert "945 W in bursts under 0.5 s" in short
+    assert "800 W over 2 s" in each
+    assert "schedule: daily 22:00-06:00 UTC: power limit 2000 W over 1 s" in night
+    # Two GPUs bear the engine's limits, but each its own.
+    assert [x.split(" can ")[0] for x in loose_settings(config, 1400.0, 2)] == [
+        "budget: power limit 800 W over 2 s",
+        "schedule: daily 22:00-06:00 UTC: power limit 2000 W over 1 s",
+    ]
+
+
+@pytest.mark.parametrize("limits", [["690W@1s"], ["600W@1s", "900W@10ms"], []])
+def test_limits_that_may_bind_warn_of_nothing(limits):
+    """A burst of some milliseconds goes above the enforced limit."""
+    assert loose_settings(build_config({"limits": limits}), 700.0, 1) == []
+
+
+def test_an_engine_starts_with_the_warning(caplog, monkeypatch):
+    """Before anything of it is built, by the enforced limits of the GPUs that it found."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(*arguments, **named):
+        raise StopError
+
+    profile = load_profile("h200-sxm")
+    reader = SimpleNamespace(gpus=[SimpleNamespace(enforced_limit_watts=500.0)])
+    model = SimpleNamespace(idle_watts=115.0, gpu_count=1)
+    monkeypatch.setattr(startup, "engine_gpus", lambda *_: EngineGpus(reader, profile))
+    monkeypatch.setattr(startup, "engine_coefficients", lambda *_: None)
+    monkeypatch.setattr(startup, "StepModel", lambda *_: model)
+    monkeypatch.setattr(startup, "join", stop)
+    config = build_config({"limits": ["450W@2s", "600W@1s"]})
+    with caplog.at_level(logging.WARNING, logger="shaper"), pytest.raises(StopError):
+        startup._start(SimpleNamespace(vllm_config=SimpleNamespace(), kv_cache_config=None), config)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "600 W over 1 s can never bind: the enforced limit of the GPU is 500 W" in said
+
+
+def test_the_profile_says_what_a_driver_does_not():
+    """A GPU without an enforced limit counts as one of its kind."""
+    profile = load_profile("h200-sxm")
+    some = [SimpleNamespace(enforced_limit_watts=watts) for watts in (500.0, None)]
+    assert EngineGpus(SimpleNamespace(gpus=some), profile).enforced_watts(2) == 1200.0
+    assert EngineGpus(SimpleNamespace(gpus=()), profile).enforced_watts(2) == 1400.0
 
 
 def test_each_rank_has_files_of_its_own():

@@ -273,3 +273,28 @@ def test_a_path_that_nobody_can_write_is_refused(tmp_path):
     """A directory is no file."""
     with pytest.raises(ConfigError, match="can't be written"):
         check_output(Path(tmp_path), "--json")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--power-limit 1800W@1s --tp 2", ["each engine: power limit 1800 W over 1 s"]),
+        ("--group-limit 3kW@1s --tp 2", ["group: power limit 3000 W over 1 s"]),
+        ("--group-limit 1500W@1s --gpu-power-cap 350W --tp 2", ["group: power limit 1500 W"]),
+        ("--group-limit 2500W@1s,2900W@10ms --power-limit 1300W@1s --tp 2", []),
+    ],
+)
+def test_a_limit_that_can_never_bind_is_said(capsys, monkeypatch, arguments, said):
+    """The run goes on: it may be what is to be seen."""
+
+    def interrupted(*arguments: Any) -> RackResult:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(simulate_command, "_run", interrupted)
+    line = f"simulate --duration 2s --engines 2 {arguments}"
+    assert cli.main(line.split()) == 130
+    *warnings, _ = capsys.readouterr().err.splitlines()
+    assert len(warnings) == len(said)
+    for warning, start in zip(warnings, said, strict=True):
+        assert warning.startswith(f"shaper: warning: {start}")
+        assert "can never bind: the enforced limit of all" in warning
