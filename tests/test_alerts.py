@@ -43,6 +43,16 @@ def series(name: str, **labels: str) -> str:
 UP = 'up{instance="gpu1:8000", job="vllm-shaper"}'
 LIMIT = series("shaper_power_limit_watts", window_seconds="1")
 ON, SHADOW, OFF = (series("shaper_mode", mode=mode) for mode in ("on", "shadow", "off"))
+REFUSED = series("shaper_requests_refused_total", work_class="flex", reason="power").replace(
+    ', engine="0"', ""
+)
+GROUP_LIMIT = series("shaper_group_limit_watts", group="rack", window_seconds="1")
+GROUP_ONLY: dict[str, str | None] = {
+    LIMIT: None,
+    series("shaper_power_limit_watts", window_seconds="0.1"): None,
+    GROUP_LIMIT: always(560),
+}
+SECOND = {"instance": "gpu1:8001"}
 _STALLED = series("shaper_group_engines", state="stalled")
 HEALTHY = {
     UP: always(1),
@@ -54,6 +64,7 @@ HEALTHY = {
     series("shaper_limit_unkept", reason="version"): always(0),
     series("shaper_part_errors_total", part="learn"): always(0),
     series("shaper_degraded_ratio", cause="clock"): always(0),
+    REFUSED: always(0),
     series("shaper_group_engines", state="alive"): always(2),
     series("shaper_group_engines", state="stalled"): always(0),
 } | {
@@ -77,6 +88,7 @@ HEALTHY = {
         "model_joules_gain_ratio": 1.02,
         "model_seconds_gain_ratio": 0.97,
         "model_disagrees": 0,
+        "meter_disagrees": 0,
         "budget_infeasible": 0,
         "group_detached": 0,
         "group_errors_total": 0,
@@ -201,6 +213,30 @@ SCENARIOS = [
         "ShaperBudgetInfeasible", "1m10s", "3m"),
     one("disagrees", {engine("model_disagrees"): over((60, 0), (1140, 1))},
         "ShaperModelDisagrees", "1m30s", "4m"),
+    one("meter disagrees", {engine("meter_disagrees"): over((60, 0), (1140, 1))},
+        "ShaperMeterDisagrees", "1m30s", "4m"),
+    one("refuses", {REFUSED: over((120, 0)) + " 0+3x215"}, "ShaperRefusing", "3m", "6m"),
+    Scenario("a burst of refusals", {REFUSED: over((120, 0), (1080, 60))},
+             {"2m30s": NONE, "4m": NONE, "6m": NONE}),
+    Scenario("refuses one a minute", {REFUSED: " ".join(f"{n}+0x11" for n in range(20))},
+             {"6m": NONE, "15m": NONE}),
+    Scenario("group's limit alone", GROUP_ONLY, {"5m": NONE, "19m": NONE}),
+    one("over the group's limit",
+        GROUP_ONLY | {engine("power_headroom_watts"): over((120, 5), (1080, -40))},
+        "ShaperOverLimit", "2m10s", "3m"),
+    one("switched off under a group's limit",
+        GROUP_ONLY | {ON: over((60, 1), (1140, 0)), OFF: over((60, 0), (1140, 1))},
+        "ShaperNotEnforcing", "5m", "8m"),
+    one("unkept limit of a group",
+        GROUP_ONLY | {series("shaper_limit_unkept", reason="version"): over((60, 0), (1140, 1))},
+        "ShaperLimitUnkept", "1m10s", "3m"),
+    one("demand of two servers above their group's limit",
+        GROUP_ONLY | {
+            series("shaper_wanted_watts", **SECOND): over((120, 100), (1080, 600)),
+            series("shaper_group_limit_watts", group="rack", window_seconds="1", **SECOND):
+                always(560),
+        },
+        "ShaperDemandAboveLimit", "2m", "6m"),
     one("slows down soon", {engine("slowdown_seconds"): over((60, 900), (1140, 30))},
         "ShaperSlowdownSoon", "50s", "2m"),
     one("held for heat",
