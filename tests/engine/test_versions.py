@@ -131,7 +131,8 @@ NOT_BY_VERSION = {
     "queue.py": {"shaper_shown_first"},
     "flex.py": {"deferral"},
     "middleware.py": {"middleware"},
-    "preflight.py": {"data_parallel_size_local"},
+    # A vLLM that is there and cannot be imported is said before anything starts.
+    "preflight.py": {"data_parallel_size_local", "ImportError"},
     "serve.py": {"uds", "replay"},
 }
 
