@@ -30,13 +30,14 @@ def serve(
     engine, rng, events = rig.engine, random.Random(5), sorted((at or {}).items())
     lines: list[str] = []
     if rig.shaper is not None:
-        take = rig.shaper.take
+        take = rig.shaper.set_extra_limits
 
-        def note(standing: Any) -> None:
-            lines.extend(standing.announcements)
-            take(standing)
+        def note(limits: Any) -> None:
+            # Each tick of the supervisor ends with this, and its lines stand in the shaper.
+            lines.extend(rig.shaper.standing.announcements)
+            take(limits)
 
-        rig.shaper.take = note
+        rig.shaper.set_extra_limits = note
     index, due = 0, 0.0
     while due < seconds:
         while events and events[0][0] <= due:
