@@ -78,6 +78,7 @@ async def shed(server: Server, url: str) -> set[str]:
             while True:
                 with contextlib.suppress(openai.RateLimitError):
                     await prompt(people, 1, 20, extra_body=FLEX, timeout=1.0)
+                await asyncio.sleep(0.1)
 
         async def asking() -> None:
             while True:
