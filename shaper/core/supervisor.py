@@ -72,6 +72,7 @@ class Supervisor:
         gpus: what the reader says of them.
         admission: None: all work may enter.
         shapes_heat: whether a limit may be set for the heat now; it is predicted all the same.
+        metered: False: the engine was told to read no sensor, so none is lost.
         parts: keeps health, heat and admission apart, so that one which fails says nothing
             (heat: what it said last) and the others go on; None: a failure is raised.
 
@@ -85,6 +86,7 @@ class Supervisor:
         *,
         admission: Admission | None = None,
         shapes_heat: Callable[[], bool] = lambda: True,
+        metered: bool = True,
         parts: Boundary | None = None,
     ) -> None:
         self._parts: Boundary = _NoBoundary() if parts is None else parts
@@ -92,6 +94,7 @@ class Supervisor:
         self._health = Health(profile, gpus)
         self._thermal = Thermal(profile, gpus, shapes=shapes_heat)
         self._admission = admission
+        self._metered = metered
         self._start_seconds: float | None = None
         self._conditions = {
             "lost": _Condition("the GPUs' readings are lost or stuck", "the GPUs are read again"),
@@ -160,6 +163,8 @@ class Supervisor:
         return lines, self._health.degradations
 
     def _sensor_lost(self, now: float, state: PowerState | None) -> bool:
+        if not self._metered:
+            return False
         if state is None:
             return self._start_seconds is not None and now - self._start_seconds > _START_SECONDS
         return state.age_seconds(now) > SENSOR_LOST_SECONDS

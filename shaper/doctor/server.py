@@ -237,7 +237,8 @@ def _fresh(found: Sequence[Sample]) -> Finding:
         return _CHECKS.warn(
             "server.readings",
             "no reading yet",
-            "fine right after the start, or with sensor none; else see the server's log",
+            "fine right after the start; with sensor none it stays so, and the engine goes by "
+            "prediction alone. Else see the server's log",
             **data,
         )
     return _CHECKS.ok("server.readings", f"fresh, the oldest {oldest:.2f} s", **data)

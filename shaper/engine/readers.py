@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,13 +24,13 @@ EMULATE_VARIABLE = "SHAPER_EMULATE"
 
 
 class NoSensor:
-    """A reader of nothing: the sampler goes on ticking and publishes no state."""
+    """A reader of no GPU: the sampler goes on ticking and publishes no state."""
 
     gpus: tuple[GpuIdentity, ...] = ()
 
     def read(self) -> tuple[GpuSample, ...]:
-        """A sample without a reading."""
-        return (GpuSample(read_seconds=time.monotonic(), gpu_index=0),)
+        """Nothing: no read of it fails."""
+        return ()
 
     def close(self) -> None:
         """Nothing."""

@@ -154,6 +154,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         gpus.reader.gpus,
         admission=admission,
         shapes_heat=lambda: config.shapes_heat(shaper.constraints),
+        metered=bool(gpus.reader.gpus),
         parts=parts,
     )
     telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor, parts=parts)

@@ -207,7 +207,7 @@ class Sampler:
                 screened = self.parts.run("reading", self._publish, samples)
             # The watcher may have ticked meanwhile, and time does not go back.
             self._tell(max(now_seconds, self._told_seconds))
-            if screened is not None:
+            if screened:
                 self.parts.run("limit_changes", self._note_limits, screened)
                 self.parts.run("meter_properties", self._note_meter, screened)
 
@@ -249,7 +249,9 @@ class Sampler:
             _log.warning("GPU sampling: the GPUs answer again, after %.1f s", now - since)
 
     def _publish(self, samples: tuple[GpuSample, ...]) -> tuple[GpuSample, ...]:
-        """Publish what is believed of a reading; returns that, GPU by GPU."""
+        """Publish what is believed of a reading; returns that, GPU by GPU. No GPU, no state."""
+        if not samples:
+            return ()
         screened = self._screen.pass_on(samples)
         samples = self._energy.fill(screened)
         if self._energy.integrated and not self._said_integrated:

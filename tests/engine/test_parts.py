@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +21,7 @@ from shaper.doctor.server import metric_findings, samples
 from shaper.engine.control import BudgetControl
 from shaper.engine.flex import FlexQueue
 from shaper.engine.membership import Membership
+from shaper.engine.readers import NoSensor
 from shaper.engine.recorder import Recorder
 from shaper.engine.telemetry import DecisionLog, Telemetry
 from shaper.engine.tick import EngineTick
@@ -44,8 +47,7 @@ class Gpu:
 
     gpus = (GpuIdentity(0, "NVIDIA H200", "GPU-0"),)
 
-    def __init__(self) -> None:
-        self.now_seconds = time.monotonic()
+    now_seconds = 0.0
 
     def read(self) -> tuple[GpuSample, ...]:
         now = self.now_seconds
@@ -81,7 +83,7 @@ class Shaper:
 class Engine:
     """What ticks in one engine, wired as at the start of one."""
 
-    gpu: Gpu
+    gpu: Any
     sampler: Sampler
     shaper: Shaper
     control: BudgetControl
@@ -107,14 +109,28 @@ class Engine:
 
 
 @pytest.fixture
-def engine(run: str, tmp_path: Any) -> Iterator[Engine]:
-    gpu, shaper, parts, handle = Gpu(), Shaper(), Parts(), FakeHandle()
+def engine(run: str, tmp_path: Path) -> Iterator[Engine]:
+    with wired(run, tmp_path, Gpu()) as made:
+        yield made
+
+
+@contextmanager
+def wired(run: str, tmp_path: Path, gpu: Any) -> Iterator[Engine]:
+    """An engine of this GPU, which tells the time."""
+    gpu.now_seconds = time.monotonic()
+    shaper, parts, handle = Shaper(), Parts(), FakeHandle()
     control = budget_control(run, now_seconds=gpu.now_seconds)
     status, log = StatusWriter(run, 0, {}), DecisionLog(str(tmp_path / "decisions"))
     admission = EngineAdmission(
         lambda now: Look(True, telemetry.usage.use_ratio, 0.0), None, gpu.now_seconds
     )
-    supervisor = Supervisor(load_profile("h200-sxm"), gpu.gpus, admission=admission, parts=parts)
+    supervisor = Supervisor(
+        load_profile("h200-sxm"),
+        gpu.gpus,
+        admission=admission,
+        metered=bool(gpu.gpus),
+        parts=parts,
+    )
     telemetry = Telemetry(status, 115.0, log, supervisor=supervisor, parts=parts)
     telemetry.attach(shaper, lambda: FlexQueue(2, None, None, 9, (5, 1, 0, 1), 3))
     recorder = Recorder(tmp_path, 0, {}, str(tmp_path / "run.csv"), parts)
@@ -263,10 +279,27 @@ def test_a_reading_that_can_not_be_summed_up_is_counted(
 def test_a_reader_that_raises_something_else_is_a_failed_read(engine: Engine) -> None:
     """It is counted where reads that fail are, and named."""
     engine.ticks(2)
-    engine.gpu.read = lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    engine.gpu.read = lambda: 1 / 0
     engine.ticks(3)
     assert engine.sampler.read_errors == 3
     assert engine.parts.errors["reader"] == 3
+
+
+def test_an_engine_without_a_sensor_counts_no_failure(
+    run: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`sensor = none`: no read fails, no sensor is lost, nothing is said, and ticks go on."""
+    gpu = NoSensor()
+    with wired(run, tmp_path, gpu) as engine, caplog.at_level(logging.WARNING):
+        engine.ticks(600)
+        shown = {(s.name, *s.labels.values()): s.value for s in samples(scrape_text(run))}
+    assert engine.sampler.read_errors == engine.sampler.callback_errors == 0
+    assert engine.sampler.latest is None
+    assert shown["shaper_sample_read_errors_total", "0"] == 0
+    assert shown["shaper_sensor_lost", "0"] == 0
+    assert shown["shaper_heartbeat_age_seconds", "0"] == 0.0
+    assert ("shaper_sample_age_seconds", "0") not in shown
+    assert caplog.records == []
 
 
 def test_a_look_at_the_group_that_fails_does_not_hide_a_smaller_share() -> None:
