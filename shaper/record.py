@@ -20,6 +20,7 @@ from typing import Any
 from shaper import __version__
 from shaper.arguments import Parser
 from shaper.calendar_spans import iso
+from shaper.core.profile import GpuProfile
 from shaper.core.types import GpuSample
 from shaper.errors import ConfigError, GpuUnavailableError, TraceError
 from shaper.gpu.profiles import load_profile, profile_for_device
@@ -238,11 +239,16 @@ def _meta(
     reader: GpuReader, interval_seconds: float, options: argparse.Namespace
 ) -> dict[str, Any]:
     gpus = reader.gpus
-    profile = load_profile(options.emulate) if options.emulate else profile_for_device(gpus[0].name)
-    known = {} if profile is None else {"gpu": profile.name}
+    if options.emulate:
+        profiles: list[GpuProfile | None] = [load_profile(options.emulate)]
+    else:
+        profiles = [profile_for_device(gpu.name) for gpu in gpus]
+    # Of GPUs that are not alike there is no one profile to fit or to play back by.
+    kinds = {None if profile is None else profile.name for profile in profiles}
+    (kind,) = kinds if len(kinds) == 1 else (None,)
     return {
         "version": __version__,
-        **known,
+        **({} if kind is None else {"gpu": kind}),
         "gpus": [{"index": gpu.index, "name": gpu.name, "uuid": gpu.uuid} for gpu in gpus],
         "interval_seconds": interval_seconds,
         "at": iso(wall_seconds()),

@@ -145,7 +145,17 @@ def _gpus(options: argparse.Namespace) -> list[Finding]:
 
 def _order(finding: Finding) -> tuple[bool, str]:
     """What GPUs say alike stands side by side."""
-    places = ("driver", "order", "readable", "profile", "version", "scope", "reads", "meter")
+    places = (
+        "driver",
+        "order",
+        "kinds",
+        "readable",
+        "profile",
+        "version",
+        "scope",
+        "reads",
+        "meter",
+    )
     name = finding.check.rpartition(".")[2]
     place = places.index(name) if name in places else len(places)
     return bool(finding.subject), f"{place:02d}"

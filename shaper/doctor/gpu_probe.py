@@ -29,7 +29,12 @@ from shaper.gpu.meter_facts import measure_meter
 from shaper.gpu.nvml import NvmlReader, host_gpus
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.reader import GpuReader
-from shaper.gpu.visible import device_order_warning, visible_count, visible_gpus
+from shaper.gpu.visible import (
+    device_order_warning,
+    refuse_twice,
+    visible_count,
+    visible_gpus,
+)
 from shaper.settings import load_config
 
 # What the emulated GPU works on: a meter is seen to refresh only where power moves.
@@ -71,6 +76,7 @@ def main(argument: str) -> None:
         try:
             together = NvmlReader(tuple(good))
             try:
+                say_findings(gpus.kinds(together.gpus, profile))
                 _measure(together, wanted["seconds"])
             finally:
                 together.close()
@@ -141,10 +147,12 @@ def _visible(checks: Checks) -> Iterator[int | str]:
         say_findings([checks.fail("gpu.driver", found, advice, **data, used=0)])
         return
     say_findings([checks.ok("gpu.driver", found, **data, used=len(own))])
-    warning = device_order_warning(os.environ, own, [gpu.name for gpu in host_gpus()])
+    host = host_gpus()
+    warning = device_order_warning(os.environ, own, [gpu.name for gpu in host])
     if warning is not None:
         what, _, advice = warning.partition(": ")
         say_findings([checks.warn("gpu.order", what, advice)])
+    refuse_twice(own, {gpu.index: gpu.uuid for gpu in host})
     yield from own
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from shaper.core.types import ClockEventReasons, GpuSample
+from shaper.core.types import ClockEventReasons, GpuIdentity, GpuSample
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.errors import ConfigError
 from shaper.gpu.capabilities import INTEGRATED, GpuCapabilities
@@ -78,6 +78,23 @@ def model(gpu: GpuCapabilities, gpu_profile: str | None) -> Finding:
     return checks.ok(
         "gpu.profile", f"{name}, profile {profile.name}{how}", **data, profile=profile.name
     )
+
+
+def kinds(found: Sequence[GpuIdentity], gpu_profile: str | None) -> list[Finding]:
+    """Only where GPUs are not alike: an engine has one profile for all of its own."""
+    profiles = {gpu.name: profile_for_device(gpu.name) for gpu in found}
+    names = {name if each is None else each.name for name, each in profiles.items()}
+    if len(names) < 2:
+        return []
+    listed = ", ".join(f"GPU {gpu.index} {plain(gpu.name, 60)}" for gpu in found)
+    advice = (
+        "for an engine of several GPUs name those of one kind in CUDA_VISIBLE_DEVICES: it has one "
+        "profile, and with several kinds it does not start"
+        if gpu_profile is None
+        else "gpu_profile is used for all of them: it must be that which draws most"
+    )
+    said = f"the GPUs are not alike: {listed}"
+    return [Checks(SECTION).warn("gpu.kinds", said, advice, kinds=sorted(names))]
 
 
 def readings(gpu: GpuCapabilities) -> list[Finding]:

@@ -10,6 +10,7 @@ from importlib import metadata
 
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.engine.compat import DISTRIBUTIONS, RANGE, supported
+from shaper.gpu.nvml_driver import DISTRIBUTION, INSTALL, foreign_binding
 
 _CHECKS = Checks("Software")
 _OWN = "vllm-shaper"
@@ -25,7 +26,8 @@ _REINSTALL = "install it again beside vLLM, in the same environment: pip install
 
 def software_findings(environ: Mapping[str, str]) -> list[Finding]:
     """All of this module's."""
-    return [python(), shaper(), vllm(), torch(), entry_points(), allowed(environ)]
+    found = [python(), shaper(), vllm(), torch(), entry_points(), allowed(environ)]
+    return [*found, *binding(foreign_binding())]
 
 
 def python() -> Finding:
@@ -50,6 +52,18 @@ def shaper() -> Finding:
             "software.shaper", "it runs and is not installed", _REINSTALL, version=None
         )
     return _CHECKS.ok("software.shaper", f"{_OWN} {version}", version=version)
+
+
+def binding(foreign: str | None) -> list[Finding]:
+    """Only where another module than NVIDIA's stands in for it.
+
+    Args:
+        foreign: its file.
+    """
+    if foreign is None:
+        return []
+    said = f"{plain(foreign, 200)} answers as pynvml, and is not {DISTRIBUTION}'s"
+    return [_CHECKS.warn("software.binding", said, INSTALL, file=foreign)]
 
 
 def vllm() -> Finding:

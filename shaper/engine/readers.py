@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shaper.config import ShaperConfig
 from shaper.core.profile import GpuProfile
@@ -67,7 +68,7 @@ def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
 
     Raises:
         GpuError: there is no GPU to read, or the driver refuses.
-        ConfigError: no profile describes the GPU.
+        ConfigError: no profile describes the GPUs, or they are not alike.
     """
     if EMULATE_VARIABLE in os.environ:
         # Only where it was asked for: the emulator is no part of a real engine.
@@ -83,8 +84,14 @@ def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
                 f"with, one of {', '.join(known_profiles())}"
             )
         return EngineGpus(NoSensor(), load_profile(config.gpu_profile))
-    from shaper.gpu.nvml import NvmlReader
-    from shaper.gpu.visible import dealt_gpus, visible_gpus
+    from shaper.gpu.nvml import NvmlReader, host_gpus
+    from shaper.gpu.visible import (
+        dealt_gpus,
+        device_order_warning,
+        named_gpus,
+        refuse_twice,
+        visible_gpus,
+    )
 
     parallel = vllm_config.parallel_config
     world = gpus_per_engine(parallel)
@@ -93,47 +100,77 @@ def engine_gpus(vllm_config: VllmConfig, config: ShaperConfig) -> EngineGpus:
     assigned = assigned_gpus(parallel)
     own = dealt_gpus(assigned, world, rank) or visible_gpus(os.environ, world, rank)
     nvml = NvmlReader(own)
+    host = host_gpus()
+    # Of the other engines of this server too: each would count that GPU's power as its own.
+    refuse_twice(assigned or named_gpus(os.environ), {gpu.index: gpu.uuid for gpu in host})
     if not assigned:
-        _warn_of_order(own)
+        warning = device_order_warning(os.environ, own, [gpu.name for gpu in host])
+        if warning is not None:
+            logger.warning("%s", warning)
     return EngineGpus(nvml, _profile_of(nvml, config))
 
 
-def _warn_of_order(selectors: tuple[int | str, ...]) -> None:
-    from shaper.gpu.nvml import host_gpus
-    from shaper.gpu.visible import device_order_warning
-
-    names = [gpu.name for gpu in host_gpus()]
-    warning = device_order_warning(os.environ, selectors, names)
-    if warning is not None:
-        logger.warning("%s", warning)
-
-
 def _profile_of(reader: GpuReader, config: ShaperConfig) -> GpuProfile:
-    if config.gpu_profile is not None:
-        return load_profile(config.gpu_profile)
-    name = reader.gpus[0].name
-    profile = profile_for_device(name)
-    if profile is None:
+    """The one profile of the reader's GPUs.
+
+    Raises:
+        ConfigError: no profile describes one of them, or they are of several kinds, which no
+            one profile describes.
+    """
+    named = None if config.gpu_profile is None else load_profile(config.gpu_profile)
+    known = {gpu.name: profile_for_device(gpu.name) for gpu in reader.gpus}
+    kinds = {name if profile is None else profile.name for name, profile in known.items()}
+    listed = ", ".join(f"GPU {gpu.index} {gpu.name}" for gpu in reader.gpus)
+    if named is not None:
+        if len(kinds) > 1:
+            logger.warning(
+                "the GPUs of this engine are not alike (%s), and gpu_profile %s is used for all: "
+                "where it draws less than one of them, limits do not hold",
+                *(listed, named.name),
+            )
+        return named
+    for name, profile in known.items():
+        if profile is None:
+            raise ConfigError(
+                f"no profile describes the GPU {name!r}: set gpu_profile to the nearest of "
+                f"{', '.join(known_profiles())}, or to the path of your own"
+            )
+    if len(kinds) > 1:
         raise ConfigError(
-            f"no profile describes the GPU {name!r}: set gpu_profile to the nearest of "
-            f"{', '.join(known_profiles())}, or to the path of your own"
+            f"the GPUs of this engine are not alike ({listed}), and no one profile describes "
+            "them: name GPUs of one kind in CUDA_VISIBLE_DEVICES or --device-ids, or set "
+            "gpu_profile to that which draws most"
         )
+    (profile,) = (found for found in dict.fromkeys(known.values()) if found is not None)
     return profile
 
 
-def check_gpus(config: ShaperConfig) -> None:
+def check_gpus(
+    config: ShaperConfig, world_size: int = 1, engines: int = 1, device_ids: Sequence[Any] = ()
+) -> None:
     """What `shaper serve` asks before it starts vLLM on real GPUs.
 
+    Args:
+        config: the settings.
+        world_size: GPUs of each engine.
+        engines: of this host.
+        device_ids: what vLLM was told to use; else CUDA_VISIBLE_DEVICES counts.
+
     Raises:
-        GpuError: there is no GPU to read.
-        ConfigError: no profile describes it.
+        GpuError: there is no such GPU to read, or one is named twice.
+        ConfigError: no profile describes them.
     """
     if not config.asks_for_shaping or config.sensor == "none":
         return
-    from shaper.gpu.nvml import NvmlReader, visible_gpus
+    from shaper.gpu.nvml import NvmlReader, host_gpus
+    from shaper.gpu.visible import dealt_gpus, named_gpus, refuse_twice, visible_gpus
 
-    reader = NvmlReader(visible_gpus(os.environ, 1, 0))
-    try:
-        _profile_of(reader, config)
-    finally:
-        reader.close()
+    for rank in range(engines):
+        own = dealt_gpus(device_ids, world_size, rank)
+        reader = NvmlReader(own or visible_gpus(os.environ, world_size, rank))
+        try:
+            _profile_of(reader, config)
+        finally:
+            reader.close()
+    host = {gpu.index: gpu.uuid for gpu in host_gpus()}
+    refuse_twice(device_ids or named_gpus(os.environ), host)

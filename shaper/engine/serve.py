@@ -114,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
                         engines=engines,
                     )
     if config is not None:
+        if profile is None:
+            _check_all_gpus(arguments, config)
         check_gpu_limits(config, engine_gpu_count(arguments))
         _use_scheduler(arguments)
         add_admission(arguments)
@@ -148,6 +150,20 @@ def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> Gpu
             except GpuError as error:
                 raise type(error)(f"{error} (to serve without a GPU, add --emulate GPU)") from error
     return None
+
+
+def _check_all_gpus(arguments: argparse.Namespace, config: ShaperConfig) -> None:
+    """All GPUs of this host's engines, where vLLM's arguments tell which."""
+    device_ids = getattr(arguments, "device_ids", None) or ()
+    elsewhere = getattr(arguments, "nnodes", 1) != 1 or arguments.distributed_executor_backend
+    # Numbers in `--device-ids` count within CUDA_VISIBLE_DEVICES: vLLM settles that.
+    if elsewhere in (False, None, "", "mp", "uni") and not (
+        device_ids and "CUDA_VISIBLE_DEVICES" in os.environ
+    ):
+        from shaper.engine.readers import check_gpus
+
+        with unless_unshaped_ok(config):
+            check_gpus(config, engine_gpu_count(arguments), engine_count(arguments), device_ids)
 
 
 def _use_scheduler(arguments: argparse.Namespace) -> None:

@@ -128,8 +128,7 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         unshaped_ok=config.unshaped_ok,
     )
     first = control.state
-    enforced_watts = gpus.enforced_watts(model.gpu_count)
-    for warning in loose_settings(config, enforced_watts, model.gpu_count):
+    for warning in loose_settings(config, gpus.enforced_watts(model.gpu_count), model.gpu_count):
         logger.warning("%s", warning)
     rank = _rank(vllm_config)
     member = join(config.group, gpus, model, f"{run_id()}/{rank}")

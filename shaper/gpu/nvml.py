@@ -22,7 +22,7 @@ from shaper.gpu.nvml_device import Device
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.nvml_errors import Behaviour, behaviour
 from shaper.gpu.nvml_ways import MODULE_SCOPE, mig_mode, optional
-from shaper.gpu.visible import visible_gpus
+from shaper.gpu.visible import refuse_slice, refuse_twice, visible_gpus
 
 __all__ = ["NvmlReader", "host_gpus", "visible_gpus"]
 
@@ -42,7 +42,7 @@ class NvmlReader:
         library: what stands in for `pynvml`; None: the real one.
 
     Raises:
-        GpuUnavailableError: no driver, no such GPU, or a GPU in MIG mode.
+        GpuUnavailableError: no driver, no such GPU, one that is named twice, or one in MIG mode.
         GpuPermissionError: the driver refuses this user.
     """
 
@@ -124,6 +124,8 @@ class NvmlReader:
                 Device(self._driver, handle, None if indices is None else indices[position])
                 for position, handle in enumerate(handles)
             ]
+            found = [device.identity for device in self._devices]
+            refuse_twice(selectors, {gpu.index: gpu.uuid for gpu in found})
         except GpuError:
             self._let_go()
             raise
@@ -201,6 +203,7 @@ def _find(driver: Driver, selector: int | str) -> Any:
         if selector >= count:
             raise GpuUnavailableError(f"there is no GPU {selector}; the driver shows {count}")
         return driver.call("nvmlDeviceGetHandleByIndex", selector)
+    refuse_slice(selector, "this engine is given")
     shown, silent = _shown(driver)
     matches = [handle for _, uuid, handle in shown if uuid.lower().startswith(selector.lower())]
     if len(matches) != 1:

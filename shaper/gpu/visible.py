@@ -28,25 +28,69 @@ def visible_gpus(
     variable = environ.get("CUDA_VISIBLE_DEVICES")
     if variable is None:
         return tuple(range(first, last))
-    names: list[int | str] = []
-    for entry in _entries(variable):
-        if entry.upper().startswith("MIG"):
-            raise GpuUnavailableError(
-                f"CUDA_VISIBLE_DEVICES names {entry}: MIG slices are not supported, because the "
-                "driver meters the power of whole GPUs only; use a GPU with MIG off"
-            )
-        names.append(int(entry) if entry.isascii() and entry.isdigit() else entry)
+    names = named_gpus(environ)
     if len(names) < last:
         raise GpuUnavailableError(
             f"CUDA_VISIBLE_DEVICES={variable!r} shows {len(names)} GPUs, and this engine needs "
             f"those at positions {first} to {last - 1}"
         )
-    own = tuple(names[first:last])
-    if len(set(own)) < len(own):
+    # Of all engines, not of this one alone: two on a GPU would each count its power as their own.
+    folded = [name if isinstance(name, int) else name.casefold() for name in names]
+    if len(set(folded)) < len(folded):
+        raise GpuUnavailableError(f"CUDA_VISIBLE_DEVICES={variable!r} names a GPU twice")
+    return tuple(names[first:last])
+
+
+def named_gpus(environ: Mapping[str, str]) -> list[int | str]:
+    """All that `CUDA_VISIBLE_DEVICES` names, as indices or UUIDs; none where it is not set.
+
+    Raises:
+        GpuUnavailableError: it names a MIG slice.
+    """
+    names: list[int | str] = []
+    for entry in _entries(environ.get("CUDA_VISIBLE_DEVICES", "")):
+        refuse_slice(entry, "CUDA_VISIBLE_DEVICES names")
+        names.append(int(entry) if entry.isascii() and entry.isdigit() else entry)
+    return names
+
+
+def refuse_twice(selectors: Sequence[int | str], host: Mapping[int, str]) -> None:
+    """Refuse a GPU that two selectors name, by index and by UUID say: it would count twice.
+
+    Args:
+        selectors: of one engine or of all engines of a server.
+        host: the UUID of each GPU by its index. Selectors of no or several GPUs are passed over.
+
+    Raises:
+        GpuUnavailableError: there is one.
+    """
+    by_uuid: dict[str, list[str]] = {}
+    for selector in selectors:
+        if isinstance(selector, int):
+            found = [uuid for index, uuid in host.items() if index == selector]
+        else:
+            found = [u for u in host.values() if u.casefold().startswith(selector.casefold())]
+        if len(found) == 1:
+            by_uuid.setdefault(found[0], []).append(str(selector))
+    for uuid, names in by_uuid.items():
+        if len(names) > 1:
+            raise GpuUnavailableError(
+                f"{' and '.join(names)} name the same GPU ({uuid}), whose power would count "
+                "twice: name each GPU once, in CUDA_VISIBLE_DEVICES or --device-ids"
+            )
+
+
+def refuse_slice(selector: int | str, who_names: str) -> None:
+    """Refuse a slice of a GPU by its name.
+
+    Raises:
+        GpuUnavailableError: it is one.
+    """
+    if str(selector).upper().startswith("MIG"):
         raise GpuUnavailableError(
-            f"CUDA_VISIBLE_DEVICES={variable!r} names a GPU of this engine twice"
+            f"{who_names} {selector}: MIG slices are not supported, because the "
+            "driver meters the power of whole GPUs only; use a GPU with MIG off"
         )
-    return own
 
 
 def visible_count(environ: Mapping[str, str]) -> int | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from functools import cache
@@ -61,13 +62,37 @@ def profile_sources(name_or_path: str) -> dict[str, str]:
 
 
 def profile_for_device(nvml_device_name: str) -> GpuProfile | None:
-    """The profile of the GPU that the driver calls `nvml_device_name`, if there is one."""
-    wanted = nvml_device_name.strip().casefold()
+    """The profile of the GPU that the driver calls `nvml_device_name`, if there is one.
+
+    Drivers spell one board in several ways: with or without the maker, its socket, its kind
+    and size of memory. A word more that says another board (PCIe, NVL, MIG) or a size of
+    memory that is not the profile's is another GPU.
+    """
+    model, sizes = _words(nvml_device_name)
     for name in known_profiles():
         profile = load_profile(name)
-        if any(wanted == known.casefold() for known in profile.nvml_names):
-            return profile
+        capacity = profile.memory.capacity_bytes
+        for known in profile.nvml_names:
+            known_model, known_sizes = _words(known)
+            # A size need not be said of a board that comes with one.
+            if model == known_model and (
+                sizes == known_sizes
+                or (not known_sizes and all(_is_size(size, capacity) for size in sizes))
+            ):
+                return profile
     return None
+
+
+def _words(device_name: str) -> tuple[frozenset[str], frozenset[int]]:
+    """What a device name says of the model, and the sizes of memory in it, in GB."""
+    found = set(re.findall(r"[a-z0-9]+", device_name.casefold()))
+    sizes = {word for word in found if re.fullmatch(r"\d+g[bi]?b?", word)}
+    told = {word for word in found if re.fullmatch(r"nvidia|tesla|hbm\d\w*|sxm\d*", word)}
+    return frozenset(found - sizes - told), frozenset(int(re.sub(r"\D", "", s)) for s in sizes)
+
+
+def _is_size(size: int, capacity_bytes: float) -> bool:
+    return any(abs(size * unit / capacity_bytes - 1.0) < 0.05 for unit in (1e9, 2.0**30))
 
 
 @cache
