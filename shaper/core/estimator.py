@@ -48,8 +48,9 @@ _REST_SAVES_RATIO, _REST_DOUBT_RATIO, _MOST_REST_RATIO = 0.2, 0.15, 0.5
 # An unqueued step's time has the host's in it: it counts where that is a small part of it.
 _HOST_RATIO = 0.03
 _LEAN_SECONDS, _LEAN_FREE_RATIO, _LEAN_DEVIATIONS = 1.0, 0.005, 3.0
-# A difference over three seconds that is said, and by half of it to end.
-_DISAGREE_SECONDS, _DISAGREE_RATIO = 3.0, 0.05
+# A difference over three seconds that is said when it has lasted, and by half of it to end. A
+# busy host that sees steps end late makes one for some seconds; a wrong model makes it for good.
+_DISAGREE_SECONDS, _DISAGREE_RATIO, _SAID_AFTER_SECONDS = 3.0, 0.05, 10.0
 # Idle and step joules are weighed over a few seconds.
 _MIX_SECONDS = 3.0
 _MARGIN_GRAIN_RATIO = 0.001
@@ -124,8 +125,9 @@ class Estimator:
         """Part of each limit to keep free for what the meter shows beyond the prediction."""
         self.disagreement_ratio = 0.0
         """Metered over corrected watts of the last seconds, minus 1."""
+        self._differing_seconds = 0.0
         self.disagrees = False
-        """Whether that is more than the gains can follow."""
+        """Whether that has been more than the gains can follow, and the meter's noise, for long."""
 
     @property
     def seconds_gain_ratio(self) -> float:
@@ -274,9 +276,9 @@ class Estimator:
         keep = math.exp(-span / _MIX_SECONDS)
         self._idle_joules = self._idle_joules * keep + joules[IDLE]
         self._joules.observe(joules, span, metered_joules, max(edges, 0.0))
-        self._publish()
+        self._publish(span)
 
-    def _publish(self) -> None:
+    def _publish(self, span_seconds: float) -> None:
         gains = self._joules.applied
         untouched = all(gain == 1.0 for gain in gains[:KNOTS])
         self.joules_gain_ratio = 1.0 if untouched else 1.0 + self._steps.excess_ratio
@@ -293,7 +295,10 @@ class Estimator:
         self.disagreement_ratio = self._late.excess_ratio
         bound = _DISAGREE_RATIO / 2 if self.disagrees else _DISAGREE_RATIO
         known = self._late.lasting > _DISAGREE_SECONDS / 2
-        self.disagrees = known and abs(self.disagreement_ratio) > bound
+        beyond_noise = abs(self.disagreement_ratio) - noise / _DISAGREE_SECONDS
+        differs = known and beyond_noise > bound
+        self._differing_seconds = self._differing_seconds + span_seconds if differs else 0.0
+        self.disagrees = self._differing_seconds > _SAID_AFTER_SECONDS
 
 
 def _inside(start: float, end: float, begin: Tick, until: Tick) -> float:

@@ -100,6 +100,25 @@ def test_what_no_gain_explains_is_a_disagreement():
     assert estimator.margin_ratio <= MAX_MARGIN_RATIO
 
 
+def test_some_seconds_of_a_busy_host_are_no_disagreement():
+    """Three seconds in which the device did half as much as was entered, now and then: nothing
+    is said. The same for good is."""
+    estimator = Estimator(IDLE_WATTS)
+    joules = serve(estimator, 5.0, lambda begin: 3.6)
+    said = []
+    for round_ in range(4):
+        start = 5.0 + 11.0 * round_
+        for tick in range(10):
+            joules = serve(estimator, 0.3, lambda begin: 1.8, start + 0.3 * tick, joules)
+            said.append(estimator.disagrees)
+        for tick in range(10):
+            joules = serve(estimator, 0.8, lambda begin: 3.6, start + 3.0 + 0.8 * tick, joules)
+            said.append(estimator.disagrees)
+    assert not any(said)
+    serve(estimator, 20.0, lambda begin: 7.2, 49.0, joules)
+    assert estimator.disagrees
+
+
 def test_absurd_measurements_are_clamped():
     """Stalls of a minute and a counter gone wild move gains to their bounds at most."""
     estimator = Estimator(IDLE_WATTS)
