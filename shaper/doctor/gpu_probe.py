@@ -29,6 +29,7 @@ from shaper.gpu.meter_facts import measure_meter
 from shaper.gpu.nvml import NvmlReader, host_gpus
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.reader import GpuReader
+from shaper.gpu.screen import Screen
 from shaper.gpu.visible import (
     device_order_warning,
     refuse_twice,
@@ -172,14 +173,19 @@ def _measure(
     reader: GpuReader, seconds: float, sleep: Callable[[float], None] = time.sleep
 ) -> None:
     before = {sample.gpu_index: sample.energy_joules for sample in reader.read()}
-    facts = {fact.gpu_index: fact for fact in measure_meter(reader, seconds, sleep=sleep)}
-    after = {sample.gpu_index: sample.energy_joules for sample in reader.read()}
+    screen = Screen()
+    measured = measure_meter(reader, seconds, sleep=sleep, screen=screen)
+    facts = {fact.gpu_index: fact for fact in measured}
+    last = reader.read()
+    after = {sample.gpu_index: sample.energy_joules for sample in last}
+    lost = gpus.lost_power(last, screen.pass_on(last))
     for gpu in describe_gpus(reader):
         index = gpu.gpu.index
         joules = before[index], after[index]
         moved = None if None in joules else joules[0] != joules[1]
         if index in facts:
-            say_findings([gpus.meter(gpu, facts[index], seconds, counter_moved=moved)])
+            found = gpus.meter(gpu, facts[index], seconds, counter_moved=moved, lost=index in lost)
+            say_findings([found])
 
 
 def _users(gpu: GpuCapabilities) -> tuple[list[str] | None, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -13,6 +12,7 @@ from shaper.errors import ConfigError
 from shaper.gpu.capabilities import INTEGRATED, GpuCapabilities
 from shaper.gpu.meter_facts import MeterFacts
 from shaper.gpu.profiles import known_profiles, load_profile, profile_for_device
+from shaper.gpu.screen import Screen
 
 SECTION = "GPUs"
 NO_GPU_ADVICE = (
@@ -22,6 +22,10 @@ NO_GPU_ADVICE = (
 )
 # The sampler reads every 20 ms.
 _SAMPLER_SECONDS = 0.02
+_LOST_ADVICE = (
+    "an engine will take this sensor for lost, and keep 5% of each limit free: look at dmesg for "
+    "Xid errors, reset the GPU, or update its driver"
+)
 # A load step heats a die by some degrees within a second.
 _NEAR_SLOWDOWN_CELSIUS = 5.0
 # Meters refresh every 100 ms at the slowest known, and 8 intervals are wanted.
@@ -194,6 +198,22 @@ def limits(gpu: GpuCapabilities) -> Finding:
     return checks.ok("gpu.limits", found, **data)
 
 
+def lost_power(raw: Sequence[GpuSample], screened: Sequence[GpuSample]) -> set[int]:
+    """Indices of the GPUs that say a power and whose power an engine would not believe.
+
+    Args:
+        raw: as the driver says.
+        screened: the same samples, through the screen that an engine uses.
+    """
+
+    def watts(sample: GpuSample) -> list[float]:
+        each = (sample.instant_watts, sample.average_watts)
+        return [value for value in each if value is not None]
+
+    pairs = zip(raw, screened, strict=True)
+    return {one.gpu_index for one, believed in pairs if watts(one) and not watts(believed)}
+
+
 def now(gpu: GpuCapabilities, sample: GpuSample) -> Finding:
     """Power, clock, heat and what lowers the clocks, at this moment."""
     checks, reasons = checks_of(gpu), sample.clock_event_reasons
@@ -217,8 +237,9 @@ def now(gpu: GpuCapabilities, sample: GpuSample) -> Finding:
         "clock_event_words": words,
     }
     advice = _clocks_advice(reasons, margin)
-    if watts is not None and not 0.0 <= watts < math.inf:
-        advice = "no GPU draws that: if it stays so, reset or replace the GPU"
+    if lost_power([sample], Screen().pass_on([sample])):
+        found = f"no GPU draws that: {found}"
+        return checks.fail("gpu.now", found, _LOST_ADVICE, **data)
     if advice is None:
         return checks.ok("gpu.now", found, **data)
     return checks.warn("gpu.now", found, advice, **data)
@@ -237,7 +258,12 @@ def _clocks_advice(reasons: ClockEventReasons, margin_celsius: float | None) -> 
 
 
 def meter(
-    gpu: GpuCapabilities, facts: MeterFacts, seconds: float, *, counter_moved: bool | None
+    gpu: GpuCapabilities,
+    facts: MeterFacts,
+    seconds: float,
+    *,
+    counter_moved: bool | None,
+    lost: bool = False,
 ) -> Finding:
     """How often the meter refreshes, over which window, and what a read costs.
 
@@ -246,6 +272,7 @@ def meter(
         facts: as measured.
         seconds: for how long.
         counter_moved: whether the energy counter did meanwhile; None where there is none.
+        lost: whether an engine would not believe its power after that time.
     """
     checks = checks_of(gpu)
     refreshes = {
@@ -267,12 +294,14 @@ def meter(
         found += f"; a read of all GPUs takes {1e6 * p50:.0f} µs (p99 {1e6 * p99:.0f})"
     data = {**asdict(facts), "measured_seconds": seconds, "counter_moved": counter_moved}
     del data["gpu_index"]
+    if lost:
+        return checks.fail("gpu.meter", f"its power stands still; {found}", _LOST_ADVICE, **data)
     if seconds >= LEAST_METER_SECONDS and counter_moved is False:
         return checks.warn(
             "gpu.meter",
             f"the energy counter stands still; {found}",
-            "the shaper will take the sensor for stuck: look at dmesg for Xid errors, reset the "
-            "GPU, or update its driver",
+            "where it has counted before, the shaper takes the sensor for stuck: look at dmesg for "
+            "Xid errors, reset the GPU, or update its driver",
             **data,
         )
     if p50 is not None and p50 > _SAMPLER_SECONDS:

@@ -242,6 +242,7 @@ def measure_meter(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     interval_seconds: float = 0.005,
+    screen: Screen | None = None,
 ) -> tuple[MeterFacts, ...]:
     """Reads for some seconds in the caller's thread, and says what was found.
 
@@ -250,11 +251,12 @@ def measure_meter(
         seconds: how long; the window takes five and a load that moves.
         clock, sleep: of the same time.
         interval_seconds: between reads; what it takes to tell a refresh of 20 ms.
+        screen: that the readings pass through, for a caller who asks it afterwards.
 
     Raises:
         GpuError: as `reader.read` does.
     """
-    watch, screen = MeterWatch(), Screen()
+    watch, screen = MeterWatch(), screen or Screen()
     begin = clock()
     while clock() - begin < seconds:
         before = clock()

@@ -81,6 +81,38 @@ def test_a_gpu_near_its_slowdown_temperature_warns():
     assert cool.data["slowdown_margin_celsius"] == 27.0
 
 
+@pytest.mark.parametrize("watts", [0.0, 0.7, -5.0, 700_000.0, float("nan")])
+def test_power_that_an_engine_would_not_believe_fails(watts):
+    """Nothing, too little, negative, a thousand times off: the engine takes it for lost."""
+    fake = FakeNvml([FakeGpu("GPU-a", **HEALTHY)])
+    reader = NvmlReader([0], library=fake)
+    (gpu,), (sample,) = describe_gpus(reader), reader.read()
+    both = replace(sample, instant_watts=watts, average_watts=watts)
+    found = gpus.now(gpu, both)
+    assert found.status is Status.FAIL
+    assert "lost" in (found.advice or "")
+    assert gpus.now(gpu, replace(both, average_watts=400.0)).status is Status.OK
+    assert gpus.now(gpu, sample).status is Status.OK
+
+
+def test_power_that_is_not_believed_after_a_while_fails():
+    """A counter that moved and stopped takes the watts with it."""
+    gpu, facts = described(), MeterFacts(0)
+    assert gpus.meter(gpu, facts, 3.0, counter_moved=False, lost=True).status is Status.FAIL
+
+
+def test_a_gpu_of_no_watts_fails_the_whole(script):
+    """The exit code says so."""
+    result = run_doctor(
+        "--json",
+        "--seconds",
+        "0.2",
+        gpus=script({"instant_milliwatts": 0, "average_milliwatts": 0}),
+    )
+    assert findings_of(result)["gpu.now", "GPU 0"]["status"] == "fail"
+    assert result.returncode == 1
+
+
 def test_a_lowered_limit_warns_and_names_the_default():
     """Somebody capped the GPU over the weekend."""
     found = gpus.limits(described(limit_milliwatts=500_000))
