@@ -29,14 +29,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_it_measures_every_state(tmp_path):
     """A small run prints a table and writes the same figures as JSON."""
     pytest.importorskip("vllm")
-    done = run("--sizes", "1,8", "--steps", "20", "--json", str(tmp_path / "costs.json"))
+    done = run("--sizes", "1,8", "--steps", "10", "--json", str(tmp_path / "costs.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert [(cost["running"], cost["state"]) for cost in costs] == [
-        (size, state) for size in (1, 8) for state in ("no limit", "loose limits", "binding limit")
+        (size, state)
+        for size in (1, 8)
+        for state in ("no limit", "loose limits", "binding limit", "long queue")
     ]
     assert all(cost["own_microseconds"] > 0 for cost in costs)
-    assert done.stdout.count("\n| 8 |") == 3
+    assert done.stdout.count("\n| 8 |") == 4
     assert all(line.startswith("|") for line in done.stdout.splitlines())
 
 
