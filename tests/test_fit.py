@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.errors import ConfigError, TraceError
 from shaper.fit import as_dict, main, profile_text, summary
 from shaper.fitting import FitResult, fit_recording
-from shaper.fitting.common import replaced
+from shaper.fitting.common import replaced, value_of
 from shaper.fitting.power import energy_windows
 from shaper.gpu.profiles import load_profile, profile_sources
 from shaper.recording import RecordedStep, Recording, RecordingWriter
@@ -64,6 +65,28 @@ def test_the_emulators_parameters_come_back(result: FitResult) -> None:
     assert result.seconds_error < 0.02
     assert result.joules_error is not None
     assert result.joules_error < 0.01
+
+
+def test_the_intervals_hold_the_truth() -> None:
+    """Of the 95% intervals of a minute's recordings, 85 to 100% hold the emulator's value.
+
+    FIT_EXAMPLES is the number of recordings; 40 for the whole figure.
+    """
+    truth = replaced(BASE, TRUE)
+    missed: list[str] = []
+    intervals = 0
+    examples = int(os.environ.get("FIT_EXAMPLES", "4"))
+    for seed in range(examples):
+        found = fit_recording(
+            record(truth, COEFFICIENTS, seconds=60.0, seed=seed), BASE, COEFFICIENTS
+        )
+        for one in found.parameters:
+            if one.low is not None and one.high is not None:
+                intervals += 1
+                if not one.low <= value_of(truth, one.name) <= one.high:
+                    missed.append(f"{one.name} of recording {seed}")
+    assert intervals >= 14 * examples
+    assert len(missed) <= 0.15 * intervals, (intervals, missed)
 
 
 def test_what_one_gpu_does_not_show_is_said(result: FitResult) -> None:

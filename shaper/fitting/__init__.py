@@ -4,7 +4,8 @@ Latency first: log step seconds against the step model, at the SM clock that was
 sampled. Then power: joules are linear in the power parameters, so each window between
 two changes of the energy counter gives one linear equation. Both by SciPy's bounded
 least squares with a soft L1 loss; a parameter's interval comes from the Jacobian at the
-optimum. A parameter whose 95% interval is wider than `WIDEST_RATIO` of its value is
+optimum, and a power parameter's also from what the latency fit and the thermometer
+leave open. A parameter whose 95% interval is wider than `WIDEST_RATIO` of its value is
 not identified: it goes back to the profile's value and the rest is fitted again.
 
 Steps and windows while something held the clocks down (a cap, heat, a brake) are left
@@ -30,9 +31,9 @@ from shaper.fitting.common import (
     sampled,
     throttled_seconds,
 )
+from shaper.fitting.features import POWER_PARAMETERS
 from shaper.fitting.latency import LATENCY_PARAMETERS, fit_latency
 from shaper.fitting.power import (
-    POWER_PARAMETERS,
     SHORTEST_WINDOW_SECONDS,
     energy_windows,
     fit_power,
@@ -89,7 +90,7 @@ def fit_recording(
         free = list(range(len(steps)))
     seen = [steps[i] for i in free]
     seen_clocks = [clocks[i] for i in free]
-    fitted, latency = fit_latency(seen, seen_clocks, profile, coefficients)
+    fitted, latency, covariance = fit_latency(seen, seen_clocks, profile, coefficients)
     model = StepModel(fitted, coefficients)
     errors = [
         model.predict(s.batch, sm_clock_hertz=c).seconds / (s.end_seconds - s.start_seconds) - 1
@@ -109,7 +110,14 @@ def fit_recording(
         power = [kept(profile, name, reason) for name in POWER_PARAMETERS]
     else:
         fitted, power, joules_error = fit_power(
-            recording.samples, steps, clocks, windows, fitted, coefficients
+            recording.samples,
+            steps,
+            clocks,
+            windows,
+            fitted,
+            coefficients,
+            {one.name: one.value for one in latency if one.identified},
+            covariance,
         )
     return FitResult(
         profile=fitted,

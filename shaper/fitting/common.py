@@ -115,16 +115,26 @@ def overlaps(times: FloatArray, start_seconds: float, end_seconds: float) -> boo
 
 def half_widths(jacobian: FloatArray, residuals: FloatArray) -> FloatArray:
     """Half widths of 95% intervals from the Jacobian at the optimum."""
+    widths = 1.96 * np.sqrt(np.maximum(np.diag(covariance_of(jacobian, residuals)), 0.0))
+    flat = np.linalg.norm(jacobian, axis=0) < 1e-9
+    result: FloatArray = np.where(flat, np.inf, widths)
+    return result
+
+
+def covariance_of(jacobian: FloatArray, residuals: FloatArray) -> FloatArray:
+    """Covariance of the parameters from the Jacobian at the optimum."""
     freedom = max(1, len(residuals) - jacobian.shape[1])
     spread = 1.4826 * float(np.median(np.abs(residuals)))
     variance = max(spread**2, float(np.sum(np.minimum(residuals**2, 9 * spread**2))) / freedom)
-    variance = max(variance, _LEAST_SPREAD**2)
+    result: FloatArray = max(variance, _LEAST_SPREAD**2) * inverse(jacobian)
+    return result
+
+
+def inverse(jacobian: FloatArray) -> FloatArray:
+    """Inverse of the curvature at the optimum."""
     # Directions that the data says nothing of have no curvature: the ridge turns them
     # into intervals that are wide beyond any threshold, not into zeros.
     curvature = jacobian.T @ jacobian
     ridge = 1e-10 * float(np.trace(curvature)) * np.eye(len(curvature))
-    covariance = variance * np.linalg.inv(curvature + ridge)
-    widths = 1.96 * np.sqrt(np.maximum(np.diag(covariance), 0.0))
-    flat = np.linalg.norm(jacobian, axis=0) < 1e-9
-    result: FloatArray = np.where(flat, np.inf, widths)
+    result: FloatArray = np.asarray(np.linalg.inv(curvature + ridge), dtype=np.float64)
     return result

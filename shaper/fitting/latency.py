@@ -16,6 +16,7 @@ from shaper.fitting.common import (
     WIDEST_RATIO,
     FittedParameter,
     FloatArray,
+    covariance_of,
     half_widths,
     kept,
     replaced,
@@ -46,11 +47,12 @@ def fit_latency(
     clocks: Sequence[float | None],
     profile: GpuProfile,
     coefficients: WorkCoefficients,
-) -> tuple[GpuProfile, list[FittedParameter]]:
+) -> tuple[GpuProfile, list[FittedParameter], FloatArray]:
     """Fits the latency parameters that the steps identify.
 
     Returns:
-        The profile with them, and the outcome of each parameter.
+        The profile with them, the outcome of each parameter, and the covariance of the
+        logarithms of those that were identified, in their order.
     """
     from scipy.optimize import least_squares
 
@@ -63,6 +65,7 @@ def fit_latency(
     reasons = {name: _used_in(name, steps, model) for name in LATENCY_PARAMETERS}
     names = [name for name in LATENCY_PARAMETERS if not reasons[name]]
     found: dict[str, FittedParameter] = {}
+    covariance = np.zeros((0, 0))
     while names:
         start = np.log([max(value_of(profile, name), 1e-12) for name in names])
         low = start - math.log(RANGE_RATIO)
@@ -96,6 +99,7 @@ def fit_latency(
         bound = np.isclose(fit.x, low, atol=1e-3) | np.isclose(fit.x, high, atol=1e-3)
         worst = int(np.argmax(np.where(bound, widths + 1e3, widths)))
         if not bound[worst] and widths[worst] <= math.log1p(WIDEST_RATIO):
+            covariance = covariance_of(np.asarray(fit.jac), fit.fun)
             break
         reasons[names[worst]] = AT_BOUND if bound[worst] else _too_wide(widths[worst])
         names = [name for index, name in enumerate(names) if index != worst]
@@ -104,7 +108,8 @@ def fit_latency(
         found[name] if name in found else kept(profile, name, reasons[name])
         for name in LATENCY_PARAMETERS
     ]
-    return replaced(profile, {one.name: one.value for one in found.values()}), result
+    fitted = replaced(profile, {one.name: one.value for one in found.values()})
+    return fitted, result, covariance
 
 
 def _used_in(name: str, steps: Sequence[RecordedStep], model: StepModel) -> str:

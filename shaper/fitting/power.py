@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shaper.core.power_model import StepModel
 from shaper.core.profile import GpuProfile
 from shaper.core.types import GpuSample
 from shaper.core.work import WorkCoefficients
@@ -18,25 +17,18 @@ from shaper.fitting.common import (
     FittedParameter,
     FloatArray,
     half_widths,
+    inverse,
     kept,
     replaced,
     sampled,
     value_of,
 )
+from shaper.fitting.features import POWER_PARAMETERS, best_features, sways
 from shaper.recording import RecordedStep
 
 SHORTEST_WINDOW_SECONDS = 0.5
-
-POWER_PARAMETERS = (
-    "power.context_watts",
-    "power.gap_watts",
-    "power.active_watts",
-    "power.joules_per_byte",
-    "power.joules_per_kv_byte",
-    "power.joules_per_flop",
-    "power.sampler_watts",
-    "power.leakage_watts_per_celsius",
-)
+SOFT_WATTS = 10.0
+"""A window further off than this pulls less than its square."""
 
 
 def energy_windows(samples: Sequence[GpuSample]) -> list[tuple[float, float, float]]:
@@ -76,8 +68,13 @@ def fit_power(
     windows: Sequence[tuple[float, float, float]],
     profile: GpuProfile,
     coefficients: WorkCoefficients,
+    latency: Mapping[str, float],
+    covariance: FloatArray,
 ) -> tuple[GpuProfile, list[FittedParameter], float]:
     """Fits the power parameters that the windows identify.
+
+    The latency parameters that the profile took from the same recording, and the
+    covariance of their logarithms, widen the intervals: their error is in every window.
 
     Returns:
         The profile with them, the outcome of each parameter, and the median relative
@@ -86,7 +83,10 @@ def fit_power(
     from scipy.optimize import least_squares
 
     celsius = sampled(steps, samples, "temperature_celsius", smooth=True)
-    features = _best_features(steps, clocks, celsius, windows, samples, profile, coefficients)
+    features, shift = best_features(steps, clocks, celsius, windows, samples, profile, coefficients)
+    changes = sways(
+        steps, clocks, celsius, windows, shift, profile, coefficients, latency, covariance, features
+    )
     joules = np.array([window[2] for window in windows])
     spans = np.array([window[1] - window[0] for window in windows])
     names = list(POWER_PARAMETERS)
@@ -116,22 +116,20 @@ def fit_power(
             np.ones(len(free)),
             bounds=(np.zeros(len(free)), np.full(len(free), RANGE_RATIO)),
             loss="soft_l1",
-            f_scale=10.0,
+            f_scale=SOFT_WATTS,
         )
-        widths = half_widths(np.asarray(fit.jac), fit.fun)
-        relative = widths / np.maximum(np.abs(fit.x), 1e-9)
         value = base.copy()
         value[free] = fit.x * scale
-        found = {
-            names[index]: FittedParameter(
-                names[index],
-                float(base[index]),
-                float(value[index]),
-                float(max(0.0, (fit.x[place] - widths[place]) * scale[place])),
-                float((fit.x[place] + widths[place]) * scale[place]),
+        shifts = [(change @ value) / spans for change in changes]
+        widths = _widened(np.asarray(fit.jac), fit.fun, matrix / spans[:, None], shifts)
+        relative = widths / np.maximum(np.abs(fit.x), 1e-9)
+        found = {}
+        for place, index in enumerate(free):
+            low, high = (fit.x[place] + sign * widths[place] for sign in (-1.0, 1.0))
+            ends = float(max(0.0, low * scale[place])), float(high * scale[place])
+            found[names[index]] = FittedParameter(
+                names[index], float(base[index]), float(value[index]), *ends
             )
-            for place, index in enumerate(free)
-        }
         bound = (fit.x < 1e-3) | (fit.x > RANGE_RATIO - 1e-3)
         worst = int(np.argmax(np.where(bound, relative + 1e6, relative)))
         if not bound[worst] and relative[worst] <= WIDEST_RATIO:
@@ -147,6 +145,21 @@ def fit_power(
     ]
     decided = {one.name: one.value for one in found.values()}
     return replaced(profile, _in_order(profile, decided)), parameters, error
+
+
+def _widened(
+    jacobian: FloatArray, residuals: FloatArray, matrix: FloatArray, shifts: Sequence[FloatArray]
+) -> FloatArray:
+    """Half widths of 95% intervals, with shifts of all residuals, each a standard deviation.
+
+    The solution moves by one Gauss-Newton step: the Jacobian has the weights of the loss.
+    """
+    weights = 1.0 / np.sqrt(1.0 + (residuals / SOFT_WATTS) ** 2)
+    variances = np.zeros(matrix.shape[1])
+    for shift in shifts:
+        variances += (inverse(jacobian) @ (matrix.T @ (weights * shift))) ** 2
+    result: FloatArray = np.hypot(half_widths(jacobian, residuals), 1.96 * np.sqrt(variances))
+    return result
 
 
 def _too_wide(relative: float) -> str:
@@ -167,119 +180,3 @@ def _in_order(profile: GpuProfile, values: Mapping[str, float]) -> dict[str, flo
     if profile.power.idle_watts > context:
         result["power.idle_watts"] = context
     return result
-
-
-def _best_features(
-    steps: Sequence[RecordedStep],
-    clocks: Sequence[float | None],
-    celsius: Sequence[float | None],
-    windows: Sequence[tuple[float, float, float]],
-    samples: Sequence[GpuSample],
-    profile: GpuProfile,
-    coefficients: WorkCoefficients,
-) -> FloatArray:
-    """Joules in each window per unit of each power parameter; shape (windows, parameters).
-
-    Where between two readings the counter was refreshed is the same every time when the
-    sampler's period and the refresh keep step: the shift that fits best is searched for.
-    """
-    starts = np.array([window[0] for window in windows])
-    ends = np.array([window[1] for window in windows])
-    joules = np.array([window[2] for window in windows])
-    pieces = _pieces(
-        steps, clocks, celsius, (float(starts[0]), float(ends[-1])), profile, coefficients
-    )
-    times = np.unique([sample.read_seconds for sample in samples])
-    reach = float(np.median(np.diff(times))) / 2.0
-    centre = closest = 0.0
-    best_cost = float("inf")
-    best = _integrate(pieces, starts, ends)
-    for width in (reach, reach / 6.0, reach / 36.0):
-        for shift in centre + np.linspace(-width, width, 9):
-            features = _integrate(pieces, starts + shift, ends + shift)
-            scale = np.maximum(np.abs(features).max(axis=0), 1e-30)
-            found = np.linalg.lstsq(features / scale, joules, rcond=1e-9)[0]
-            cost = float(np.abs(features / scale @ found - joules).sum())
-            if cost < best_cost:
-                best_cost, best, closest = cost, features, float(shift)
-        centre = closest
-    return best
-
-
-def _pieces(
-    steps: Sequence[RecordedStep],
-    clocks: Sequence[float | None],
-    celsius: Sequence[float | None],
-    span: tuple[float, float],
-    profile: GpuProfile,
-    coefficients: WorkCoefficients,
-) -> list[tuple[float, float, FloatArray]]:
-    """(from, to, watts per unit of each parameter): steps, gaps and idle time."""
-    unit_models = [_unit_model(profile, coefficients, name) for name in POWER_PARAMETERS]
-    gap = POWER_PARAMETERS.index("power.gap_watts")
-    context = POWER_PARAMETERS.index("power.context_watts")
-    hold = profile.power.gap_hold_seconds
-    gpus = float(unit_models[0].gpu_count)
-    first, last = steps[0].start_seconds, steps[0].start_seconds
-    pieces: list[tuple[float, float, FloatArray]] = []
-    if span[0] - 1.0 < first:
-        pieces.append((span[0] - 1.0, first, _one_hot(context, gpus)))
-    for step, clock, warm in zip(steps, clocks, celsius, strict=True):
-        if step.start_seconds > last:
-            pieces += _idle_pieces(last, step.start_seconds, hold, gpus, gap, context)
-        found = [
-            model.predict(step.batch, sm_clock_hertz=clock, temperature_celsius=warm)
-            for model in unit_models
-        ]
-        rate = np.array([one.joules for one in found]) / found[0].seconds
-        pieces.append((step.start_seconds, step.end_seconds, rate))
-        last = step.end_seconds
-    if span[1] + 1.0 > last:
-        pieces += _idle_pieces(last, span[1] + 1.0, hold, gpus, gap, context)
-    return pieces
-
-
-def _idle_pieces(
-    start: float, end: float, hold: float, gpus: float, gap: int, context: int
-) -> list[tuple[float, float, FloatArray]]:
-    middle = min(end, start + hold)
-    pieces = [(start, middle, _one_hot(gap, gpus))]
-    if end > middle:
-        pieces.append((middle, end, _one_hot(context, gpus)))
-    return pieces
-
-
-def _one_hot(column: int, value: float) -> FloatArray:
-    result = np.zeros(len(POWER_PARAMETERS))
-    result[column] = value
-    return result
-
-
-def _integrate(
-    pieces: Sequence[tuple[float, float, FloatArray]], starts: FloatArray, ends: FloatArray
-) -> FloatArray:
-    """Integrals of piecewise-constant rates from each start to its end."""
-    begin = np.array([piece[0] for piece in pieces])
-    finish = np.array([piece[1] for piece in pieces])
-    rates = np.array([piece[2] for piece in pieces])
-    running = np.cumsum((finish - begin)[:, None] * rates, axis=0)
-    at = np.empty(2 * len(pieces))
-    at[0::2], at[1::2] = begin, finish
-    at = np.maximum.accumulate(at)
-    totals = np.empty((2 * len(pieces), rates.shape[1]))
-    totals[1::2] = running
-    totals[0::2] = np.vstack([np.zeros(rates.shape[1]), running[:-1]])
-    columns = range(rates.shape[1])
-    result: FloatArray = np.column_stack(
-        [np.interp(ends, at, totals[:, k]) - np.interp(starts, at, totals[:, k]) for k in columns]
-    )
-    return result
-
-
-def _unit_model(profile: GpuProfile, coefficients: WorkCoefficients, name: str) -> StepModel:
-    """A model whose joules are those of one unit of one power parameter."""
-    zero = dict.fromkeys(POWER_PARAMETERS, 0.0)
-    zero["power.idle_watts"] = 0.0
-    if name != "power.context_watts":
-        zero[name] = 1.0
-    return StepModel(replaced(profile, zero), coefficients)
