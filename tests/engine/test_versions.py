@@ -133,7 +133,8 @@ NOT_BY_VERSION = {
     "middleware.py": {"middleware"},
     # A vLLM that is there and cannot be imported is said before anything starts.
     "preflight.py": {"data_parallel_size_local", "ImportError"},
-    "serve.py": {"uds", "replay"},
+    # Flags that a platform may lack; what they are called differs by no version.
+    "serve.py": {"uds", "replay", "device_ids", "nnodes"},
 }
 
 
