@@ -106,6 +106,11 @@ def has(capability: str) -> bool:
 RANGE = "0.23 to 0.33"
 
 
+def device_ids(arguments: argparse.Namespace) -> tuple[Any, ...]:
+    """What `--device-ids` names (0.24); empty without it."""
+    return tuple(getattr(arguments, "device_ids", None) or ())
+
+
 def check_scheduler(scheduler: Any) -> None:
     """Refuse a scheduler that lacks what the levers need.
 

@@ -24,6 +24,7 @@ from shaper.core.profile import GpuProfile
 from shaper.emulator.activate import EMULATE_VARIABLE, REPLAY_VARIABLE
 from shaper.engine.compat import (
     configure_logging,
+    device_ids,
     drain_by_default,
     drain_seconds,
     set_up_command_line,
@@ -154,16 +155,16 @@ def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> Gpu
 
 def _check_all_gpus(arguments: argparse.Namespace, config: ShaperConfig) -> None:
     """All GPUs of this host's engines, where vLLM's arguments tell which."""
-    device_ids = getattr(arguments, "device_ids", None) or ()
-    elsewhere = getattr(arguments, "nnodes", 1) != 1 or arguments.distributed_executor_backend
+    named = device_ids(arguments)
+    elsewhere = arguments.nnodes != 1 or arguments.distributed_executor_backend
     # Numbers in `--device-ids` count within CUDA_VISIBLE_DEVICES: vLLM settles that.
     if elsewhere in (False, None, "", "mp", "uni") and not (
-        device_ids and "CUDA_VISIBLE_DEVICES" in os.environ
+        named and "CUDA_VISIBLE_DEVICES" in os.environ
     ):
         from shaper.engine.readers import check_gpus
 
         with unless_unshaped_ok(config):
-            check_gpus(config, engine_gpu_count(arguments), engine_count(arguments), device_ids)
+            check_gpus(config, engine_gpu_count(arguments), engine_count(arguments), named)
 
 
 def _use_scheduler(arguments: argparse.Namespace) -> None:

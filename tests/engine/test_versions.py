@@ -133,8 +133,7 @@ NOT_BY_VERSION = {
     "middleware.py": {"middleware"},
     # A vLLM that is there and cannot be imported is said before anything starts.
     "preflight.py": {"data_parallel_size_local", "ImportError"},
-    # Flags that a platform may lack; what they are called differs by no version.
-    "serve.py": {"uds", "replay", "device_ids", "nnodes"},
+    "serve.py": {"uds", "replay"},
 }
 
 
