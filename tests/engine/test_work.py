@@ -173,7 +173,7 @@ def test_a_controller_that_counts_too_little_is_seen(
     configured: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The emulated GPUs do not follow the shaper's own count: with the unembedding alone, as
-    vLLM's metrics give it for AWQ, true power is over the limit, by default plant too."""
+    vLLM's metrics give it for AWQ, the hand-counted GPU is over the limit."""
     import dataclasses
 
     from shaper.simulate import rig
