@@ -11,7 +11,6 @@ from shaper.core.types import EngineLoad, PrefillDemand, StepBatch, StepLimits
 from shaper.engine.compat import (
     admission_cap,
     copies_returned_requests,
-    may_enter,
     waiting_requests,
 )
 from shaper.engine.compat_prompts import chunk_blocks, request_chunk_tokens
@@ -55,7 +54,7 @@ def engine_load(
         # Stamped by the shaped scheduler: vLLM's own `arrival_time` is of the wall clock.
         arrival = getattr(head, "shaper_arrival_seconds", None)
     elif waiting is not None:
-        waiting.loads = []
+        waiting.clear()
     returned = counts.returned
     # By position, in the order of its fields: with names the call takes half as long again.
     return EngineLoad(
@@ -117,17 +116,16 @@ def _add_waiting(
     slots = admission_cap(scheduler) - len(scheduler.running)
     looks = left if left == math.inf else _MAX_LOOKED_AT
     full = False
-    waiting.begin()
-    for request in waiting_requests(scheduler):
+    known = waiting.begin()
+    answered = len(known)
+    for index, request in enumerate(waiting_requests(scheduler)):
         full = full or tokens <= 0 or slots <= 0
         if full and not (waiting.connects and waiting.asks):
             return False
         if looks <= 0 or (left <= 0 and not full):
             return waiting.asks and not full
         looks -= 1
-        if not may_enter(scheduler, request):
-            continue
-        found = waiting.demand(request)
+        found = known[index] if index < answered else waiting.demand(request)
         # Behind what fits the step only loads are of interest: unshaped, they would begin soon.
         if found is None or full:
             continue

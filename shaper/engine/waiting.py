@@ -13,13 +13,20 @@ behind it has come: vLLM frees the blocks of a request from its end, so the last
 Requests with a block in common have all blocks before it in common, and share the answer.
 Otherwise a request is looked up again when the cache holds more or less than before, as many
 as `_BLOCKS_PER_READ` allow; the first of the queue always.
+
+The answers of a reading are kept for the next one while they must be the same: for the requests
+that still stand at the front of the queue, if of each chain the last cached block is still there
+and the one behind it is not. A queue that stands still costs a comparison and two look-ups a chain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from shaper.core.types import PrefillDemand
+from shaper.engine.compat import may_enter, waiting_requests
 from shaper.engine.compat_prompts import (
     cached_tokens,
     is_chain_of_blocks,
@@ -64,22 +71,62 @@ class Waiting:
         """Whether anything is limited: else nobody needs to know what is found."""
         self.loads: list[Any] = []
         """Requests that would begin to load, in the order of the queue."""
+        self._keeping = False
+        self._kept: list[Any] = []
+        self._demands: list[PrefillDemand | None] = []
+        self._kept_asks = True
+        # The last block that is cached and the first that is not, of each chain.
+        self._ends: set[tuple[Any, Any]] = set()
 
-    def begin(self) -> None:
-        """The queue is about to be read."""
+    def begin(self) -> Sequence[PrefillDemand | None]:
+        """The queue is about to be read. Returns the answers for its first requests, if known."""
         self.loads = []
         self._last = 0, None
         self._blocks_left = _BLOCKS_PER_READ
         pool = self._pool
-        if pool is None:
-            return
-        free = pool.get_num_free_blocks()
-        self._free_tokens = free * self._block_tokens
-        if not self._chain:
-            self._epoch = len(pool.cached_block_hash_to_block), free
+        if pool is not None:
+            free = pool.get_num_free_blocks()
+            self._free_tokens = free * self._block_tokens
+            if not self._chain:
+                self._epoch = len(pool.cached_block_hash_to_block), free
+        if not self._stands():
+            self._kept, self._demands = [], []
+            self._ends.clear()
+            self._kept_asks = self.asks
+        self._keeping = not self.connects and (pool is None or self._chain)
+        return tuple(self._demands)
+
+    def _stands(self) -> bool:
+        """Whether what is kept holds; requests that left the front of the queue are dropped."""
+        kept = self._kept
+        if not kept or self._kept_asks != self.asks:
+            return False
+        queue = list(islice(waiting_requests(self._scheduler), len(kept)))
+        if queue != kept:
+            gone = kept.index(queue[0]) if queue and queue[0] in kept else len(kept)
+            del kept[:gone], self._demands[:gone]
+            if not kept or queue[: len(kept)] != kept:
+                return False
+        if self._pool is None:
+            return True
+        cached = self._pool.get_cached_block
+        return not any(
+            (there is not None and not cached(there, _FIRST))
+            or (missing is not None and cached(missing, _FIRST))
+            for there, missing in self._ends
+        )
 
     def demand(self, request: Any) -> PrefillDemand | None:
-        """What it would compute; None if it takes no token of this step."""
+        """What the next request of the queue would compute; None if it takes no token of this
+        step. Those that `begin` answered for are not asked about again."""
+        demand = self._demand(request) if may_enter(self._scheduler, request) else None
+        self._keeping = self._keeping and request.status.name in _WAITS_FOR_A_STEP
+        if self._keeping:
+            self._kept.append(request)
+            self._demands.append(demand)
+        return demand
+
+    def _demand(self, request: Any) -> PrefillDemand | None:
         computed = request.num_computed_tokens
         if computed == 0 and self.asks and (self._cache is not None or self.connects):
             found = self._found(request)
@@ -95,6 +142,12 @@ class Waiting:
             # Drafts that a request does not have yet are made up, so that rows are alike.
             left = 1 + self._scheduler.num_spec_tokens if computed else 1
         return PrefillDemand(left, computed)
+
+    def clear(self) -> None:
+        """The queue is empty."""
+        self.loads = []
+        if self._kept:
+            self._kept, self._demands = [], []
 
     def too_large(self, remaining_tokens: int) -> bool:
         """Whether the KV cache surely has no room for a prompt now: it then stops all behind it.
@@ -157,8 +210,10 @@ class Waiting:
                 count = 0
         while count < most and cached(hashes[count], _FIRST):
             count += 1
+        last = hashes[count - 1] if count else None
         if count:
-            self._last = count, hashes[count - 1]
+            self._last = count, last
+        self._ends.add((last, hashes[count] if count < most else None))
         return count * block
 
     def _looked_up(self, request: Any, known: _Found | None) -> tuple[int, Any]:
@@ -170,3 +225,5 @@ class Waiting:
 
 # The one group of layers.
 _FIRST = [0]
+# Nothing but a step takes a request out of these.
+_WAITS_FOR_A_STEP = ("WAITING", "PREEMPTED")

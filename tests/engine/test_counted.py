@@ -200,3 +200,35 @@ def test_what_is_found_follows_the_cache(make_rig):
                 assert found.computed_tokens == truth
                 seen.add(truth)
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize("kv_blocks", [50_000, 900], ids=["ample", "evicting"])
+def test_a_kept_reading_of_the_queue_is_a_fresh_one(make_rig, kv_blocks):
+    """While prompts come, leave, are aborted and share what is cached, what was kept of the last
+    reading is what a reader that knows nothing finds; and much of it is kept."""
+    from vllm.v1.request import RequestStatus
+
+    from shaper.simulate.engine import new_request
+
+    rig = make_rig((PowerLimit(300.0, 0.1),), kv_blocks=kv_blocks)
+    scheduler = rig.engine.scheduler
+    config, waiting = scheduler.vllm_config, Waiting(scheduler)
+    rng = random.Random(11)
+    prefixes = [text(each, 4000) for each in range(3)]
+    kept = 0
+    for index in range(400):
+        if rng.random() < 0.5:
+            prompt = rng.choice(prefixes)[: rng.randint(1, 4000)] + text(50 + index, 50)
+            rig.engine.add(new_request(f"r{index}", prompt, rng.randint(1, 40), config))
+        if rng.random() < 0.1 and scheduler.waiting:
+            scheduler.finish_requests(
+                rng.choice(list(scheduler.waiting)).request_id, RequestStatus.FINISHED_ABORTED
+            )
+        waiting.asks = rng.random() < 0.95
+        fresh = Waiting(scheduler)
+        fresh.asks = waiting.asks
+        kept += len(waiting.begin())
+        read, anew = (loads.engine_load(scheduler, set(), None, each) for each in (waiting, fresh))
+        assert read == anew
+        rig.engine.step()
+    assert kept > 2000
