@@ -6,16 +6,22 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from bench import demo_rack, live_rack
-from bench.live_rack import deal, sum_power
+from bench.client import Replay, RequestRecord
+from bench.demo_rack_page import RackComparison, rack_checks, steady_tokens_per_second
+from bench.live_rack import RackSettings, deal, sum_power
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, Stall
 from shaper.traffic.synthetic import synthesise
+from shaper.traffic.workload import TimedRequest, Workload
 from tests.bench import fake_server
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +61,33 @@ def test_power_is_added_up_on_one_clock() -> None:
     assert grids[1].watts[20] == pytest.approx(490.0)  # 0.7 ms of 700 W
     assert grids[1].watts[30:].tolist() == pytest.approx([0.0] * 10)
     assert total.stalls == (Stall(0.025, 0.003),)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "held"), [(10, True), (9, False)], ids=["all-in-time", "a-tenth-late"]
+)
+def test_throughput_is_judged_while_requests_arrive(tokens: int, held: bool) -> None:
+    """What comes before the first quarter is over, or after the last arrival, counts for none."""
+
+    def run(each_second: int) -> Any:
+        seconds = np.arange(0.0, 60.0, 1 / each_second) + 100.0
+        records = [RequestRecord(TimedRequest(0.0, 1, 1), 100.0, 100.0, seconds, 2 * len(seconds))]
+        for lost in (np.full(5000, 105.0), np.full(5000, 141.0)):
+            records.append(RequestRecord(TimedRequest(40.0, 1, 1), 100.0, 100.0, lost, len(lost)))
+        power = SimpleNamespace(
+            limits=[SimpleNamespace(unstalled_worst_ratio=0.9, unstalled_windows=1)]
+        )
+        figures = SimpleNamespace(requests_failed=0)
+        replay = Replay(tuple(records), 100.0, 160.0, 0.0, 0.0)
+        return SimpleNamespace(replays=(replay,), power=power, latency=figures)
+
+    load = Workload("test", (TimedRequest(0.0, 1, 1), TimedRequest(40.0, 1, 1)))
+    limit, settings = PowerLimit(900.0, 0.1), RackSettings(load, Path())
+    comparison = RackComparison(settings, limit, (run(10), run(tokens)))
+    assert steady_tokens_per_second(comparison, comparison.runs[0]) == pytest.approx(20.0, rel=0.01)
+    assert [each for each, _ in rack_checks(comparison)] == [True, held, True]
+    short = replace(comparison, settings=replace(settings, workload=load.clipped(20.0)))
+    assert rack_checks(short)[1][0] is None
 
 
 @pytest.mark.usefixtures("fake_shaper")
