@@ -70,7 +70,7 @@ def test_throughput_is_judged_while_requests_arrive(tokens: int, held: bool) -> 
     """What comes before the first quarter is over, or after the last arrival, counts for none."""
 
     def run(each_second: int) -> Any:
-        seconds = np.arange(0.0, 60.0, 1 / each_second) + 100.0
+        seconds = np.arange(0.0, 60.0, 1 / each_second, dtype=np.float64) + 100.0
         records = [RequestRecord(TimedRequest(0.0, 1, 1), 100.0, 100.0, seconds, 2 * len(seconds))]
         for lost in (np.full(5000, 105.0), np.full(5000, 141.0)):
             records.append(RequestRecord(TimedRequest(40.0, 1, 1), 100.0, 100.0, lost, len(lost)))

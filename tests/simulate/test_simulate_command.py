@@ -143,6 +143,21 @@ def test_a_run_prints_and_writes_its_figures(capsys, tmp_path):
     assert report.read_text().startswith("<!DOCTYPE html>")
 
 
+def test_a_group_near_its_gpus_cap_stays_below_its_limit(capsys, tmp_path):
+    """Eight B200 over the limit's traffic, whose clocks sag under the driver's cap and climb
+    again. The limit is 0.7 of the peak that the same command has without it, over 60 s."""
+    found = tmp_path / "out.json"
+    line = (
+        "--trace conversation --engines 8 --gpu b200-sxm --model qwen3-32b --duration 3s --seed 7 "
+        "--itl-target 100ms --group-limit 5804W@100ms --json"
+    )
+    assert cli.main(["simulate", *line.split(), str(found)]) == 0
+    group = json.loads(found.read_text())["group"]
+    assert group["mean_watts"] > 0.8 * 5804.0  # the limit binds
+    assert group["metered_highest_window_ratio"]["5804W@100ms"] <= 1.005
+    assert group["highest_window_ratio"]["5804W@100ms"] <= 1.005
+
+
 def test_an_interrupted_run_says_so_in_a_line(capsys, monkeypatch):
     """Runs take minutes, and people lose patience."""
 
