@@ -52,7 +52,7 @@ def test_a_hybrid_model_gets_chunks_that_it_can_take(block, monkeypatch):
     compared = Compared(monkeypatch)
     made, config, log = engine(LIMIT, async_scheduling=True)
     scheduler = made.scheduler
-    for index in range(64):
+    for index in range(200):
         made.add(new_request(f"d{index}", text(index, 100), 900, config))
     made.run_until(2.0)
     scheduler.cache_config = copy.copy(scheduler.cache_config)
@@ -72,7 +72,7 @@ def test_a_hybrid_model_gets_chunks_that_it_can_take(block, monkeypatch):
 
 
 def speculating(drafts: int, coming: int = 0) -> tuple[float, float, RecordingLog]:
-    """Seconds in which 64 requests are served, and how far power went."""
+    """Seconds in which 200 requests are served, and how far power went."""
     limit = PowerLimit(560.0, 0.1)
     arguments: dict[str, Any] = {"async_scheduling": False}
     if drafts:
@@ -95,9 +95,9 @@ def speculating(drafts: int, coming: int = 0) -> tuple[float, float, RecordingLo
             return found
 
         scheduler.update_from_output = update
-    for index in range(64):
-        made.run_until(0.02 * index)
-        made.add(new_request(f"r{index}", text(index, 600), 80, config))
+    for index in range(200):
+        made.run_until(0.01 * index)
+        made.add(new_request(f"r{index}", text(index, 300), 150, config))
     while made.busy and made.now_seconds < 120.0:
         made.step()
     assert not made.busy
