@@ -73,12 +73,12 @@ class Waiting:
         """Requests that would begin to load, in the order of the queue."""
         self._keeping = False
         self._kept: list[Any] = []
-        self._demands: list[PrefillDemand | None] = []
+        self._demands: list[PrefillDemand] = []
         self._kept_asks = True
         # The last block that is cached and the first that is not, of each chain.
         self._ends: set[tuple[Any, Any]] = set()
 
-    def begin(self) -> Sequence[PrefillDemand | None]:
+    def begin(self) -> Sequence[PrefillDemand]:
         """The queue is about to be read. Returns the answers for its first requests, if known."""
         self.loads = []
         self._last = 0, None
@@ -120,8 +120,9 @@ class Waiting:
         """What the next request of the queue would compute; None if it takes no token of this
         step. Those that `begin` answered for are not asked about again."""
         demand = self._demand(request) if may_enter(self._scheduler, request) else None
-        self._keeping = self._keeping and request.status.name in _WAITS_FOR_A_STEP
-        if self._keeping:
+        # Nothing but a step takes it out of the queue; one that may not enter yet, others do.
+        self._keeping = self._keeping and demand is not None
+        if self._keeping and demand is not None:
             self._kept.append(request)
             self._demands.append(demand)
         return demand
@@ -225,5 +226,3 @@ class Waiting:
 
 # The one group of layers.
 _FIRST = [0]
-# Nothing but a step takes a request out of these.
-_WAITS_FOR_A_STEP = ("WAITING", "PREEMPTED")

@@ -78,7 +78,9 @@ def test_a_stop_under_load_ends_every_stream(tmp_path: Path) -> None:
             long = [pool.submit(ask, server, LONG) for _ in range(20)]
             server.wait_for("load", lambda: server.metric("vllm:num_requests_running") >= 20)
             short = [pool.submit(ask, server, SHORT) for _ in range(8)]
-            server.wait_for("load", lambda: server.metric("vllm:num_requests_running") > 20)
+            names = ("num_requests_running", "num_requests_waiting", "request_success_total")
+            # All of them: one that is still on its way when the drain begins is refused.
+            server.wait_for("load", lambda: sum(server.metric(f"vllm:{n}") for n in names) >= 28)
             begin = time.monotonic()
             server.process.send_signal(signal.SIGTERM)
             time.sleep(1.0)
