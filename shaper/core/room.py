@@ -41,8 +41,8 @@ class WindowPart:
     """
 
     __slots__ = (
-        *("_floor_watts", "_found", "_left", "_quick_watts", "_right", "_room", "_span", "_x"),
-        "allowed_watts",
+        *("_floor_watts", "_found", "_left", "_others_watts", "_quick_watts", "_right", "_room"),
+        *("_span", "_x", "allowed_watts"),
     )
 
     def __init__(
@@ -56,6 +56,8 @@ class WindowPart:
         self._span = window_seconds
         self.allowed_watts = allowed_watts
         self._floor_watts = floor_watts
+        # What others draw whatever happens: an empty window does not leave it.
+        self._others_watts = 0.0
         self._quick_watts = -math.inf
         self._found: dict[float, float] = {}
         self._x: Array | None = None
@@ -162,11 +164,28 @@ class WindowPart:
 
     def empty_watts(self, seconds: float, floor_watts: float | None = None) -> float:
         """The same if nothing had run before; by default with this part's floor after it."""
+        if self._x is None:
+            self._solve()
+        allowed = self.allowed_watts - self._others_watts
         if seconds >= self._span:
-            return self.allowed_watts
+            return allowed
         floor = self._floor_watts if floor_watts is None else floor_watts
         floor = min(floor, MOST_FLOOR_RATIO * self.allowed_watts)
-        return floor + (self.allowed_watts - floor) * self._span / seconds
+        return floor + (allowed - floor) * self._span / seconds
+
+    @property
+    def floor_watts(self) -> float:
+        """Power after a step, as this window takes it."""
+        return self._floor_watts
+
+    def lower_floor(self, watts: float) -> None:
+        """Take no more than this for the floor."""
+        if watts >= self._floor_watts:
+            return
+        self._floor_watts = watts
+        if self._x is not None:
+            self._found.clear()
+            self._put(self._x, self._room)
 
     def make_way(self, step: StepPrediction, idle_watts: float) -> float:
         """Lower the floor, to idle power at most, until an empty window would hold two such
@@ -180,14 +199,11 @@ class WindowPart:
             return 0.0
         floor = idle_watts
         if seconds < self._span:
-            spare = self.allowed_watts * self._span - joules
+            spare = (self.allowed_watts - self._others_watts) * self._span - joules
             floor = max(idle_watts, spare / (self._span - seconds))
         if floor >= self._floor_watts:
             return 0.0
-        self._floor_watts = floor
-        if self._x is not None:
-            self._found.clear()
-            self._put(self._x, self._room)
+        self.lower_floor(floor)
         return self._span
 
     def paced_watts(self, burst_joules: float) -> float:

@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shaper.core.group import Committed, EngineShare, GroupView, Step
+from shaper.core.room import WindowPart
 from shaper.core.types import PowerLimit
 from shaper.fleet.fair import fair_terms
 from shaper.fleet.locks import Gate
@@ -61,6 +62,7 @@ class GroupLedger:
         self._seen: npt.NDArray[np.int64] | None = None
         self._static_until_seconds = -math.inf
         self._writing = threading.Lock()
+        self._parts: tuple[WindowPart, ...] = ()
         self.claims = 0
         """Claims that were entered."""
         self.refused = 0
@@ -99,6 +101,7 @@ class GroupLedger:
             # A plan that can't be claimed would be made again and again.
             own = self._question(start_seconds, now_seconds, static=True)
             parts += own.parts(share.floor_watts)
+        self._parts = parts
         return GroupView(parts, *terms[1:])
 
     def _question(
@@ -190,11 +193,12 @@ class GroupLedger:
         if not held:
             questions.append(self._question(*asked, static=True, retracting=True))
         seconds, watts = step.prediction.seconds, step.prediction.watts
-        return all(
-            part.fits(seconds, watts)
-            for question in questions
-            for part in question.parts(share.floor_watts)
-        )
+        for question in questions:
+            for part, seen in zip(question.parts(share.floor_watts), self._parts, strict=False):
+                part.lower_floor(seen.floor_watts)  # as far as decodes made way for the step
+                if not part.fits(seconds, watts):
+                    return False
+        return True
 
     def _others_entered(self) -> bool:
         """Whether anything was entered since the last look, by others."""

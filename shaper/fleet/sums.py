@@ -54,7 +54,7 @@ class Question:
         self._rows, self._watts, self._own = rows, watts, own
         self._start_seconds, self._now_seconds = start_seconds, now_seconds
         self._reading, self._alone, self._retracting = reading, alone, retracting
-        self._corners: dict[int, tuple[Array, Array]] = {}
+        self._corners: dict[int, _Corners] = {}
 
     def parts(self, floor_watts: float) -> tuple[WindowPart, ...]:
         """One for each limit; `floor_watts` is the engine's power after the step."""
@@ -66,8 +66,8 @@ class Question:
             ]
         )
 
-    def corners(self, index: int) -> tuple[Array, Array]:
-        """Of a limit's window: seconds after the start, and joules that are left there."""
+    def corners(self, index: int) -> _Corners:
+        """Of a limit's window."""
         self.read()
         return self._corners[index]
 
@@ -85,9 +85,13 @@ class Question:
                 curve = _curve(grid, reading, own, start, self._now_seconds)
                 for index in grid.judged:
                     window, allowed = rows.windows[index], self._watts[index]
-                    x, room = _room(curve.edges, curve.under(allowed), start, window)
+                    ratio = curve.floor_ratio(allowed)
+                    total = curve.joules + ratio * curve.floors
+                    x, room = _room(curve.edges, total, start, window)
                     room += allowed * window
-                    self._corners[index] = x, room
+                    own_watts = curve.own_idle_watts
+                    others = curve.idle_watts - own_watts + ratio * curve.others_floor_watts
+                    self._corners[index] = _Corners(x, room, ratio, own_watts, others)
             if rows.versions.tobytes() == reading.versions.tobytes():
                 break
             reading = None
@@ -98,16 +102,36 @@ class Question:
 class GroupWindow(WindowPart):
     """The part of one limit, summed over all rows when it is asked about."""
 
-    __slots__ = ("_index", "_question")
+    __slots__ = ("_asked_watts", "_index", "_question")
 
     def __init__(
         self, question: Question, index: int, window_seconds: float, watts: float, floor: float
     ) -> None:
         super().__init__(window_seconds, watts, floor)
-        self._question, self._index = question, index
+        self._question, self._index, self._asked_watts = question, index, floor
 
     def _solve(self) -> None:
-        self._put(*self._question.corners(self._index))
+        found = self._question.corners(self._index)
+        idle_watts = found.own_idle_watts
+        self._others_watts = found.others_watts
+        self._floor_watts = min(
+            self._floor_watts, idle_watts + found.floor_ratio * (self._asked_watts - idle_watts)
+        )
+        self._put(found.x, found.room)
+
+
+class _Corners(NamedTuple):
+    """What one window leaves, before the asking engine's floor."""
+
+    x: Array
+    """[corners] seconds after the start."""
+    room: Array
+    """[corners] joules that are left there."""
+    floor_ratio: float
+    """Part of each engine's floor above idle power that all of them can have."""
+    own_idle_watts: float
+    others_watts: float
+    """What the others draw from now on: idle power, and that part of their floors."""
 
 
 class _Curve(NamedTuple):
@@ -119,16 +143,19 @@ class _Curve(NamedTuple):
     """[edges] since the first edge, with idle power after each engine's runs."""
     floors: Array
     """[edges] the same of what their floors are above idle power."""
-    floor_watts: float
-    """Sum of what the floors are above idle power, the asking engine's too."""
+    own_floor_watts: float
+    """What the asking engine's floor is above idle power."""
+    others_floor_watts: float
+    """Sum of what the others' are."""
+    own_idle_watts: float
     idle_watts: float
+    """Of all engines."""
 
-    def under(self, watts: float) -> Array:
-        """[edges] joules; floors above a limit are taken as a part of it, as one engine's are."""
+    def floor_ratio(self, watts: float) -> float:
+        """Part of the floors that a limit leaves all engines: floors above it are taken as a
+        part of it, as one engine's are."""
         most = max(MOST_FLOOR_RATIO * watts - self.idle_watts, 0.0)
-        if self.floor_watts <= most:
-            return self.joules + self.floors
-        return self.joules + most / self.floor_watts * self.floors
+        return min(1.0, most / max(self.own_floor_watts + self.others_floor_watts, 1e-9))
 
 
 class _Spent(NamedTuple):
@@ -188,16 +215,26 @@ def _curve(
     edges, spent = found.edges, found.joules
     first = math.floor((start_seconds - reach) / length)
     above = np.maximum(table["floor_watts"] - found.quiet_watts, 0.0) * found.heard
-    above_watts = float(np.add.reduce(above))
     mine = int(reading.rows.searchsorted(own))
     spent[mine, max(math.ceil(start_seconds / length) - first, 0) :] = 0.0
+    own_watts = float(above[mine])
     above[mine] = 0.0
+    others_watts = float(np.add.reduce(above))
     now = max(math.floor(now_seconds / length) - first, 0)
     joules, floors = np.zeros(len(edges)), np.zeros(len(edges))
     np.add.accumulate(np.add.reduce(spent), out=joules[1:])
     if np.maximum.reduce(above) > 0.0:
         np.add.accumulate((above * length) @ found.after[:, now:], out=floors[now + 1 :])
-    return _Curve(edges, joules, floors, above_watts, float(np.add.reduce(found.quiet_watts)))
+    idle = found.quiet_watts
+    return _Curve(
+        edges,
+        joules,
+        floors,
+        own_watts,
+        others_watts,
+        float(idle[mine]),
+        float(np.add.reduce(idle)),
+    )
 
 
 def mean_watts(rows: Rows, reading: Reading, window_seconds: float, now_seconds: float) -> Array:

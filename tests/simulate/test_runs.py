@@ -245,3 +245,15 @@ def test_the_documents_example_runs(capsys):
     ttft, ratio = map(float, capsys.readouterr().out.split())
     assert 0.0 < ttft < 3.0
     assert 0.2 < ratio < 1.05
+
+
+def test_under_a_tight_limit_two_engines_do_no_less_than_one_with_half_of_it():
+    """Each engine's decodes leave the other one's, and the prompts of both, their part."""
+    one = RackSetup(engines=1, duration_seconds=6.0, limits=(PowerLimit(250.0, 0.1),), seed=1)
+    two = replace(one, engines=2, limits=(), group_limits=(PowerLimit(500.0, 0.1),))
+    alone, group = (
+        rack_figures(run_rack(replace(each, errors=NO_ERRORS), TRAFFIC)).group
+        for each in (one, two)
+    )
+    assert group.output_tokens_per_second >= 1.8 * alone.output_tokens_per_second > 0
+    assert group.forced_steps == 0
