@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -30,21 +33,33 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What runs side by side: a file's tests share their fixtures, and no two servers the machine.
-    engines = {
-        item.path
-        for item in items
-        if item.get_closest_marker("e2e") or item.get_closest_marker("cpu_engine")
-    }
-    for item in items:
-        group = "engines" if item.path in engines else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
     if SHARED_DATA.is_dir():
         return
     reason = "../shared/data is missing: the published measurements are not part of this repository"
     for item in items:
         if item.get_closest_marker("needs_shared"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+class _Groups(LoadScopeScheduling):
+    """What runs side by side: a file's tests share their fixtures, and no two servers the machine.
+
+    xdist's own groups are not seen by pytest 9.1.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.split("::")[0]
+        return "engines" if _starts_engines(path) else path
+
+
+@cache
+def _starts_engines(path: str) -> bool:
+    source = (REPOSITORY / path).read_text()
+    return "mark.e2e" in source or "mark.cpu_engine" in source
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Groups:
+    return _Groups(config, log)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
