@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-class _Groups(LoadScopeScheduling):
+class _Groups(LoadScopeScheduling):  # type: ignore[misc]
     """What runs side by side: a file's tests share their fixtures, and no two servers the machine.
 
     xdist's own groups are not seen by pytest 9.1.
