@@ -272,6 +272,6 @@ class VirtualRun:
             kv_mean_ratio=self._kv_sum / max(1, self._kv_steps),
             kv_peak_ratio=self._kv_peak,
             preemptions=self._preemptions,
-            forced=self.reasons.counts[Reason.FORCED],
+            forced=self.reasons.counts[Reason.FORCED_OVER_BUDGET],
             errors=shaper.counters.errors if shaper is not None else 0,
         )

@@ -22,7 +22,7 @@ UNKEPT_REASONS: tuple[UnkeptReason, ...] = get_args(UnkeptReason)
 policy goes by no limit."""
 # They are for comparison: vLLM alone, fixed caps, and chunks by a latency target.
 _POLICIES_WITHOUT_LIMITS = frozenset({"fixed", "static", "latency-chunk"})
-_HEAT_INDEX = [name for name, _ in STANDING_METRICS].index("shaper_heat_limit_watts")
+_HEAT_INDEX = [name for name, _ in STANDING_METRICS].index("shaper_thermal_limit_watts")
 
 
 def constraints_of(status: Status) -> Constraints:

@@ -22,7 +22,7 @@ GROUP_METRICS = (
     ("shaper_group_floor_watts", "What this engine draws in its group whatever comes next."),
     ("shaper_group_oldest_wait_seconds", "How long the group's first held back prompt has waited."),
     ("shaper_group_claims_refused_total", "Steps that fitted no longer when they were claimed."),
-    ("shaper_group_static_steps_total", "Steps on the static share: the lock was not to be had."),
+    ("shaper_group_fallback_steps_total", "Steps on the static share: the lock was not to be had."),
     ("shaper_group_lock_wait_seconds_total", "Time that this engine waited for the group's lock."),
     ("shaper_group_detached", "1: the group's file was removed; who joins now is not seen."),
     ("shaper_group_errors_total", "Failures to keep the group's heartbeat, or to read its state."),

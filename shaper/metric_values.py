@@ -32,7 +32,7 @@ SAMPLER_METRICS = (
         "Least of limit minus mean power over its window: metered, and its group's as committed.",
     ),
     (
-        "shaper_pressure_ratio",
+        "shaper_power_utilization_ratio",
         "Greatest share of a limit's room above idle in use, its group's too, 0 to 1.",
     ),
     ("shaper_sample_read_errors_total", "Reads of the GPUs that failed."),
@@ -76,22 +76,28 @@ STANDING_METRICS = (
     ("shaper_admission_pressure_ratio", "How hard demand presses on the budget, 0 to 1."),
     ("shaper_recovery_hint_seconds", "When work that is turned away should come back."),
     ("shaper_sensor_lost", "1 while the GPUs' readings are lost or stuck."),
-    ("shaper_slowdown_seconds", "Until the present load reaches the slowdown temperature."),
+    (
+        "shaper_time_to_thermal_slowdown_seconds",
+        "Until the present load reaches the slowdown temperature.",
+    ),
     ("shaper_die_temperature_celsius", "Of the hottest GPU, as estimated."),
     ("shaper_die_margin_celsius", "How far the hottest GPU is below its slowdown temperature."),
     ("shaper_die_steady_celsius", "Where the present load leads."),
-    ("shaper_sustained_watts", "What the engine's GPUs bear for good without slowing down."),
-    ("shaper_heat_limit_watts", "The limit that keeps them below the slowdown temperature."),
+    (
+        "shaper_thermal_sustainable_watts",
+        "What the engine's GPUs bear for good without slowing down.",
+    ),
+    ("shaper_thermal_limit_watts", "The limit that keeps them below the slowdown temperature."),
     ("shaper_model_margin_ratio", "Part of each limit that is kept free for the model's error."),
     ("shaper_model_disagreement_ratio", "Metered over the model's own watts, minus 1."),
     ("shaper_model_disagrees", "1 while that is more than the error which the model states."),
     ("shaper_budget_infeasible", "1 while the budget is below what serving needs at the least."),
-    ("shaper_wanted_watts", "What the engine would draw for long if nothing held it back."),
-    ("shaper_held_ratio", "Share of the last second in which work was held back."),
+    ("shaper_demand_watts", "What the engine would draw for long if nothing held it back."),
+    ("shaper_throttled_ratio", "Share of the last second in which work was held back."),
     ("shaper_backlog_tokens", "Prompt tokens that are not computed yet."),
     ("shaper_oldest_wait_seconds", "How long the oldest prompt has waited for its first step."),
-    ("shaper_running_cap_requests", "Requests that may run at once, while they are capped."),
-    ("shaper_decode_cadence_seconds", "Time between decode steps, while they are spaced."),
+    ("shaper_max_running_requests", "Requests that may run at once, while they are capped."),
+    ("shaper_decode_interval_seconds", "Time between decode steps, while they are spaced."),
 )
 # Flex requests in this engine; from `flex_values`, in this order.
 FLEX_METRICS = (
@@ -181,7 +187,7 @@ class SchedulerCounters:
         """Enter one decision."""
         self._decisions[decision.reason] += 1
         self.held += decision.limits.binding
-        self.forced += decision.reason is Reason.FORCED
+        self.forced += decision.reason is Reason.FORCED_OVER_BUDGET
         tokens = decision.prefill_tokens
         # Under the safe cap a step runs without a prediction.
         if tokens or decision.decode_requests:

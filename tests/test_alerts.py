@@ -81,8 +81,8 @@ HEALTHY = {
         "supervisor_errors_total": 0,
         "power_headroom_watts": 12,
         "power_average_watts": 548,
-        "pressure_ratio": 0.9,
-        "wanted_watts": 600,
+        "power_utilization_ratio": 0.9,
+        "demand_watts": 600,
         "admission_state": 1,
         "gpu_clock_event_reasons": 4,
         "model_joules_gain_ratio": 1.02,
@@ -125,14 +125,14 @@ SCENARIOS = [
     Scenario(
         "fresh and full",
         {name: None for name in HEALTHY if "ratio" in name or "limit" in name}
-        | {LIMIT: over((1200, 560)), engine("pressure_ratio"): over((1200, 1.0))},
+        | {LIMIT: over((1200, 560)), engine("power_utilization_ratio"): over((1200, 1.0))},
         {"20s": NONE, "9m": NONE, "12m": frozenset({"ShaperPressureHigh"})},
     ),
     Scenario(
         "steady overload",
         {
-            engine("pressure_ratio"): always(0.99),
-            engine("wanted_watts"): always(2240),
+            engine("power_utilization_ratio"): always(0.99),
+            engine("demand_watts"): always(2240),
             engine("admission_state"): over((60, 1), (1140, 3)),
         },
         {
@@ -142,7 +142,7 @@ SCENARIOS = [
                               "ShaperFlexHeldLong"}),
         },
     ),
-    one("a burst of demand", {engine("wanted_watts"): over((300, 500), (10, 3000), (890, 500))},
+    one("a burst of demand", {engine("demand_watts"): over((300, 500), (10, 3000), (890, 500))},
         "", "6m", "20s"),
     Scenario(
         "shed for a moment",
@@ -232,15 +232,19 @@ SCENARIOS = [
         "ShaperLimitUnkept", "1m10s", "3m"),
     one("demand of two servers above their group's limit",
         GROUP_ONLY | {
-            series("shaper_wanted_watts", **SECOND): over((120, 100), (1080, 600)),
+            series("shaper_demand_watts", **SECOND): over((120, 100), (1080, 600)),
             series("shaper_group_limit_watts", group="rack", window_seconds="1", **SECOND):
                 always(560),
         },
         "ShaperDemandAboveLimit", "2m", "6m"),
-    one("slows down soon", {engine("slowdown_seconds"): over((60, 900), (1140, 30))},
+    one("slows down soon",
+        {engine("time_to_thermal_slowdown_seconds"): over((60, 900), (1140, 30))},
         "ShaperSlowdownSoon", "50s", "2m"),
     one("held for heat",
-        {engine("slowdown_seconds"): always(30), engine("heat_limit_watts"): always(500)},
+        {
+            engine("time_to_thermal_slowdown_seconds"): always(30),
+            engine("thermal_limit_watts"): always(500),
+        },
         "ShaperHeldForHeat", "5m", "12m"),
 ]  # fmt: skip
 

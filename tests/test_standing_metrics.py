@@ -57,9 +57,9 @@ def test_a_standing_has_one_number_for_each_metric():
     )
     assert values["shaper_admission_state"] == 2
     assert values["shaper_recovery_hint_seconds"] == 7.5
-    assert values["shaper_slowdown_seconds"] == 42.0
+    assert values["shaper_time_to_thermal_slowdown_seconds"] == 42.0
     assert values["shaper_die_margin_celsius"] == 6.0
-    assert values["shaper_heat_limit_watts"] == 600.0
+    assert values["shaper_thermal_limit_watts"] == 600.0
     assert values["shaper_budget_infeasible"] == 1
     assert values["shaper_backlog_tokens"] == 900
     assert len(standing_values(STANDING)) == len(STANDING_METRICS) + len(Cause)
@@ -79,7 +79,7 @@ def test_degraded_is_shown_by_cause_the_worst_gpu_of_each(run):
             if name == "shaper_degraded_ratio"
         }
         assert shown == {"clock": 0.3, "thermal": 0.0, "brake": 0.0, "throughput": 0.15}
-        assert ("shaper_running_cap_requests", (("engine", "0"),)) not in values
+        assert ("shaper_max_running_requests", (("engine", "0"),)) not in values
         writer.write("standing", [])
         assert not any("degraded" in name for name, _ in scrape(run))
     finally:

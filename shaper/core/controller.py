@@ -280,7 +280,7 @@ class Controller:
             return True
         step = Step(start, self.predict(batch))
         # What the guard forces runs whether it fits or not, and is counted.
-        whatever = self._plan.reason is Reason.FORCED
+        whatever = self._plan.reason is Reason.FORCED_OVER_BUDGET
         return claims.claim(in_flight, step, now, whatever=whatever)
 
     def _paced_watts(self, decodes: StepPrediction | None, cadence_seconds: float) -> float:

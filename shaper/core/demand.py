@@ -24,8 +24,8 @@ _HELD_SECONDS = 1.0
 _PREFILL_SECONDS = 5.0
 _BURST_WEIGHT = 0.05
 _HOLDING = frozenset(
-    {Reason.CHUNK_POWER, Reason.DECODE_ONLY, Reason.PAUSE, Reason.TURN}
-    | {Reason.CADENCE, Reason.ROTATE, Reason.FORCED}
+    {Reason.CHUNK_POWER, Reason.DECODE_ONLY, Reason.PAUSE, Reason.PREFILL_OVERDUE}
+    | {Reason.DECODE_PACING, Reason.PARTIAL_DECODE, Reason.FORCED_OVER_BUDGET}
 )
 
 

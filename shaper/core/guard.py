@@ -89,7 +89,7 @@ class Guard:
             if self._decode_since is None:
                 self._decode_since = now_seconds
             elif now_seconds - self._decode_since >= self._decode_seconds:
-                return Plan(StepLimits(prefill_tokens=0), Reason.FORCED)
+                return Plan(StepLimits(prefill_tokens=0), Reason.FORCED_OVER_BUDGET)
         holds_prefills = not limits.run or limits.prefill_tokens == 0
         self._granted = bool(load.prefills) and not holds_prefills
         self._cut = limits.prefill_tokens is not None
@@ -100,7 +100,7 @@ class Guard:
             elif now_seconds - self._prefill_since >= 2 * self._max_pause_seconds:
                 forced = self._forced_prefill(load)
                 self._granted, self._cut = True, forced.prefill_tokens is not None
-                return Plan(forced, Reason.FORCED)
+                return Plan(forced, Reason.FORCED_OVER_BUDGET)
         if plan.until_seconds is not None:
             due = self._due_seconds(load, now_seconds)
             if due < plan.until_seconds:

@@ -307,7 +307,7 @@ class LiveShaper:
         if controller is None:
             cap = StepLimits(True, self._cap.prefill_tokens, self._cap.decode_requests)
             decision = Decision(
-                now, Reason.SAFE_CAP, cap, True, 0, batch.decode_requests, batch.prefill_tokens,
+                now, Reason.FALLBACK_CAP, cap, True, 0, batch.decode_requests, batch.prefill_tokens,
                 StepPrediction(0.0, 0.0), 0.0,
             )  # fmt: skip
         else:

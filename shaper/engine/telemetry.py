@@ -40,7 +40,7 @@ from shaper.status import StatusWriter
 logger = logging.getLogger(__name__)
 
 # Polls of a held engine repeat these a thousand times a second; the first says it all.
-_REPEATED = frozenset({Reason.PAUSE, Reason.TURN, Reason.IDLE})
+_REPEATED = frozenset({Reason.PAUSE, Reason.PREFILL_OVERDUE, Reason.IDLE})
 # A log that nobody drains must not eat the memory: a minute of steps.
 _MAX_PENDING = 10_000
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shaper.core.types import PowerLimit
+from shaper.core.types import PowerLimit, Reason
 from shaper.simulate.setup import EngineResult, FloatArray, RackResult, RackSetup
 from shaper.traffic.figures import (
     GRID_SECONDS,
@@ -145,7 +145,7 @@ def figures_of(
         kv_mean_ratio=sum(x.kv_mean_ratio for x in engines) / len(engines),
         kv_peak_ratio=max(x.kv_peak_ratio for x in engines),
         preemptions=sum(x.preemptions for x in engines),
-        forced_steps=sum(dict(x.reasons).get("forced", 0) for x in engines),
+        forced_steps=sum(dict(x.reasons).get(Reason.FORCED_OVER_BUDGET, 0) for x in engines),
         shaper_errors=sum(x.shaper_errors for x in engines),
     )
 

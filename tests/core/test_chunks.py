@@ -59,12 +59,16 @@ def guarded(used: bool, cut: bool = True) -> list[Plan]:
 
 def test_a_grant_of_which_nothing_ran_is_no_turn():
     """The prompt gets more tokens when it has waited for its bound, up to no bound at all."""
-    assert not any(plan.reason is Reason.FORCED for plan in guarded(used=True))
-    assert not any(plan.reason is Reason.FORCED for plan in guarded(used=False, cut=False))
+    assert not any(plan.reason is Reason.FORCED_OVER_BUDGET for plan in guarded(used=True))
+    assert not any(
+        plan.reason is Reason.FORCED_OVER_BUDGET for plan in guarded(used=False, cut=False)
+    )
     plans = guarded(used=False)
-    forced = [plan.limits.prefill_tokens for plan in plans if plan.reason is Reason.FORCED]
+    forced = [
+        plan.limits.prefill_tokens for plan in plans if plan.reason is Reason.FORCED_OVER_BUDGET
+    ]
     assert forced[:5] == [512, 1024, 2048, 4096, None]
-    first = next(n for n, plan in enumerate(plans) if plan.reason is Reason.FORCED)
+    first = next(n for n, plan in enumerate(plans) if plan.reason is Reason.FORCED_OVER_BUDGET)
     assert 200 <= first <= 203
     # What runs with no bound neither is not for the budget to give.
     assert len(forced) == 5

@@ -180,7 +180,7 @@ def test_late_decodes_of_others_come_before_any_step():
 
 def test_decodes_slow_down_only_as_far_as_waiting_prompts_of_others_need():
     """They wait for their slowest cadence where a prompt would not fit beside them, else not."""
-    for room, reason in ((2.48 + 30.5, Reason.UNCONSTRAINED), (2.48 + 29.5, Reason.CADENCE)):
+    for room, reason in ((2.48 + 30.5, Reason.UNCONSTRAINED), (2.48 + 29.5, Reason.DECODE_PACING)):
         view = leaving(room, waiting_joules=30.0)
         control = controller(Recording(view=view), itl=0.1)
         limits = control.plan(DECODES, 1.0)

@@ -70,7 +70,7 @@ def test_a_forced_chunk_grows_until_it_moves_the_prompt():
     guard, sizes = Guard(0.01), []
     for tick in range(400):
         plan = guard.check(PAUSE, EngineLoad(prefills=BOTH.prefills), tick / 1000)
-        if plan.reason is Reason.FORCED:
+        if plan.reason is Reason.FORCED_OVER_BUDGET:
             sizes.append(plan.limits.prefill_tokens)  # and the engine makes nothing of it
     assert sizes[:3] == [512, 1024, 2048]
     assert sizes[-1] is None
@@ -108,7 +108,7 @@ def test_a_pause_ends_when_a_promise_is_due(load, targets, due):
     assert guard.check(long, load, due / 2).until_seconds == pytest.approx(due)
     assert guard.turn(load, due - 1e-6) is False
     after = guard.check(long, load, due)
-    assert guard.turn(load, due) or after.reason is Reason.FORCED
+    assert guard.turn(load, due) or after.reason is Reason.FORCED_OVER_BUDGET
 
 
 def test_a_pause_that_ends_before_any_promise_is_due_keeps_its_date():

@@ -97,7 +97,7 @@ def test_decodes_make_way_for_a_prompt_within_an_easy_pace():
     ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
     plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
-    assert plan.reason is Reason.CADENCE
+    assert plan.reason is Reason.DECODE_PACING
     assert not plan.limits.run
 
 
@@ -115,7 +115,7 @@ def test_a_turn_makes_decodes_wait_for_the_prompt():
     ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
     plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, turn=True))
-    assert plan.reason is Reason.TURN
+    assert plan.reason is Reason.PREFILL_OVERDUE
     assert not plan.limits.run
 
 
@@ -173,7 +173,7 @@ def test_slack_is_spent_on_decodes_alone():
     """With slack to spend decodes wait for a part of their target, and prompts never."""
     planner = WindowedPlanner()
     waiting = planner.plan(view(DECODES, itl=0.05, slack=True, since=0.0))
-    assert waiting.reason is Reason.SLACK
+    assert waiting.reason is Reason.ITL_SLACK
     assert not waiting.limits.run
     due = planner.plan(view(DECODES, itl=0.05, slack=True, since=SLACK_SHARE * 0.05))
     assert due.reason is Reason.UNCONSTRAINED
@@ -209,7 +209,7 @@ def test_decodes_alone_keep_their_pace_while_no_prompt_waits():
     free = view(DECODES, limits, burst_joules=45.0, prefill_watts=50.0)
     assert WindowedPlanner().plan(free).reason is Reason.UNCONSTRAINED
     paced = view(DECODES, limits, itl=0.05, burst_joules=45.0, prefill_watts=50.0)
-    assert WindowedPlanner().plan(paced).reason is Reason.CADENCE
+    assert WindowedPlanner().plan(paced).reason is Reason.DECODE_PACING
 
 
 def test_a_prompt_that_has_begun_and_ends_early_in_a_chunk_ends_it():
@@ -313,7 +313,7 @@ def test_a_pause_ends_when_the_first_of_what_was_refused_may_fit(load):
 def test_decodes_that_make_way_have_a_date_within_their_pace():
     """A prompt's room comes later than the decodes' turn: these end the pause."""
     plan = planned_after(BOTH, watts=506.0, limit=500.0)
-    assert plan.reason is Reason.CADENCE
+    assert plan.reason is Reason.DECODE_PACING
     assert plan.until_seconds is not None
     assert plan.cadence_seconds is not None
     assert 0.1 < plan.until_seconds < 0.1 + plan.cadence_seconds

@@ -46,7 +46,7 @@ def test_metrics_are_there_fresh_and_count(shaped_server: Server) -> None:
     decided = sum(after["shaper_decisions_total"].values())
     assert decided >= after["shaper_steps_total"][engine]
     assert after["shaper_prefill_chunk_tokens_count"][engine] >= 1
-    assert 0 <= after["shaper_pressure_ratio"][engine] <= 1
+    assert 0 <= after["shaper_power_utilization_ratio"][engine] <= 1
     assert after["shaper_errors_total"][engine] == 0
     assert after["vllm:request_success_total"]
 

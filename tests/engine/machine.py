@@ -304,7 +304,9 @@ class Liveness(RuleBasedStateMachine):
             return
         if not all(strategies.is_ample(budget) for _, budget in self.budgets):
             return
-        forced = sum(decision.reason is Reason.FORCED for decision in world.log.decisions)
+        forced = sum(
+            decision.reason is Reason.FORCED_OVER_BUDGET for decision in world.log.decisions
+        )
         assert not forced, f"{forced} steps were forced although the budget left room"
         world.engine.run_until(world.engine.now_seconds + 1.0)
         segments = world.engine.gpus.take_segments()

@@ -43,8 +43,8 @@ def test_a_policy_that_raises_leaves_the_safe_cap(make_rig, random_traffic):
     assert rig.shaper.counters.errors == 3
     assert rig.shaper.counters.steps == rig.engine.steps
     reasons = [d.reason for d in rig.log.decisions]
-    assert reasons.count(Reason.SAFE_CAP) > 50
-    last = len(reasons) - 1 - reasons[::-1].index(Reason.SAFE_CAP)
+    assert reasons.count(Reason.FALLBACK_CAP) > 50
+    last = len(reasons) - 1 - reasons[::-1].index(Reason.FALLBACK_CAP)
     assert Reason.CHUNK_POWER in reasons[last:]
     power = sliding(rig.engine.gpus.take_segments(), LIMIT.window_seconds)
     assert power.max() <= LIMIT.watts * 1.01

@@ -43,7 +43,7 @@ def test_the_bound_on_long_prompts_is_the_one_that_holds(kind, monkeypatch):
     assert all(each.finished_seconds is not None for each in made.requests.values())
     assert worst_ratio(made.gpus.take_segments(), LIMIT) <= 1.005
     assert not compared.other
-    assert not any(decision.reason is Reason.FORCED for decision in log.decisions)
+    assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in log.decisions)
 
 
 @pytest.mark.parametrize("block", [528, 1072])
@@ -68,7 +68,7 @@ def test_a_hybrid_model_gets_chunks_that_it_can_take(block, monkeypatch):
     assert all(firsts)
     assert max(tokens[0] for tokens in firsts) - start <= 3.0
     assert worst_ratio(made.gpus.take_segments(), LIMIT) <= 1.005
-    assert not any(decision.reason is Reason.FORCED for decision in log.decisions)
+    assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in log.decisions)
     assert compared.same > 20 * len(compared.other)
 
 
@@ -112,11 +112,11 @@ def test_drafts_that_do_not_come_cost_nothing():
     seconds, ratio, log = speculating(7)
     assert seconds <= 1.2 * without
     assert ratio <= 1.005
-    assert not any(decision.reason is Reason.FORCED for decision in log.decisions)
+    assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in log.decisions)
 
 
 def test_drafts_that_come_are_planned():
     """They come in waves, and are all refused: power holds all the same."""
     _, ratio, log = speculating(7, coming=7)
     assert ratio <= 1.005
-    assert not any(decision.reason is Reason.FORCED for decision in log.decisions)
+    assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in log.decisions)

@@ -82,7 +82,7 @@ def test_what_was_counted_is_what_runs(traffic, monkeypatch):
     compared = Compared(monkeypatch)
     world = served(traffic)
     assert worst_ratio(world.engine.gpus.take_segments(), LIMIT) <= HELD
-    assert not any(decision.reason is Reason.FORCED for decision in world.log.decisions)
+    assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in world.log.decisions)
     assert not compared.other
     assert compared.same > 10
 

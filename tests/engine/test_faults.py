@@ -211,7 +211,7 @@ def test_a_new_controller_does_not_take_the_past_for_idle():
     back = next(
         at
         for (_, before), (at, reason) in itertools.pairwise(reasons)
-        if before is Reason.SAFE_CAP and reason is not Reason.SAFE_CAP
+        if before is Reason.FALLBACK_CAP and reason is not Reason.FALLBACK_CAP
     )
     assert 3.0 + RETRY_SECONDS <= back <= 3.0 + RETRY_SECONDS + 0.2
     segments = world.engine.gpus.take_segments()

@@ -51,7 +51,7 @@ def assert_kept(engine: Any, log: Any) -> None:
     """The budget bound, and held."""
     assert sum(decision.limits.binding for decision in log.decisions) > 20
     assert worst_ratio(engine.gpus.take_segments(), BINDING[0]) <= 1.01
-    assert not any(decision.reason is Reason.FORCED for decision in log.decisions)
+    assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in log.decisions)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])

@@ -39,7 +39,7 @@ def test_the_scripts_reach_the_planners_reasons():
     }
     assert reasons >= {
         *("unconstrained", "chunk_power", "chunk_itl", "decode_only"),
-        *("slack", "cadence", "pause", "turn", "idle"),
+        *("itl_slack", "decode_pacing", "pause", "prefill_overdue", "idle"),
     }
 
 

@@ -247,7 +247,7 @@ class EachAtATime:
     def plan(self, view: Any) -> Plan:
         if view.load.decode_requests <= self._cap:
             return Plan(StepLimits(), Reason.UNCONSTRAINED)
-        return Plan(StepLimits(decode_requests=self._cap), Reason.ROTATE)
+        return Plan(StepLimits(decode_requests=self._cap), Reason.PARTIAL_DECODE)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
@@ -266,7 +266,7 @@ def test_a_rotation_over_the_real_scheduler_ends_and_is_fair(
     assert not rig.engine.busy
     assert rig.shaper.counters.errors == 0
     assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
-    rotated = [d for d in rig.log.decisions if d.reason is Reason.ROTATE]
+    rotated = [d for d in rig.log.decisions if d.reason is Reason.PARTIAL_DECODE]
     assert len(rotated) > 50
     # A prompt's last chunk is a decode at the next step: it isn't one of the four.
     assert max(d.decode_requests for d in rotated) <= 4

@@ -127,7 +127,7 @@ def test_a_cap_made_anew_holds_after_a_failure(
     assert rig.shaper._cap == new_cap(PowerBudget(limits))
     assert rig.shaper._cap != wide
     assert rig.shaper.budget == PowerBudget((PowerLimit(600.0, 0.1),))
-    assert {each.reason for each in rig.log.decisions} == {Reason.SAFE_CAP}
+    assert {each.reason for each in rig.log.decisions} == {Reason.FALLBACK_CAP}
 
 
 def test_a_share_that_changes_is_told_once(handle: FakeHandle, member: Membership) -> None:

@@ -99,7 +99,7 @@ def test_what_remote_kv_leaves_to_compute_is_planned(fails):
     served.engine.run_until(12.0)
     assert served.engine.requests[REMOTE].finished_seconds is not None
     assert worst_ratio(served.engine.gpus.take_segments(), BINDING[0]) <= 1.01
-    assert not any(d.reason is Reason.FORCED for d in served.log.decisions)
+    assert not any(d.reason is Reason.FORCED_OVER_BUDGET for d in served.log.decisions)
 
 
 @pytest.mark.parametrize("limits", [BELOW_THE_FLOOR, BINDING], ids=["below-floor", "binding"])
@@ -122,7 +122,9 @@ def test_remote_kv_that_never_comes_stops_nobody(limits, load):
         return len(each.engine.requests["decode0"].token_seconds)
 
     assert tokens(served) >= 0.9 * tokens(alone)
-    forced = [sum(d.reason is Reason.FORCED for d in x.log.decisions) for x in (served, alone)]
+    forced = [
+        sum(d.reason is Reason.FORCED_OVER_BUDGET for d in x.log.decisions) for x in (served, alone)
+    ]
     assert forced[0] <= forced[1] * 1.2 + 2
 
 

@@ -93,7 +93,7 @@ def test_a_clock_that_jumps_an_hour_and_back_moves_the_schedule_and_nothing_else
         assert ratio <= TOLERANCE, (limit, begin)
         # The lower limit binds, so one that was not followed would be seen.
         assert limit is DAY or ratio > 0.9
-    assert not any(d.reason is Reason.FORCED for d in world.log.decisions)
+    assert not any(d.reason is Reason.FORCED_OVER_BUDGET for d in world.log.decisions)
     assert world.shaper.counters.errors == 0
 
 

@@ -53,7 +53,7 @@ def test_polls_that_vllm_does_not_hear_of_change_nothing(asynchronous, monkeypat
     assert decisions == all_decisions
     assert quick.requests == whole.requests
     assert heard == whole.scheduler.current_step
-    waits = [each for each in decisions if each.reason in (Reason.PAUSE, Reason.CADENCE)]
+    waits = [each for each in decisions if each.reason in (Reason.PAUSE, Reason.DECODE_PACING)]
     assert len(waits) > 200
     assert sum(each.finished_seconds is not None for each in quick.requests.values()) == 23
 

@@ -30,7 +30,7 @@ def engine(watts: np.ndarray, metered: float = 1.0, **changes: object) -> Engine
         "kv_mean_ratio": 0.1,
         "kv_peak_ratio": 0.2,
         "preemptions": 1,
-        "reasons": (("unconstrained", 4), ("forced", 1)),
+        "reasons": (("unconstrained", 4), ("forced_over_budget", 1)),
         "shaper_errors": 0,
     }
     return EngineResult(watts=watts, metered_ratio=metered, **(values | changes))  # type: ignore[arg-type]

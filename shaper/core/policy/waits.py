@@ -58,5 +58,5 @@ def waited_until(view: PlanInput, seconds: float) -> float:
 
 def wait(view: PlanInput, reason: Reason, seconds: float) -> Plan:
     """A pause of the decodes, who are alone."""
-    cadence = seconds if reason is Reason.CADENCE else None
+    cadence = seconds if reason is Reason.DECODE_PACING else None
     return Plan(NOTHING, reason, cadence, waited_until(view, seconds))

@@ -110,11 +110,11 @@ class WindowedPlanner:
         cadence, slack = cadence_seconds(view), _slack_seconds(view)
         if decodes and not wanted.prefill_tokens:
             if view.spend_slack and may_wait(view, slack):
-                return wait(view, Reason.SLACK, slack)
+                return wait(view, Reason.ITL_SLACK, slack)
             if may_wait(view, slack) and crowds_prompts(view):
-                return Plan(NOTHING, Reason.CADENCE, slack, again_seconds(view))
+                return Plan(NOTHING, Reason.DECODE_PACING, slack, again_seconds(view))
             if cadence is not None and may_wait(view, cadence):
-                return wait(view, Reason.CADENCE, cadence)
+                return wait(view, Reason.DECODE_PACING, cadence)
         prediction = view.predict(wanted)
         fits_itl = _fits_itl(view, prediction)
         beside = comes_first_joules(view, prompts=bool(wanted.prefill_tokens))
@@ -131,11 +131,11 @@ class WindowedPlanner:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
                 return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
             if decodes and view.turn and may_wait(view, view.decode_deadline_seconds):
-                return Plan(NOTHING, Reason.TURN)
+                return Plan(NOTHING, Reason.PREFILL_OVERDUE)
             if waits:
                 refused = self._refused(view, wanted, sharing, None)
                 again = again_seconds(view, refused, waited_until(view, slack))
-                return Plan(NOTHING, Reason.CADENCE, slack, again)
+                return Plan(NOTHING, Reason.DECODE_PACING, slack, again)
         if decodes:
             if _never_fits(view, decodes):
                 view.room.make_way(decodes, view.idle_watts)
@@ -143,7 +143,9 @@ class WindowedPlanner:
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
             some = _fitting_decodes(view, decodes)
             if some:
-                return Plan(StepLimits(prefill_tokens=0, decode_requests=some), Reason.ROTATE)
+                return Plan(
+                    StepLimits(prefill_tokens=0, decode_requests=some), Reason.PARTIAL_DECODE
+                )
         refused = self._refused(view, wanted, load.decode_requests, decodes)
         return Plan(NOTHING, Reason.PAUSE, until_seconds=again_seconds(view, refused))
 
