@@ -22,7 +22,7 @@ from bench.compare import Comparison, DemoSettings, compare, phases
 from bench.interrupt import Termination
 from bench.options import add_workload_options, ratio, workload
 from bench.options import seconds as duration
-from bench.page import comparison_page, self_check_lines
+from bench.page import comparison_page, comparison_picture, self_check_lines
 from bench.progress import PhaseProgress
 from bench.tables import comparison_checks, comparison_table, run_data, without_nan
 from shaper.arguments import Parser
@@ -141,6 +141,7 @@ def _write(comparison: Comparison) -> Path:
     out = comparison.settings.out
     report = out / "report.html"
     report.write_text(comparison_page(comparison, about(comparison)), encoding="utf-8")
+    (out / "power.svg").write_text(comparison_picture(comparison), encoding="utf-8")
     (out / "figures.json").write_text(
         json.dumps(without_nan(_figures(comparison)), indent=1, allow_nan=False) + "\n"
     )
@@ -193,6 +194,7 @@ def _print(comparison: Comparison, report: Path, seconds: float) -> None:
         for message, count in run.latency.errors[:3]:
             print(f"{run.name}: {count} requests failed: {message}")
     print(f"\nreport:  {report}\nfigures: {report.with_name('figures.json')}")
+    print(f"picture: {report.with_name('power.svg')}")
     print(f"took {seconds:.0f} s")
 
 

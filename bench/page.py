@@ -15,6 +15,7 @@ from shaper.gpu.profiles import load_profile
 from shaper.report.decisions import chunk_sizes, decision_counts, lines
 from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
+from shaper.report.picture import power_picture
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
 from shaper.report.table import to_html
 from shaper.traffic.figures import GRID_SECONDS, window_means
@@ -57,6 +58,14 @@ def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str
         f"{settings.limit_ratio:.0%} of the unshaped run's highest 100 ms mean power."
     )
     return render("Shaper: unshaped and shaped under the same traffic", lead, sections)
+
+
+def comparison_picture(comparison: Comparison) -> str:
+    """Power over time of both runs, as an SVG."""
+    limit, gpu = comparison.limit, comparison.settings.gpu
+    series = [_power_series(run, gpu, limit.window_seconds) for run in comparison.runs]
+    window = f"{limit.window_seconds * 1e3:g} ms"
+    return power_picture(series, LimitLine(f"limit {limit.watts:.0f} W, {window}", limit.watts))
 
 
 def _power_series(run: RunResult, gpu: str, window_seconds: float) -> PowerSeries:

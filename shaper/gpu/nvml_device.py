@@ -71,6 +71,7 @@ class Device:
         ways = Ways(driver, self.power_scope, module, instant)
         self._ticked, self._slow = ways.ticked, ways.slow
         self._struck: dict[str, str] = {}
+        self._answered: set[str] = set()
         self._failed: GpuError | None = None
         self._kept: dict[str, float] = {}
         self._slow_due_seconds = float("-inf")
@@ -152,6 +153,7 @@ class Device:
             value = self._first(name, ways)
             if value is not None:
                 found[name] = value
+        self._answered.update(found)
         return found
 
     def _batch(self, table: dict[str, list[Way]], found: dict[str, float]) -> set[str]:
@@ -201,6 +203,8 @@ class Device:
         if what is Behaviour.RETRY:
             self._failed = error
             return False
+        if len(ways) == 1 and name in self._slow and name in self._answered:
+            return False  # it was there before: asked again with the next slow readings
         ways.pop(0)
         self._struck[name] = (
             "no permission" if isinstance(error, GpuPermissionError) else NOT_SUPPORTED

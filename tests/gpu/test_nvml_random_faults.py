@@ -81,3 +81,28 @@ def test_whatever_the_driver_does_states_stay_plausible_and_come_back(
     for facts in sampler.report(clock()).facts:
         known = [value for value in astuple(facts) if value is not None]
         assert all(math.isfinite(value) and value >= 0 for value in known)
+
+
+def test_a_slow_reading_that_was_there_comes_back() -> None:
+    """A driver that says for two seconds that it has no enforced limit, and then has it again."""
+    clock = HandClock(50.0)
+    gpu = FakeGpu("GPU-a", recording="tests/gpu/data/h200_load.csv")
+    fake = FakeNvml([gpu], clock=clock, sleep=clock.advance)
+    sampler = Sampler(NvmlReader([0], clock, fake), clock, meter=MeterWatch())
+    fake.faults = [
+        Fault(
+            "code",
+            call="nvmlDeviceGetEnforcedPowerLimit",
+            code="NOT_SUPPORTED",
+            from_seconds=1.0,
+            until_seconds=3.0,
+        )
+    ]
+    seen = []
+    for _ in range(150):
+        clock.advance(0.1)
+        sampler.tick()
+        assert sampler.latest is not None
+        seen.append(sampler.latest.enforced_limit_watts)
+    assert set(seen) == {None, LIMIT_WATTS}
+    assert seen[-1] == LIMIT_WATTS
