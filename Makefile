@@ -22,7 +22,7 @@ demo-rack: setup ## two servers in one power group and the same unshaped, with n
 	@"$(PY)" -m bench.demo_rack $(ARGS)
 
 test: setup ## every test; ARGS='-k sampler' picks some, ARGS=-n0 runs one at a time
-	@"$(PY)" -m pytest --numprocesses 2 --dist loadscope $(ARGS)
+	@"$(PY)" -m pytest --numprocesses 2 --dist loadscope --durations=20 $(ARGS)
 
 test-versions: setup ## the scheduler's suites over other vLLMs; VERSIONS="0.23.0 0.33.0" picks
 	@"$(PY)" scripts/test-versions $(VERSIONS) $(ARGS)
