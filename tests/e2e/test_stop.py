@@ -113,11 +113,11 @@ def stop_in_a_start(directory: Path, begun: str, number: signal.Signals) -> floa
 
 
 # In the order in which vLLM says them, the API server's and the engine's. One of them costs a
-# start of a minute; SHAPER_TEST_SWEEP=1 tries all.
+# start of a minute; TEST_SWEEP=1 tries all.
 MOMENTS = ("shaper on", "", "vLLM", "EngineCore", "Application startup complete")
 
 
-@pytest.mark.parametrize("begun", MOMENTS if os.environ.get("SHAPER_TEST_SWEEP") else MOMENTS[:1])
+@pytest.mark.parametrize("begun", MOMENTS if os.environ.get("TEST_SWEEP") else MOMENTS[:1])
 def test_a_stop_in_a_start_ends_every_process(tmp_path: Path, begun: str) -> None:
     """While the engine is up and the API server is not: vLLM may swallow this one."""
     pytest.importorskip("vllm")
