@@ -41,8 +41,8 @@ class WindowPart:
     """
 
     __slots__ = (
-        *("_floor_watts", "_found", "_left", "_others_watts", "_quick_watts", "_right", "_room"),
-        *("_span", "_x", "allowed_watts"),
+        *("_found", "_left", "_others_watts", "_quick_watts", "_right", "_room"),
+        *("_span", "_x", "allowed_watts", "floor_watts"),
     )
 
     def __init__(
@@ -55,7 +55,7 @@ class WindowPart:
     ) -> None:
         self._span = window_seconds
         self.allowed_watts = allowed_watts
-        self._floor_watts = floor_watts
+        self.floor_watts = floor_watts
         # What others draw whatever happens: an empty window does not leave it.
         self._others_watts = 0.0
         self._quick_watts = -math.inf
@@ -66,12 +66,12 @@ class WindowPart:
 
     def _put(self, x: Array, room: Array) -> None:
         """Take the corners, and find the running minima."""
-        self._floor_watts = min(self._floor_watts, MOST_FLOOR_RATIO * self.allowed_watts)
+        self.floor_watts = min(self.floor_watts, MOST_FLOOR_RATIO * self.allowed_watts)
         self._x, self._room = x, room
         # Without the first corner, which binds nothing.
         self._left = np.minimum.accumulate(room[1:] / x[1:])
         # From the last corner to the first.
-        self._right = np.minimum.accumulate((room - self._floor_watts * x)[::-1])
+        self._right = np.minimum.accumulate((room - self.floor_watts * x)[::-1])
 
     def _solve(self) -> None:
         """Find the corners, where they weren't given."""
@@ -103,7 +103,7 @@ class WindowPart:
             before, after = x.item(index - 1), x.item(index)
             low, high = room.item(index - 1), room.item(index)
             own = low + (seconds - before) / (after - before) * (high - low)
-            floor = self._floor_watts
+            floor = self.floor_watts
             spare = min(own - floor * seconds, self._right.item(-1 - index))
             lowest = min(lowest, floor + spare / seconds)
         self._found[seconds] = lowest
@@ -145,7 +145,7 @@ class WindowPart:
 
     def _wait_after(self, seconds: float, watts: float, idle_watts: float) -> float:
         """What windows that hold the whole step ask for."""
-        x, room, floor = self._x, self._room, self._floor_watts
+        x, room, floor = self._x, self._room, self.floor_watts
         assert x is not None
         rise, need = max(0.0, floor - idle_watts), (watts - floor) * seconds
         first = int(x.searchsorted(seconds))
@@ -164,25 +164,24 @@ class WindowPart:
 
     def empty_watts(self, seconds: float, floor_watts: float | None = None) -> float:
         """The same if nothing had run before; by default with this part's floor after it."""
-        if self._x is None:
-            self._solve()
-        allowed = self.allowed_watts - self._others_watts
+        allowed = self._left_watts()
         if seconds >= self._span:
             return allowed
-        floor = self._floor_watts if floor_watts is None else floor_watts
+        floor = self.floor_watts if floor_watts is None else floor_watts
         floor = min(floor, MOST_FLOOR_RATIO * self.allowed_watts)
         return floor + (allowed - floor) * self._span / seconds
 
-    @property
-    def floor_watts(self) -> float:
-        """Power after a step, as this window takes it."""
-        return self._floor_watts
+    def _left_watts(self) -> float:
+        """Of what the window may hold, what others leave this engine."""
+        if self._x is None:
+            self._solve()
+        return self.allowed_watts - self._others_watts
 
     def lower_floor(self, watts: float) -> None:
         """Take no more than this for the floor."""
-        if watts >= self._floor_watts:
+        if watts >= self.floor_watts:
             return
-        self._floor_watts = watts
+        self.floor_watts = watts
         if self._x is not None:
             self._found.clear()
             self._put(self._x, self._room)
@@ -199,9 +198,9 @@ class WindowPart:
             return 0.0
         floor = idle_watts
         if seconds < self._span:
-            spare = (self.allowed_watts - self._others_watts) * self._span - joules
+            spare = self._left_watts() * self._span - joules
             floor = max(idle_watts, spare / (self._span - seconds))
-        if floor >= self._floor_watts:
+        if floor >= self.floor_watts:
             return 0.0
         self.lower_floor(floor)
         return self._span

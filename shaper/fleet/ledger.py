@@ -62,6 +62,7 @@ class GroupLedger:
         self._seen: npt.NDArray[np.int64] | None = None
         self._static_until_seconds = -math.inf
         self._writing = threading.Lock()
+        # What the plan was found from: each limit's window, then its static share's if asked.
         self._parts: tuple[WindowPart, ...] = ()
         self.claims = 0
         """Claims that were entered."""
@@ -187,17 +188,19 @@ class GroupLedger:
     def _fits(self, step: Step, share: EngineShare, now_seconds: float, held: bool) -> bool:
         """Whether a step that was entered fits beside what the others have entered by now."""
         asked = step.start_seconds, now_seconds
-        questions = []
+        checked = []
         if self._others_entered():
-            questions.append(self._question(*asked, retracting=True))
+            checked.append((self._question(*asked, retracting=True), self._parts))
         if not held:
-            questions.append(self._question(*asked, static=True, retracting=True))
+            static = self._question(*asked, static=True, retracting=True)
+            checked.append((static, self._parts[len(self.limits) :]))
         seconds, watts = step.prediction.seconds, step.prediction.watts
-        for question in questions:
-            for part, seen in zip(question.parts(share.floor_watts), self._parts, strict=False):
+        for question, planned in checked:
+            parts = question.parts(share.floor_watts)
+            for part, seen in zip(parts, planned, strict=False):
                 part.lower_floor(seen.floor_watts)  # as far as decodes made way for the step
-                if not part.fits(seconds, watts):
-                    return False
+            if not all(part.fits(seconds, watts) for part in parts):
+                return False
         return True
 
     def _others_entered(self) -> bool:

@@ -114,8 +114,8 @@ class GroupWindow(WindowPart):
         found = self._question.corners(self._index)
         idle_watts = found.own_idle_watts
         self._others_watts = found.others_watts
-        self._floor_watts = min(
-            self._floor_watts, idle_watts + found.floor_ratio * (self._asked_watts - idle_watts)
+        self.floor_watts = min(
+            self.floor_watts, idle_watts + found.floor_ratio * (self._asked_watts - idle_watts)
         )
         self._put(found.x, found.room)
 

@@ -241,3 +241,12 @@ def test_who_missed_the_lock_plans_and_claims_on_its_static_share():
     assert min(part.max_watts(0.1) for part in view.parts) == pytest.approx(500.0, abs=1.0)
     view = group.look(1000.52, 1000.52, IDLE)
     assert min(part.max_watts(0.1) for part in view.parts) == pytest.approx(900.0, abs=1.0)
+
+
+@pytest.mark.parametrize(("joules", "fits"), [(5000.0, False), (50.0, True)])
+def test_a_claim_of_one_that_never_looked_is_checked(joules: float, fits: bool):
+    """It knows of nobody's steps, so the windows are asked with the floor that it names."""
+    one, _ = groups()
+    run = 1000.54, 1000.64, joules
+    step = Step(1000.54, StepPrediction(0.1, joules))
+    assert one.claim(device().committed([run]), IDLE, 1000.54, step) is fits
