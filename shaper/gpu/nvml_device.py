@@ -203,8 +203,8 @@ class Device:
         if what is Behaviour.RETRY:
             self._failed = error
             return False
-        if len(ways) == 1 and name in self._slow and name in self._answered:
-            return False  # it was there before: asked again with the next slow readings
+        if len(ways) == 1 and name in self._answered:
+            return False  # it was there before, and has no other way
         ways.pop(0)
         self._struck[name] = (
             "no permission" if isinstance(error, GpuPermissionError) else NOT_SUPPORTED

@@ -3,9 +3,9 @@
     code ── `ERRORS` ──► one of this project's errors ── `BEHAVIOURS` ──► what happens
 
 At start-up any error is raised. While an engine runs, the class of the error decides: a
-reading that is not there for good is struck out and its next way tried (the last way to a slow
-reading that has answered before stays); one that failed this time is missing this time; a GPU
-or driver that is gone is opened again, with back-off.
+reading that is not there for good is struck out and its next way tried (the last way to one
+that was there before stays); one that failed this time is missing this time; a GPU or
+driver that is gone is opened again, with back-off.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import astuple
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -83,8 +84,15 @@ def test_whatever_the_driver_does_states_stay_plausible_and_come_back(
         assert all(math.isfinite(value) and value >= 0 for value in known)
 
 
-def test_a_slow_reading_that_was_there_comes_back() -> None:
-    """A driver that says for two seconds that it has no enforced limit, and then has it again."""
+@pytest.mark.parametrize(
+    ("call", "quantity"),
+    [
+        ("nvmlDeviceGetEnforcedPowerLimit", "enforced_limit_watts"),
+        ("nvmlDeviceGetClockInfo", "sm_clock_hertz"),
+    ],
+)
+def test_a_reading_that_was_there_comes_back(call: str, quantity: str) -> None:
+    """A driver that says for two seconds that it has no such reading, and then has it again."""
     clock = HandClock(50.0)
     gpu = FakeGpu("GPU-a", recording="tests/gpu/data/h200_load.csv")
     fake = FakeNvml([gpu], clock=clock, sleep=clock.advance)
@@ -92,7 +100,7 @@ def test_a_slow_reading_that_was_there_comes_back() -> None:
     fake.faults = [
         Fault(
             "code",
-            call="nvmlDeviceGetEnforcedPowerLimit",
+            call=call,
             code="NOT_SUPPORTED",
             from_seconds=1.0,
             until_seconds=3.0,
@@ -103,6 +111,9 @@ def test_a_slow_reading_that_was_there_comes_back() -> None:
         clock.advance(0.1)
         sampler.tick()
         assert sampler.latest is not None
-        seen.append(sampler.latest.enforced_limit_watts)
-    assert set(seen) == {None, LIMIT_WATTS}
-    assert seen[-1] == LIMIT_WATTS
+        seen.append(getattr(sampler.latest, quantity))
+    assert None in seen
+    assert seen[0] is not None
+    assert seen[-1] is not None
+    if quantity == "enforced_limit_watts":
+        assert set(seen) == {None, LIMIT_WATTS}
