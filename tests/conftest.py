@@ -58,6 +58,7 @@ def _starts_engines(path: str) -> bool:
     return "mark.e2e" in source or "mark.cpu_engine" in source
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _Groups:
     return _Groups(config, log)
 

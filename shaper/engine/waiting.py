@@ -121,8 +121,9 @@ class Waiting:
         step. Those that `begin` answered for are not asked about again."""
         demand = self._demand(request) if may_enter(self._scheduler, request) else None
         # Nothing but a step takes it out of the queue; one that may not enter yet, others do.
-        self._keeping = self._keeping and demand is not None
-        if self._keeping and demand is not None:
+        if demand is None:
+            self._keeping = False
+        elif self._keeping:
             self._kept.append(request)
             self._demands.append(demand)
         return demand
