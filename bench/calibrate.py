@@ -21,8 +21,8 @@ import numpy.typing as npt
 from bench.options import one_line
 from bench.published import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
 from bench.serving_fit import Prior, fit_serving, predict_rows, replaced
-from shaper.arguments import Parser
-from shaper.core.profile import GpuProfile
+from shaper.cli.arguments import Parser
+from shaper.core.model.profile import GpuProfile
 from shaper.gpu.profiles import load_profile
 
 FloatArray = npt.NDArray[np.float64]

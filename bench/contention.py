@@ -32,13 +32,14 @@ from typing import Any
 import numpy as np
 
 from bench.options import one_line
-from shaper.arguments import Parser, check_output
-from shaper.core.group import Committed, EngineShare, Step
-from shaper.core.ledger import Ledger
+from shaper.cli.arguments import Parser
+from shaper.core.ledger.ledger import Ledger
+from shaper.core.ledger.shared import Committed, EngineShare, Step
 from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from shaper.errors import ConfigError, ShaperError
-from shaper.fleet import GroupLedger, join_group, memory_groups
-from shaper.fleet.segment import group_directory
+from shaper.files.outputs import check_output
+from shaper.group import GroupLedger, join_group, memory_groups
+from shaper.group.shared_file import group_directory
 
 IDLE_WATTS, REST_WATTS, REST_AFTER_SECONDS = 140.0, 115.0, 1.0
 LIMIT_WATTS_PER_ENGINE = {0.1: 450.0, 1.0: 430.0}
@@ -54,11 +55,11 @@ class Cost:
     engines: int
     processes: bool
     windows: int
-    look_microseconds: float
-    look_p99_microseconds: float
-    claim_microseconds: float
-    claim_p99_microseconds: float
-    enter_microseconds: float
+    query_microseconds: float
+    query_p99_microseconds: float
+    reserve_microseconds: float
+    reserve_p99_microseconds: float
+    commit_microseconds: float
     lock_wait_microseconds: float
     """Mean of all claims, in wall time."""
     lock_wait_max_microseconds: float
@@ -79,7 +80,7 @@ class Engine:
             rest_watts=REST_WATTS,
             rest_after_seconds=REST_AFTER_SECONDS,
         )
-        self.nanoseconds: dict[str, list[int]] = {"look": [], "claim": [], "enter": []}
+        self.nanoseconds: dict[str, list[int]] = {"query": [], "reserve": [], "commit": []}
 
     def _timed(self, what: str, call: Callable[[], Any]) -> Any:
         start = _CLOCK()
@@ -96,12 +97,12 @@ class Engine:
         share = EngineShare(IDLE_WATTS + 40.0, 3.0, 0.008, 60.0, 20.0, margin_ratio=0.02)
         seconds = STEP_SECONDS * self.random.uniform(0.6, 1.3)
 
-        def look() -> float:
+        def query() -> float:
             # The rows are read when the first question is asked.
-            view = self.group.look(now_seconds, now_seconds, share)
+            view = self.group.query(now_seconds, now_seconds, share)
             return min(part.max_watts(seconds) for part in view.parts)
 
-        fits = self._timed("look", look)
+        fits = self._timed("query", query)
         watts = min(STEP_WATTS, fits)
         if watts <= IDLE_WATTS:
             return None
@@ -109,7 +110,7 @@ class Engine:
         committed = self._committed(run)
         step = Step(now_seconds, StepPrediction(seconds, run[2]))
         claimed = self._timed(
-            "claim", lambda: self.group.claim(committed, share, now_seconds, step)
+            "reserve", lambda: self.group.reserve(committed, share, now_seconds, step)
         )
         return run if claimed else None
 
@@ -117,7 +118,7 @@ class Engine:
         """The step is over."""
         self.ledger.spend(*run)
         committed, share = self._committed(), EngineShare(IDLE_WATTS)
-        self._timed("enter", lambda: self.group.enter(committed, share, now_seconds))
+        self._timed("commit", lambda: self.group.commit(committed, share, now_seconds))
 
 
 def limits_of(engines: int, windows: int) -> tuple[PowerLimit, ...]:
@@ -226,18 +227,18 @@ def in_memory(engines: int, windows: int, steps: int) -> Cost:
 def _cost(engines: int, processes: bool, windows: int, found: Sequence[dict[str, Any]]) -> Cost:
     samples = {
         what: [value / 1e3 for each in found for value in each["nanoseconds"][what]]
-        for what in ("look", "claim", "enter")
+        for what in ("query", "reserve", "commit")
     }
     claims = sum(each["claims"] for each in found)
     return Cost(
         engines=engines,
         processes=processes,
         windows=windows,
-        look_microseconds=statistics.median(samples["look"]),
-        look_p99_microseconds=float(np.quantile(samples["look"], 0.99)),
-        claim_microseconds=statistics.median(samples["claim"]),
-        claim_p99_microseconds=float(np.quantile(samples["claim"], 0.99)),
-        enter_microseconds=statistics.median(samples["enter"]),
+        query_microseconds=statistics.median(samples["query"]),
+        query_p99_microseconds=float(np.quantile(samples["query"], 0.99)),
+        reserve_microseconds=statistics.median(samples["reserve"]),
+        reserve_p99_microseconds=float(np.quantile(samples["reserve"], 0.99)),
+        commit_microseconds=statistics.median(samples["commit"]),
         lock_wait_microseconds=1e6 * sum(each["lock_wait_seconds"] for each in found) / claims,
         lock_wait_max_microseconds=1e6 * max(each["lock_wait_max_seconds"] for each in found),
         static_ratio=sum(each["static"] for each in found) / claims,
@@ -261,9 +262,9 @@ def table(costs: Sequence[Cost]) -> str:
             else "- | - | -"
         )
         lines.append(
-            f"| {cost.engines} | {where} | {cost.windows} | {cost.look_microseconds:.0f} "
-            f"| {cost.look_p99_microseconds:.0f} | {cost.claim_microseconds:.0f} "
-            f"| {cost.claim_p99_microseconds:.0f} | {cost.enter_microseconds:.0f} | {waits} "
+            f"| {cost.engines} | {where} | {cost.windows} | {cost.query_microseconds:.0f} "
+            f"| {cost.query_p99_microseconds:.0f} | {cost.reserve_microseconds:.0f} "
+            f"| {cost.reserve_p99_microseconds:.0f} | {cost.commit_microseconds:.0f} | {waits} "
             f"| {cost.refused_ratio:.2%} |"
         )
     return "\n".join(lines)

@@ -24,9 +24,10 @@ from bench.machine import describe
 from bench.options import one_line
 from bench.proofs import cost, exact, faceoff, heat, recovery, slack, step
 from bench.proofs.table import Job, Section, Verdict, section_text, verdict_text, verdicts
-from shaper.arguments import Parser, check_output
+from shaper.cli.arguments import Parser
 from shaper.engine.compat import vllm_version
 from shaper.engine.preflight import check_vllm_imports
+from shaper.files.outputs import check_output
 
 Results = list[dict[str, Any]]
 

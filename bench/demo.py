@@ -25,8 +25,8 @@ from bench.options import seconds as duration
 from bench.page import comparison_page, comparison_picture, self_check_lines
 from bench.progress import PhaseProgress
 from bench.tables import comparison_checks, comparison_table, run_data, without_nan
-from shaper.arguments import Parser
-from shaper.config import build_config
+from shaper.cli.arguments import Parser
+from shaper.config.model import build_config
 from shaper.emulator.shapes import known_models
 from shaper.errors import ConfigError, ShaperError
 from shaper.gpu.profiles import load_profile

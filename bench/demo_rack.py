@@ -30,8 +30,8 @@ from bench.options import add_workload_options, count, ratio, workload
 from bench.options import seconds as duration
 from bench.progress import Phase, PhaseProgress
 from bench.tables import without_nan
-from shaper.arguments import Parser
-from shaper.config import build_config
+from shaper.cli.arguments import Parser
+from shaper.config.model import build_config
 from shaper.core.types import PowerLimit
 from shaper.emulator.shapes import known_models
 from shaper.errors import ConfigError, ShaperError

@@ -33,8 +33,8 @@ from bench.published import (
 )
 from bench.serving_fit import Assumptions, fit_serving, predict_rows, replaced
 from bench.steady_state import ServingPoint
-from shaper.arguments import Parser
-from shaper.core.profile import GpuProfile
+from shaper.cli.arguments import Parser
+from shaper.core.model.profile import GpuProfile
 from shaper.emulator.shapes import load_shape
 from shaper.gpu.profiles import load_profile
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bench.published import ServingRow, serving_rows
 from bench.serving_fit import predict_rows
-from shaper.arguments import check_package
 from shaper.errors import ConfigError
+from shaper.files.outputs import check_package
 from shaper.gpu.profiles import load_profile
 
 

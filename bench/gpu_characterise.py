@@ -36,7 +36,7 @@ from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.errors import ConfigError, ShaperError
 from shaper.gpu.profiles import load_profile, profile_for_device
 from shaper.gpu.reader import GpuReader
-from shaper.recording import RecordingWriter
+from shaper.recording.format import RecordingWriter
 
 # These run no steps, and need no engine on a GPU that is there without one.
 _ONLY_READ = frozenset({"idle", "reads"})

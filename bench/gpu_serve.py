@@ -43,9 +43,9 @@ from bench.gpu_serving.store import (
 )
 from bench.interrupt import Termination
 from bench.tables import without_nan
-from shaper.arguments import check_package
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, ShaperError
+from shaper.files.outputs import check_package
 from shaper.gpu.profiles import load_profile, profile_for_device
 
 

@@ -1,6 +1,6 @@
 """What the estimator makes of GPUs that its model can't represent: `python -m bench.learning`.
 
-Each row is one plant (`shaper.simulate.plant`) under one budget: vLLM's real scheduler and
+Each row is one plant (`shaper.simulate.true_gpu`) under one budget: vLLM's real scheduler and
 the shaper in virtual time, a meter with its own gain error whose energy counter moves each
 100 ms, random traffic. The limit is a share of the same plant's unshaped peak; power is
 judged in metered watts, over every window that begins after the first seconds.
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.options import one_line, seconds
-from shaper.arguments import Parser
+from shaper.cli.arguments import Parser
 from shaper.core.types import PowerLimit, StepBatch, StepPrediction
 
 FloatArray = npt.NDArray[np.float64]
@@ -89,7 +89,7 @@ def _config() -> Any:
 @cache
 def model() -> Any:
     """What the controller believes."""
-    from shaper.core.power_model import StepModel
+    from shaper.core.model.power_model import StepModel
     from shaper.engine.work import engine_coefficients
     from shaper.gpu.profiles import load_profile
 
@@ -97,23 +97,23 @@ def model() -> Any:
 
 
 def _scaled(ratios: Mapping[str, float]) -> Any:
-    from shaper.simulate import plant
+    from shaper.simulate import true_gpu
 
-    return plant.scaled(model(), **ratios)
+    return true_gpu.scaled(model(), **ratios)
 
 
 def _terms(ratios: Mapping[str, float]) -> Any:
-    from shaper.simulate import plant
+    from shaper.simulate import true_gpu
 
-    return plant.terms(model(), ratios)
+    return true_gpu.terms(model(), ratios)
 
 
 def plants() -> dict[str, Callable[[], Any]]:
     """Every kind of plant by name; the models must be built when they are used."""
-    from shaper.simulate import plant
+    from shaper.simulate import true_gpu
 
     up, down = 1.0 + ERROR_RATIO, 1.0 - ERROR_RATIO
-    named: dict[str, Callable[[], Any]] = {"as modelled": lambda: plant.scaled(model())}
+    named: dict[str, Callable[[], Any]] = {"as modelled": lambda: true_gpu.scaled(model())}
     for name, ratio in (("+", up), ("-", down)):
         for what, ratios in (
             ("joules", {"joules_ratio": ratio}),
@@ -121,22 +121,22 @@ def plants() -> dict[str, Callable[[], Any]]:
             ("both", {"joules_ratio": ratio, "seconds_ratio": ratio}),
         ):
             named[f"{what} {name}15%"] = partial(_scaled, ratios)
-    named["cliff above 512 tokens"] = lambda: plant.cliff(model(), 512)
-    named["cliff above 1500 tokens"] = lambda: plant.cliff(model(), 1500)
-    named["ceiling at 560 W"] = lambda: plant.ceiling(model(), 560.0)
-    named["steeper above 450 W"] = lambda: plant.steeper(model(), 450.0)
-    named["drifting"] = lambda: plant.Drifting(model())
+    named["cliff above 512 tokens"] = lambda: true_gpu.cliff(model(), 512)
+    named["cliff above 1500 tokens"] = lambda: true_gpu.cliff(model(), 1500)
+    named["ceiling at 560 W"] = lambda: true_gpu.ceiling(model(), 560.0)
+    named["steeper above 450 W"] = lambda: true_gpu.steeper(model(), 450.0)
+    named["drifting"] = lambda: true_gpu.Drifting(model())
     return named
 
 
 def term_plants() -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each combination of signs of each term's error."""
-    from shaper.simulate import plant
+    from shaper.simulate import true_gpu
 
-    for signs in itertools.product((1, -1), repeat=len(plant.TERMS)):
+    for signs in itertools.product((1, -1), repeat=len(true_gpu.TERMS)):
         name = "".join("+" if sign > 0 else "-" for sign in signs)
         ratios = {
-            term: 1.0 + sign * ERROR_RATIO for term, sign in zip(plant.TERMS, signs, strict=True)
+            term: 1.0 + sign * ERROR_RATIO for term, sign in zip(true_gpu.TERMS, signs, strict=True)
         }
         yield f"terms {name}", partial(_terms, ratios)
 
@@ -156,7 +156,7 @@ class _Watched:
         controller = self._shaper._controller if self._shaper else None
         if controller is None or now_seconds < SEEN_SECONDS:
             return run
-        flight = controller._flights._queue[-1]
+        flight = controller._in_flight_steps._queue[-1]
         self.disagreed += controller.estimator.disagrees
         joules = run.joules * self._gain
 
@@ -171,9 +171,9 @@ def serve(
     plant: Any, limits: tuple[PowerLimit, ...] | None, traffic: Traffic, meter_seed: int = 1
 ) -> tuple[Any, _Watched, float]:
     """Run the traffic on a plant; the engine, what was watched, and the meter's gain."""
+    from shaper.simulate.build import new_engine
     from shaper.simulate.engine import new_request
-    from shaper.simulate.plant import Drifting, metered_ratio
-    from shaper.simulate.rig import new_engine
+    from shaper.simulate.true_gpu import Drifting, metered_ratio
 
     gain = metered_ratio(plant.profile, plant.gpu_count, meter_seed)
     engine = new_engine(
@@ -197,9 +197,9 @@ def serve(
     return engine, watched, gain
 
 
-def unshaped_peak(new_plant: Callable[[], Any], traffic: Traffic, meter_seed: int = 1) -> float:
+def unshaped_peak(new_true_gpu: Callable[[], Any], traffic: Traffic, meter_seed: int = 1) -> float:
     """Highest metered 100 ms power of vLLM alone on this plant."""
-    engine, _, gain = serve(new_plant(), None, traffic, meter_seed)
+    engine, _, gain = serve(new_true_gpu(), None, traffic, meter_seed)
     return float(metered_windows(engine.gpus.take_segments(), 0.1, gain)[:, 1].max())
 
 
@@ -265,13 +265,13 @@ def _main() -> int:
     chosen |= dict(every[: options.terms])
     print("| plant | limit | over | worst | used | seconds error | joules error | dis | forced |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for name, new_plant in chosen.items():
+    for name, new_true_gpu in chosen.items():
         if options.only not in name:
             continue
-        peak = unshaped_peak(new_plant, traffic[: len(traffic) // 3])
+        peak = unshaped_peak(new_true_gpu, traffic[: len(traffic) // 3])
         for share in options.shares:
             for window in options.windows:
-                outcome = judge(new_plant(), PowerLimit(share * peak, window), traffic)
+                outcome = judge(new_true_gpu(), PowerLimit(share * peak, window), traffic)
                 print(_row(name, outcome), flush=True)
     return 0
 

@@ -19,7 +19,7 @@ from bench.options import add_workload_options, count, seconds, workload
 from bench.progress import Phase, PhaseProgress
 from bench.servers import served_model
 from bench.tables import latency_rows, throughput_rows, without_nan
-from shaper.arguments import Parser
+from shaper.cli.arguments import Parser
 from shaper.errors import ConfigError, ShaperError
 from shaper.report.table import Row, Table, to_text
 from shaper.traffic.workload import Workload

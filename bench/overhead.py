@@ -33,12 +33,13 @@ from typing import Any
 from bench.options import one_line
 from bench.overhead_memory import show
 from bench.overhead_timers import PARTS, Parts, Timed, own_methods_timed, timer_microseconds
-from shaper.arguments import Parser, check_output
+from shaper.cli.arguments import Parser
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import PowerLimit, Reason, StepLimits
 from shaper.engine.preflight import check_vllm_imports
 from shaper.errors import ConfigError
+from shaper.files.outputs import check_output
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
 STATES: dict[str, tuple[PowerLimit, ...]] = {
@@ -110,8 +111,8 @@ def _engine(
     steps: int,
     queue: bool = False,
 ) -> Any:
+    from shaper.simulate.build import new_engine
     from shaper.simulate.engine import new_request
-    from shaper.simulate.rig import new_engine
 
     policy = _Holding()
     # Nothing is forced within the run.

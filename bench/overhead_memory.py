@@ -24,14 +24,14 @@ from typing import Any
 
 from bench.stub_scheduler import StubOutput, StubRequest, StubScheduler
 from shaper.core.controller import Controller
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.policy.windowed import WindowedPlanner
-from shaper.core.power_model import StepModel
-from shaper.core.shape import ModelShape
 from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.models import model_directory
+from shaper.engine.fallback_cap import fallback_cap
 from shaper.engine.runtime import LiveShaper
-from shaper.engine.safe_cap import safe_cap
 from shaper.engine.telemetry import DecisionLog
 from shaper.gpu.profiles import load_profile
 
@@ -77,7 +77,7 @@ class SyntheticEngine:
         self.shaper = LiveShaper(
             self.scheduler,
             self._new_controller,
-            lambda budget: safe_cap(self._model.predict, self._model.gap_watts, budget),
+            lambda budget: fallback_cap(self._model.predict, self._model.gap_watts, budget),
             _PHASES[0][1],
             sampler=self,
             log=self.log,

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from shaper.core.profile import GpuProfile
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.emulator.shapes import known_models, load_shape
 from shaper.errors import TraceError
 

@@ -32,7 +32,7 @@ from bench.racks.plan import (
 from bench.racks.pool import Runner, Told
 from bench.racks.store import Store
 from bench.racks.variants import vary
-from shaper.arguments import Parser
+from shaper.cli.arguments import Parser
 from shaper.engine.preflight import check_vllm_imports
 from shaper.errors import ConfigError, ShaperError
 from shaper.simulate.arrivals import loop_seconds

@@ -54,7 +54,7 @@ class ServerCommand:
 
 def shaper_serve(arguments: Sequence[str]) -> tuple[str, ...]:
     """The command line of `shaper serve` in this interpreter's environment."""
-    return (sys.executable, "-m", "shaper.cli", "serve", *arguments)
+    return (sys.executable, "-m", "shaper.cli.main", "serve", *arguments)
 
 
 def free_port() -> int:

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from bench.published import ServingRow
 from bench.steady_state import ServingLoad, ServingPoint, steady_state
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
 from shaper.emulator.shapes import load_shape
 
 FloatArray = npt.NDArray[np.float64]

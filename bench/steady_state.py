@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
 from shaper.core.types import StepBatch
 
 POINTS = 48

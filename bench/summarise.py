@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from shaper.arguments import Parser
+from shaper.cli.arguments import Parser
 from shaper.errors import ShaperError, TraceError
 from shaper.traffic.traces import TRACE_FORMATS, load_trace
 from shaper.traffic.workload import Workload

@@ -117,7 +117,7 @@ class VirtualRun:
     """
 
     def __init__(self, setup: Setup, seed: int = 0) -> None:
-        from shaper.simulate.rig import new_engine
+        from shaper.simulate.build import new_engine
 
         self._config = _config()
         self._seed = seed

@@ -2,7 +2,7 @@
 
 import sys
 
-from shaper.cli import main
+from shaper.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

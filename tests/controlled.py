@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from shaper.budget_config import TermsConfig
-from shaper.control import ChangeRecord, ControlFile, ControlRecord, Follower, Origin
+from shaper.config.budget import TermsConfig
 from shaper.core.budget import BudgetPlan
 from shaper.engine.control import BudgetControl
-from shaper.status import control_paths
+from shaper.ipc.control_file import ChangeRecord, ControlFile, ControlRecord, Follower, Origin
+from shaper.ipc.status_block import control_paths
 
 ORIGIN = Origin(sequence=1, who="a", why="", at="")
 CONFIGURED = TermsConfig.model_validate({"limits": ["560W@1s"]})

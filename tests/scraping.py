@@ -8,11 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shaper.control import EngineControl
 from shaper.core.budget import Source
 from shaper.core.types import PowerBudget, PowerLimit
-from shaper.metrics import StatusCollector
-from shaper.status import read_statuses
+from shaper.ipc.control_file import EngineControl
+from shaper.ipc.status_block import read_statuses
+from shaper.server.metrics import StatusCollector
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import math
 
 from hypothesis import strategies as st
 
-from shaper.core.admission import Strain
+from shaper.core.supervise.admission import Strain
 from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
 from shaper.gpu.nvml_errors import ERRORS
-from shaper.group_status import MEMBER_STATES, GroupStatus, MemberStatus
+from shaper.ipc.group_status import MEMBER_STATES, GroupStatus, MemberStatus
 from tests.gpu.fake_faults import Fault
 
 watts = st.floats(min_value=1.0, max_value=900.0)

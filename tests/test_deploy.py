@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from shaper.core.standing import Cause
+from shaper.cli.lifecycle import DRAIN_SECONDS, END_SECONDS, LEFTOVER_SECONDS
+from shaper.core.supervise.status import Cause
 from shaper.core.types import PowerBudget, PowerLimit, Reason
-from shaper.engine.lifecycle import DRAIN_SECONDS, END_SECONDS, LEFTOVER_SECONDS
-from shaper.group_status import GROUP_METRICS, GroupStatus, MemberStatus
-from shaper.metric_values import (
+from shaper.ipc.group_status import GROUP_METRICS, GroupStatus, MemberStatus
+from shaper.ipc.metric_table import (
     FLEX_METRICS,
     SAMPLER_METRICS,
     SCHEDULER_METRICS,
     STANDING_METRICS,
 )
-from shaper.metrics import StatusCollector
-from shaper.status import Status
+from shaper.ipc.status_block import Status
+from shaper.server.metrics import StatusCollector
 from tests.scraping import control
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shaper.config import ShaperConfig
+from shaper.config.model import ShaperConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(

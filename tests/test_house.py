@@ -22,15 +22,44 @@ NOT_IN_CORE = frozenset(
     | {"asyncio", "queue", "signal", "socket", "subprocess", "os", "io", "pathlib", "shutil"}
     | {"tempfile", "logging", "sys", "importlib"}
 )
-# What a room may import of this package, itself and `shaper.errors` apart.
-ROOMS: dict[str, frozenset[str]] = {
+# What each package may import of the others; `errors` and `units` are free to all. Each stands
+# below those that name it, so no import goes upwards and there is no circle.
+PACKAGES: dict[str, frozenset[str]] = {
     "core": frozenset(),
-    "files": frozenset({"core"}),
-    "gpu": frozenset({"core", "files"}),
+    "files": frozenset(),
+    "config": frozenset({"core"}),
+    "recording": frozenset({"core", "files"}),
+    "gpu": frozenset({"core", "recording"}),
+    "fitting": frozenset({"core", "recording"}),
+    "ipc": frozenset({"core", "config", "gpu"}),
+    "group": frozenset({"core", "ipc"}),
     "emulator": frozenset({"core", "gpu"}),
-    "fleet": frozenset({"core", "processes"}),
-    "traffic": frozenset({"core", "emulator", "files"}),
+    "traffic": frozenset({"core", "files", "emulator"}),
+    "report": frozenset(),
+    "server": frozenset({"core", "config", "recording", "gpu", "ipc"}),
+    "engine": frozenset(
+        {"core", "files", "config", "recording", "gpu", "ipc", "group", "emulator", "server"}
+    ),
+    "simulate": frozenset(
+        {"core", "config", "gpu", "group", "emulator", "traffic", "report", "engine"}
+    ),
+    "doctor": frozenset({"core", "config", "gpu", "ipc", "group", "emulator", "engine"}),
+    "cli": frozenset(
+        {"core", "files", "config", "recording", "gpu", "fitting", "ipc", "group", "emulator"}
+        | {"traffic", "report", "server", "engine", "simulate", "doctor"}
+    ),
 }
+FREE = frozenset({"errors", "units"})
+TOP = frozenset({"__init__", "__main__", "errors", "units"})
+# Parts of the core, lowest first: `types` and what it needs are below all of them.
+CORE_PARTS: dict[str, frozenset[str]] = {
+    "model": frozenset(),
+    "learn": frozenset({"model"}),
+    "ledger": frozenset(),
+    "policy": frozenset({"ledger"}),
+    "supervise": frozenset({"model", "learn"}),
+}
+CORE_FREE = frozenset({"types", "chunks"})
 # The part of the emulator that vLLM's engine runs; the rest of it knows no vLLM.
 EMULATED_EXECUTOR = (
     "emulator/executor.py",
@@ -38,16 +67,18 @@ EMULATED_EXECUTOR = (
     "emulator/platform.py",
     "emulator/selfcheck.py",
 )
+# Commands that end in vLLM's own, and a check of what it would import.
+COMMANDS = ("cli/serve.py", "cli/vllm.py", "doctor/import_check.py")
 # Libraries that are imported in one place.
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "pynvml": ("gpu/nvml_driver.py",),
     # The metrics themselves, and the two places where they join vLLM's registries.
-    "prometheus_client": ("metrics.py", "engine/plugin.py", "engine/stats.py"),
-    "vllm": ("engine/", "simulate/", *EMULATED_EXECUTOR),
-    "torch": ("engine/", "simulate/", *EMULATED_EXECUTOR),
+    "prometheus_client": ("server/metrics.py", "server/stats.py", "engine/plugin.py"),
+    "vllm": ("engine/", "simulate/", "server/stats.py", *COMMANDS, *EMULATED_EXECUTOR),
+    "torch": ("engine/", "simulate/", *COMMANDS, *EMULATED_EXECUTOR),
 }
 # A schedule in calendar time needs the wall clock; nothing else does.
-WALL_CLOCK = frozenset({PACKAGE / "wall_clock.py"})
+WALL_CLOCK = frozenset({PACKAGE / "ipc" / "wall_clock.py"})
 # "About 300" and "about 60": this is where "about" ends.
 MAX_FILE_LINES = 360
 MAX_FUNCTION_LINES = 80
@@ -97,15 +128,37 @@ def test_the_core_imports_numpy_and_itself(path: Path) -> None:
             assert top not in NOT_IN_CORE, name
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_only_what_stands_before_them(room: str) -> None:
-    """Data flows left to right, and so do imports."""
-    allowed = {"errors", room} | ROOMS[room]
-    for path in sorted((PACKAGE / room).rglob("*.py")):
+def test_the_table_of_packages_is_whole_and_has_no_circle() -> None:
+    """Every package is in it, stands below those that import it, and nothing is loose."""
+    folders = {path.name for path in PACKAGE.iterdir() if any(path.glob("*.py"))}
+    assert folders == set(PACKAGES)
+    assert {path.stem for path in PACKAGE.glob("*.py")} == TOP
+    seen: set[str] = set()
+    for name, allowed in PACKAGES.items():
+        assert allowed <= seen, f"{name} stands above {sorted(allowed - seen)}"
+        seen.add(name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_what_stands_below_them(package: str) -> None:
+    """Data flows upwards through them, and so do imports."""
+    allowed = {package} | FREE | PACKAGES[package]
+    for path in sorted((PACKAGE / package).rglob("*.py")):
         for name in imports(path):
             parts = name.split(".")
             if parts[0] == "shaper" and len(parts) > 1:
                 assert parts[1] in allowed, f"{name_of(path)} imports {name}"
+
+
+@pytest.mark.parametrize("part", CORE_PARTS)
+def test_parts_of_the_core_import_only_what_stands_below_them(part: str) -> None:
+    """The controller joins them; none of them knows it."""
+    allowed = {part} | CORE_FREE | CORE_PARTS[part]
+    for path in sorted((PACKAGE / "core" / part).rglob("*.py")):
+        for name in imports(path):
+            parts = name.split(".")
+            if parts[:2] == ["shaper", "core"] and len(parts) > 2:
+                assert parts[2] in allowed, f"{name_of(path)} imports {name}"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

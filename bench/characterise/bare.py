@@ -16,7 +16,7 @@ from shaper.core.types import StepBatch
 from shaper.emulator.device import EmulatedDevice
 from shaper.emulator.shapes import load_shape
 from shaper.gpu.reader import GpuReader
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 
 class Device(Protocol):

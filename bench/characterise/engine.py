@@ -24,7 +24,7 @@ from shaper.emulator.models import model_directory
 from shaper.engine.compat import vllm_version
 from shaper.errors import EngineError
 from shaper.gpu.reader import GpuReader
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 _EMULATED_EXECUTOR = "shaper.emulator.executor.EmulatedExecutor"
 # More turns of the engine's loop than any preparation takes; beyond it something is stuck.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shaper.core.shape import ModelShape
+from shaper.core.model.shape import ModelShape
 from shaper.core.types import StepBatch
 from shaper.errors import ConfigError
 from shaper.gpu.reader import GpuReader

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from bench.characterise.plan import QUICK, STAGE_SECONDS, STAGES, TOTAL_SECONDS, Plan
-from shaper.arguments import Parser
+from shaper.cli.arguments import Parser
 
 PROGRAM = "bench.gpu_characterise"
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from shaper.core.types import ClockEventReasons, GpuSample
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 _SETTING_WORDS = {"on_seconds": "waves of {:g} s", "cadence_seconds": "every {:g} s"}
 

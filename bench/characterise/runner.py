@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from shaper.core.types import StepBatch
 from shaper.gpu.reader import GpuReader
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 
 class Runner(Protocol):

@@ -18,7 +18,7 @@ from bench.characterise.sampling import MeterThread
 from shaper.core.types import GpuSample
 from shaper.emulator.host import sleep_until
 from shaper.errors import ShaperError
-from shaper.recording import RecordedStep, RecordingWriter
+from shaper.recording.format import RecordedStep, RecordingWriter
 
 # What a first step is taken to last; later points go by those before.
 _FIRST_GUESS_SECONDS = 0.007

@@ -21,7 +21,7 @@ from bench.characterise.points import make_point
 from bench.characterise.stages import Session
 from shaper.core.types import ClockEventReasons, GpuSample
 from shaper.emulator.host import sleep_until
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 FloatArray = npt.NDArray[np.float64]
 READINGS = ("instant_watts", "average_watts")

@@ -21,14 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shaper.core.power_model import StepModel
-from shaper.core.shape import ModelShape
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.errors import TraceError
 from shaper.fitting.common import sampled
 from shaper.fitting.power import energy_windows
 from shaper.gpu.profiles import load_profile
-from shaper.recording import Recording
+from shaper.recording.format import Recording
 from shaper.traffic.figures import GRID_SECONDS, PowerGrid, window_means
 
 FloatArray = NDArray[np.float64]
@@ -42,7 +42,7 @@ class StepErrors:
 
     steps: int
     median_ratio: float
-    """Signed: above 0 the model says longer."""
+    """OperatorRequest: above 0 the model says longer."""
     median_absolute_ratio: float
     p90_absolute_ratio: float
 

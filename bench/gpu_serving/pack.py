@@ -24,8 +24,8 @@ from bench.gpu_serving.store import write_json
 from bench.tables import without_nan
 from shaper.core.types import GpuSample
 from shaper.errors import ConfigError
-from shaper.files.rows import SAMPLE_FIELDS, STEP_FIELDS
-from shaper.recording import RecordedStep, Recording
+from shaper.recording.format import RecordedStep, Recording
+from shaper.recording.rows import SAMPLE_FIELDS, STEP_FIELDS
 
 MOST_BYTES = 2_000_000
 _FEWEST_SECONDS = 2.0

@@ -26,7 +26,7 @@ from bench.servers import Server, ServerCommand, clean_environment, free_port, s
 from shaper.core.types import PowerLimit
 from shaper.emulator.models import model_directory
 from shaper.errors import TraceError
-from shaper.recording import finish_recordings
+from shaper.recording.format import finish_recordings
 from shaper.traffic.synthetic import synthesise
 from shaper.traffic.workload import Workload
 

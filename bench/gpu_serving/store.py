@@ -26,7 +26,7 @@ from bench.client import Replay, RequestRecord
 from bench.gpu_serving.plan import Run
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, TraceError
-from shaper.recording import Recording, read_recording
+from shaper.recording.format import Recording, read_recording
 from shaper.traffic.workload import TimedRequest, Workload
 
 RECORDING, DECISIONS, REQUESTS = "recording.parquet", "decisions.jsonl", "requests.parquet"

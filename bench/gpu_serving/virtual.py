@@ -22,7 +22,7 @@ from bench.gpu_serving.serve import SETTLE_SECONDS, versions, warm_up_load
 from bench.gpu_serving.store import RECORDING, RunMeta, Settings, write_run
 from shaper.core.types import GpuSample, PowerLimit, StepBatch
 from shaper.emulator.shapes import load_model_config
-from shaper.recording import RecordedStep, RecordingWriter
+from shaper.recording.format import RecordedStep, RecordingWriter
 from shaper.traffic.workload import Workload, prompt_token_ids
 
 if TYPE_CHECKING:
@@ -66,8 +66,8 @@ def virtual_run(
         ConfigError: there is no such profile, or a request does not fit.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from shaper.simulate.build import new_engine
     from shaper.simulate.engine import engine_config, new_request
-    from shaper.simulate.rig import new_engine
 
     wall = time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ ITL_TARGET_SECONDS = 0.1
 OVER_RATIO = 1.005
 # Every tenth of the windows by millisecond: more than a screen has room for.
 _STACK_STRIDE = 10
-_LEDGER_CALLS = ("look", "tell", "claim", "enter")
+_LEDGER_CALLS = ("query", "publish", "reserve", "commit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ def ledger_time() -> Iterator[list[float]]:
 
     Of its processor time, so that other processes don't count.
     """
-    from shaper.fleet.ledger import GroupLedger
-    from shaper.fleet.sums import Question
+    from shaper.group.ledger import GroupLedger
+    from shaper.group.usage import Question
 
     spent = [0.0]
     within = False

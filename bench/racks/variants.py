@@ -17,30 +17,30 @@ from bench.racks.outcome import Outcome
 from bench.racks.plan import Comparison, limit_of, limited
 from bench.racks.pool import Run, Runner, Search
 from bench.racks.rows import VARIANT_COLUMNS, Entry, Reference
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
 from shaper.errors import ConfigError
-from shaper.simulate import plant
-from shaper.simulate.plant import Plant
-from shaper.simulate.seat import drawn_plant
+from shaper.simulate import true_gpu
 from shaper.simulate.setup import NO_ERRORS, Errors, RackSetup
+from shaper.simulate.simulated_engine import drawn_gpu
+from shaper.simulate.true_gpu import TrueGpu
 
 LIMIT_RATIO = 0.70
 ITL_TARGET_SECONDS = 0.1
 # As in the variants that the shaper is not told of.
 KNOWN_GAPS_WATTS = (170.0, 200.0)
 
-Bend = Callable[[StepModel], Plant]
+Bend = Callable[[StepModel], TrueGpu]
 
 
-def _true(model: StepModel, index: int, errors: Errors, seed: int, bend: Bend) -> Plant:
+def _true(model: StepModel, index: int, errors: Errors, seed: int, bend: Bend) -> TrueGpu:
     """The GPUs as drawn, with a bend in them."""
-    drawn = drawn_plant(model, errors, seed, index)
+    drawn = drawn_gpu(model, errors, seed, index)
     return bend(StepModel(drawn.profile, model.coefficients))
 
 
-def _profiled(model: StepModel, change: Callable[[GpuProfile], GpuProfile]) -> Plant:
-    return Plant(StepModel(change(model.profile), model.coefficients))
+def _profiled(model: StepModel, change: Callable[[GpuProfile], GpuProfile]) -> TrueGpu:
+    return TrueGpu(StepModel(change(model.profile), model.coefficients))
 
 
 def _gap(watts: float, profile: GpuProfile) -> GpuProfile:
@@ -62,13 +62,13 @@ def _cap_lag(ratio: float, profile: GpuProfile) -> GpuProfile:
     return replace(profile, cap=slower)
 
 
-def _ceiling(ratio: float, model: StepModel) -> Plant:
-    return plant.ceiling(model, ratio * model.profile.power.limit_watts * model.gpu_count)
+def _ceiling(ratio: float, model: StepModel) -> TrueGpu:
+    return true_gpu.ceiling(model, ratio * model.profile.power.limit_watts * model.gpu_count)
 
 
-def _steeper(ratio: float, model: StepModel) -> Plant:
+def _steeper(ratio: float, model: StepModel) -> TrueGpu:
     watts = ratio * model.profile.power.limit_watts * model.gpu_count
-    return plant.steeper(model, watts, 1.3)
+    return true_gpu.steeper(model, watts, 1.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ VARIANTS = (
     Variant("model within 20%, each GPU 8%", _errors(model_ratio=0.20, own_ratio=0.08)),
     Variant("a ceiling at 85% of TDP", _bent(partial(_ceiling, 0.85))),
     Variant(
-        "steps over 2,048 tokens take 1.2 times", _bent(partial(plant.cliff, above_tokens=2048))
+        "steps over 2,048 tokens take 1.2 times", _bent(partial(true_gpu.cliff, above_tokens=2048))
     ),
     Variant("power above 70% of TDP rises 1.3 times", _bent(partial(_steeper, 0.7))),
 )

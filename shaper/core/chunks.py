@@ -89,7 +89,7 @@ def least_chunk(prefills: Sequence[PrefillDemand], blocks: Blocks | None) -> int
 
 def take(
     prefills: Iterable[PrefillDemand],
-    room: int,
+    headroom: int,
     *,
     most: int,
     splittable: bool,
@@ -101,7 +101,7 @@ def take(
 
     Args:
         prefills: in the engine's order.
-        room: tokens for them.
+        headroom: tokens for them.
         most: of one prompt; 0: no such bound.
         splittable: else a prompt runs whole.
         running: how many of them, from the first, are of running requests.
@@ -110,10 +110,10 @@ def take(
     """
     requests = tokens = contexts = products = squares = 0
     for index, demand in enumerate(prefills):
-        if room <= 0:
+        if headroom <= 0:
             break
         left = demand.remaining_tokens
-        chunk = left if left < room else room
+        chunk = left if left < headroom else headroom
         if 0 < most < chunk:
             chunk = most
         if chunk <= 0 or (chunk < left and not splittable):
@@ -131,5 +131,5 @@ def take(
         contexts += context
         products += chunk * context
         squares += chunk * chunk
-        room -= chunk
+        headroom -= chunk
     return Taken(requests, tokens, contexts, products, squares)

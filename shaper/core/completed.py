@@ -20,12 +20,12 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from shaper.core.estimator import Estimator
-from shaper.core.flights import Flight, Unsure
-from shaper.core.ledger import Ledger
-from shaper.core.predictor import Predictor
+from shaper.core.in_flight import InFlightStep, Unsure
+from shaper.core.learn.estimator import Estimator
+from shaper.core.ledger.ledger import Ledger
+from shaper.core.ledger.window import Run
+from shaper.core.model.predictor import Predictor
 from shaper.core.types import ClockEventReasons, PowerState, StepBatch, StepPrediction
-from shaper.core.window import Run
 
 # A busy host sees a step's end some milliseconds late. Entered as seen, a window would
 # miss that much of it at full power: 3 ms at 700 W are 3% of a limit over 100 ms.
@@ -79,7 +79,7 @@ class SeenClock:
 class _Completed(NamedTuple):
     """A step that is back and not entered."""
 
-    flight: Flight
+    flight: InFlightStep
     start_seconds: float
     end_seconds: float
     measured_seconds: float | None
@@ -156,7 +156,7 @@ class CompletedSteps:
         return Unsure(free, slowest, clock.read_hertz, 0.0 if clock.idle else clock.read_hertz)
 
     def add(
-        self, flight: Flight, start_seconds: float, now_seconds: float, measured: float | None
+        self, flight: InFlightStep, start_seconds: float, now_seconds: float, measured: float | None
     ) -> float | None:
         """A step is back; returns when it is taken to have ended, None if before it began.
 

@@ -15,20 +15,21 @@ from __future__ import annotations
 
 import math
 
-from shaper.core.claims import Claims, planned_batch
 from shaper.core.completed import HOST_LATE_SECONDS, OWN_LATE_RATIO, CompletedSteps
 from shaper.core.demand import DemandMeter
-from shaper.core.estimator import Estimator
-from shaper.core.flights import Flights
-from shaper.core.group import PowerGroup, Step
 from shaper.core.guard import Guard
-from shaper.core.ledger import Ledger
-from shaper.core.margin import UNCOUNTED_MARGIN_RATIO, Margin
+from shaper.core.in_flight import InFlightSteps
+from shaper.core.learn.estimator import Estimator
+from shaper.core.learn.margin import UNCOUNTED_MARGIN_RATIO, Margin
+from shaper.core.ledger.headroom import UNBOUNDED
+from shaper.core.ledger.ledger import Ledger
+from shaper.core.ledger.shared import PowerGroup, Step
+from shaper.core.ledger.window import Run
+from shaper.core.model.predictor import StepPredictor
 from shaper.core.policy import Plan, PlanInput, Policy
-from shaper.core.policy.sustained import EASY_STEPS
-from shaper.core.predictor import StepPredictor
-from shaper.core.room import UNBOUNDED
-from shaper.core.standing import EngineDemand
+from shaper.core.policy.sustained import DEFAULT_DECODE_INTERVAL
+from shaper.core.shared_ledger import SharedLedger, planned_batch
+from shaper.core.supervise.status import EngineDemand
 from shaper.core.types import (
     NO_TARGETS,
     NOTHING,
@@ -43,7 +44,6 @@ from shaper.core.types import (
     StepLimits,
     StepPrediction,
 )
-from shaper.core.window import Run
 
 __all__ = ["HOST_LATE_SECONDS", "OWN_LATE_RATIO", "STALE_SECONDS", "Controller"]
 
@@ -115,14 +115,14 @@ class Controller:
             model, self.estimator, self._ledger, self.idle_watts, free_hertz
         )
         self._demand = DemandMeter(self.idle_watts, start_seconds)
-        self._claims = None
+        self._shared = None
         if group is not None:
-            self._claims = Claims(group, self._ledger, self._demand, targets, self.idle_watts)
-        self._flights = Flights()
+            self._shared = SharedLedger(group, self._ledger, self._demand, targets, self.idle_watts)
+        self._in_flight_steps = InFlightSteps()
         self._returned_seconds = -math.inf
         self._state: PowerState | None = None
         self._predictions: dict[StepBatch, tuple[StepPrediction, StepPrediction]] = {}
-        self._room = UNBOUNDED
+        self._headroom = UNBOUNDED
         self._plan = Plan(UNLIMITED, Reason.IDLE)
         self._wanted_prefill_tokens = 0
 
@@ -163,7 +163,7 @@ class Controller:
         if self._state is not None and state.sampled_seconds <= self._state.sampled_seconds:
             return
         self._state = state
-        self._completed.observe(state, self._flights.unsure)
+        self._completed.observe(state, self._in_flight_steps.unsure)
         self.estimator.observe_power(state)
         self._predictions.clear()
 
@@ -200,7 +200,7 @@ class Controller:
         view = self._decide(load, start, now_seconds, decodes, in_flight)
         least_watts = self._paced_watts(decodes, self._decode_deadline_seconds)
         self._demand.planned(
-            load, self._plan, now_seconds, decodes, least_watts, view.room.sustained_watts
+            load, self._plan, now_seconds, decodes, least_watts, view.headroom.sustained_watts
         )
         return UNLIMITED if self.shadow else self._plan.limits
 
@@ -213,30 +213,30 @@ class Controller:
         in_flight: list[Run],
     ) -> PlanInput:
         """Find the plan; returns what it was found from."""
-        easy = 0.0 if decodes is None else EASY_STEPS * decodes.seconds
+        easy = 0.0 if decodes is None else DEFAULT_DECODE_INTERVAL * decodes.seconds
         floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or easy)
-        since = self._flights.since_decode(load, start, self._flying(now))
-        claims = self._claims
+        since = self._in_flight_steps.since_decode(load, start, self._flying(now))
+        shared = self._shared
         state, longest = self._state, self._ledger.longest_window_seconds
         blind = state is None or state.age_seconds(now) > STALE_SECONDS
-        if claims is not None:
-            longest = max(longest, claims.longest_window_seconds)
+        if shared is not None:
+            longest = max(longest, shared.longest_window_seconds)
         asked_ratio = self.estimator.margin_ratio
         if not blind and state is not None and state.energy_integrated:
             asked_ratio += UNCOUNTED_MARGIN_RATIO
         margin_ratio = self._margin.follow(asked_ratio, blind, longest, now)
-        if claims is not None:
-            run = self._flights.holds_prompts
-            claims.stand(load, decodes, floor_watts, start - since, run, margin_ratio, now)
+        if shared is not None:
+            run = self._in_flight_steps.holds_prompts
+            shared.update_share(load, decodes, floor_watts, start - since, run, margin_ratio, now)
 
         view = self._look(load, start, now, decodes, in_flight, floor_watts, since)
-        if claims is None or self._claimed(claims, load, start, now, in_flight):
+        if shared is None or self._claimed(shared, load, start, now, in_flight):
             return view
         # Others were faster: once more with what they left, and then not at all.
         view = self._look(load, start, now, decodes, in_flight, floor_watts, since)
-        if not self._claimed(claims, load, start, now, in_flight):
+        if not self._claimed(shared, load, start, now, in_flight):
             self._plan = self._guard.check(Plan(NOTHING, Reason.PAUSE), load, start)
-            self._claimed(claims, load, start, now, in_flight)
+            self._claimed(shared, load, start, now, in_flight)
         return view
 
     def _look(
@@ -250,18 +250,19 @@ class Controller:
         since_decode_seconds: float,
     ) -> PlanInput:
         """Plan with what is left now; returns what the policy saw."""
-        claims = self._claims
-        room = self._ledger.ask(start, floor_watts, in_flight, self._margin.kept_ratio)
+        shared = self._shared
+        headroom = self._ledger.ask(start, floor_watts, in_flight, self._margin.kept_ratio)
         group = None
-        if claims is not None:
-            group = claims.look(start, now)
-            room = room.beside(group.parts, group.sustained_watts)
-        self._room = room
+        if shared is not None:
+            group = shared.query(start, now)
+            headroom = headroom.beside(group.parts, group.sustained_watts)
+        self._headroom = headroom
         demand = self._demand
         # By position, in the order of its fields: with names the call takes half as long again.
         view = PlanInput(
-            load, room, self.predict, now, self._state, self._targets, decodes,
-            self._decode_deadline_seconds, since_decode_seconds, self._guard.turn(load, start),
+            load, headroom, self.predict, now, self._state, self._targets, decodes,
+            self._decode_deadline_seconds, since_decode_seconds,
+            self._guard.prefill_overdue(load, start),
             demand.held_seconds(now), self.idle_watts, demand.prefill_watts(now),
             demand.burst_joules, group,
         )  # fmt: skip
@@ -270,18 +271,18 @@ class Controller:
         return view
 
     def _claimed(
-        self, claims: Claims, load: EngineLoad, start: float, now: float, in_flight: list[Run]
+        self, shared: SharedLedger, load: EngineLoad, start: float, now: float, in_flight: list[Run]
     ) -> bool:
         """Whether the planned step is entered with the group's, or none is planned."""
         limits = self._plan.limits
         batch = planned_batch(load, limits) if limits.run and not self.shadow else None
         if batch is None or not batch.requests:
-            claims.nothing(now)
+            shared.publish(now)
             return True
         step = Step(start, self.predict(batch))
         # What the guard forces runs whether it fits or not, and is counted.
         whatever = self._plan.reason is Reason.FORCED_OVER_BUDGET
-        return claims.claim(in_flight, step, now, whatever=whatever)
+        return shared.reserve(in_flight, step, now, whatever=whatever)
 
     def _paced_watts(self, decodes: StepPrediction | None, cadence_seconds: float) -> float:
         """What the decodes draw when they go on alone, a step each `cadence_seconds` at most."""
@@ -294,7 +295,7 @@ class Controller:
         return self._completed.runs + self._flying(now_seconds)
 
     def _flying(self, now_seconds: float) -> list[Run]:
-        return self._flights.runs(self._completed.end_seconds, now_seconds)
+        return self._in_flight_steps.runs(self._completed.end_seconds, now_seconds)
 
     def launched(self, batch: StepBatch, now_seconds: float) -> Decision:
         """Enter a step that the engine scheduled; one without tokens is only recorded."""
@@ -304,13 +305,15 @@ class Controller:
         if batch.decode_tokens or batch.prefill_tokens:
             raw, prediction = self._predict(batch)
             ran = prediction
-            idle_seconds = 0.0 if self._flights else now_seconds - self._completed.end_seconds
+            idle_seconds = (
+                0.0 if self._in_flight_steps else now_seconds - self._completed.end_seconds
+            )
             unsure = self._completed.unsure(batch, idle_seconds)
-            self._flights.launch(now_seconds, batch, raw, prediction, unsure)
+            self._in_flight_steps.launch(now_seconds, batch, raw, prediction, unsure)
             self._demand.launched(batch, prediction, now_seconds)
-            headroom = self._room.headroom_watts(prediction)
-        if self._claims is not None and not self._claims.claimed(ran):
-            self._claims.launched(self._in_flight(now_seconds), now_seconds)
+            headroom = self._headroom.headroom_watts(prediction)
+        if self._shared is not None and not self._shared.reserved(ran):
+            self._shared.launched(self._in_flight(now_seconds), now_seconds)
         # By position, in the order of its fields.
         return Decision(
             now_seconds,
@@ -326,25 +329,25 @@ class Controller:
 
     def finished(self, now_seconds: float) -> None:
         """The oldest launched step is back: what was promised becomes what was spent."""
-        if not self._flights:
+        if not self._in_flight_steps:
             return
-        flight = self._flights.land()
+        flight = self._in_flight_steps.complete()
         self._predictions.clear()  # the estimator learns
         seen = now_seconds - max(self._returned_seconds, flight.launched_seconds)
         self._returned_seconds = now_seconds
         start = max(self._completed.end_seconds, flight.launched_seconds)
         # Only a queued step's time is free of the host's, if this engine queues steps.
-        measured = seen if flight.queued or not self._flights.queues else None
+        measured = seen if flight.queued or not self._in_flight_steps.queues else None
         end = self._completed.add(flight, start, now_seconds, measured)
         if end is None:
             return
         if flight.batch.decode_tokens:
-            self._flights.decoded(end)
+            self._in_flight_steps.decoded(end)
         self._enter(now_seconds, changed=True)
 
     def _enter(self, now_seconds: float, *, changed: bool = False) -> None:
         """Enter the steps whose clock is known by now, and tell the group."""
         final = self._ledger.end_seconds
         changed |= self._completed.enter(now_seconds)
-        if changed and self._claims is not None:
-            self._claims.finished(final, self._in_flight(now_seconds), now_seconds)
+        if changed and self._shared is not None:
+            self._shared.finished(final, self._in_flight(now_seconds), now_seconds)

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 
-from shaper.core.estimator import Estimator
+from shaper.core.learn.estimator import Estimator
 from shaper.core.policy import Plan
-from shaper.core.standing import EngineDemand
+from shaper.core.supervise.status import EngineDemand
 from shaper.core.types import EngineLoad, Reason, StepBatch, StepPrediction
 
 _HELD_SECONDS = 1.0

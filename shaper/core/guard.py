@@ -56,7 +56,7 @@ class Guard:
         self._running_requests = 0
         self._forced = 0
 
-    def turn(self, load: EngineLoad, now_seconds: float) -> bool:
+    def prefill_overdue(self, load: EngineLoad, now_seconds: float) -> bool:
         """Whether prompts have waited long enough for decodes to make way."""
         since = self._prefill_since
         if since is None:
@@ -83,7 +83,7 @@ class Guard:
             self._prefill_since, self._forced = None, 0
             self._unused = False
         if self._stuck_requests is not None and load.running_requests < self._stuck_requests:
-            self._stuck_requests = None  # whoever has ended may have made room
+            self._stuck_requests = None  # whoever has ended may have made headroom
         holds_decodes = not limits.run or limits.decode_requests == 0
         if load.decode_requests and holds_decodes:
             if self._decode_since is None:
@@ -156,7 +156,7 @@ class Guard:
         elif self._granted and self._cut and self._stuck_requests is None:
             self._unused = True  # too few tokens, it may be: this was no turn
         elif self._granted:
-            # No room in its KV cache, say: the next turn comes when it has waited again.
+            # No headroom in its KV cache, say: the next turn comes when it has waited again.
             self._prefill_since, self._unused = None, False
             if not self._cut:
                 self._forced, self._stuck_requests = 0, self._running_requests

@@ -247,16 +247,16 @@ class EngineLoad:
         return found
 
     def _batch(self, prefill_tokens: int | None) -> StepBatch:
-        room = self.token_budget - self.decode_tokens
-        if prefill_tokens is not None and prefill_tokens < room:
-            room = prefill_tokens
+        headroom = self.token_budget - self.decode_tokens
+        if prefill_tokens is not None and prefill_tokens < headroom:
+            headroom = prefill_tokens
         taken = take(
             self.prefills,
-            room,
+            headroom,
             most=self.request_chunk_tokens,
             splittable=self.splittable,
             running=self.running_prefills,
-            step_tokens=self.decode_tokens + room,
+            step_tokens=self.decode_tokens + headroom,
             blocks=self.blocks,
         )
         # By position: with names the call takes half as long again.

@@ -2,6 +2,6 @@
 
 `findings` has the values and the document, `screen` draws it. What can hang or crash runs in
 a child with a deadline (`bounded`): the driver (`gpu_probe`), and vLLM's imports
-(`shaper.engine.import_check`). The checks are small functions that return findings:
+(`shaper.doctor.import_check`). The checks are small functions that return findings:
 `software`, `host`, `gpus`, `server`, `groups`. `command` puts them together.
 """

@@ -1,6 +1,6 @@
 """Status blocks of engines on this host, found by the names of their files.
 
-A server reads those of its own run (`shaper/status.py`); the doctor looks at all.
+A server reads those of its own run (`shaper/ipc/status_block.py`); the doctor looks at all.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import re
 import time
 from dataclasses import dataclass
 
-from shaper.metric_values import HEARTBEAT_INDEX
-from shaper.status import Status, block_directory, read_statuses
+from shaper.ipc.metric_table import HEARTBEAT_INDEX
+from shaper.ipc.status_block import Status, block_directory, read_statuses
 
 # The sampler beats 50 times a second.
 _BEATS_SECONDS = 5.0

@@ -104,7 +104,7 @@ def verdict(findings: Sequence[Finding]) -> Status:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """1 where something fails, 0 else. 2 is for a wrong command line, see `shaper.cli`."""
+    """1 where something fails, 0 else. 2 is for a wrong command line, see `shaper.cli.main`."""
     return int(verdict(findings) is Status.FAIL)
 
 

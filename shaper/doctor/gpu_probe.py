@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from shaper.config.sources import load_config
 from shaper.core.types import StepBatch
 from shaper.doctor import gpus
 from shaper.doctor.blocks import engine_pids
@@ -25,18 +26,17 @@ from shaper.emulator.device import EmulatedDevice
 from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError, GpuError, GpuPermissionError
 from shaper.gpu.capabilities import GpuCapabilities, describe_gpus
-from shaper.gpu.meter_facts import measure_meter
+from shaper.gpu.meter_properties import measure_meter
 from shaper.gpu.nvml import NvmlReader, host_gpus
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.reader import GpuReader
-from shaper.gpu.screen import Screen
+from shaper.gpu.validation import SampleValidator
 from shaper.gpu.visible import (
     device_order_warning,
     refuse_twice,
     visible_count,
     visible_gpus,
 )
-from shaper.settings import load_config
 
 # What the emulated GPU works on: a meter is seen to refresh only where power moves.
 _EMULATED_MODEL, _PROMPT_TOKENS, _PROMPT_EVERY_SECONDS = "llama-3.1-8b", 4096, 0.3
@@ -173,7 +173,7 @@ def _measure(
     reader: GpuReader, seconds: float, sleep: Callable[[float], None] = time.sleep
 ) -> None:
     before = {sample.gpu_index: sample.energy_joules for sample in reader.read()}
-    screen = Screen()
+    screen = SampleValidator()
     measured = measure_meter(reader, seconds, sleep=sleep, screen=screen)
     facts = {fact.gpu_index: fact for fact in measured}
     last = reader.read()

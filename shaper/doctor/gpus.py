@@ -10,9 +10,9 @@ from shaper.core.types import ClockEventReasons, GpuIdentity, GpuSample
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.errors import ConfigError
 from shaper.gpu.capabilities import INTEGRATED, GpuCapabilities
-from shaper.gpu.meter_facts import MeterFacts
+from shaper.gpu.meter_properties import MeterFacts
 from shaper.gpu.profiles import known_profiles, load_profile, profile_for_device
-from shaper.gpu.screen import Screen
+from shaper.gpu.validation import SampleValidator
 
 SECTION = "GPUs"
 NO_GPU_ADVICE = (
@@ -237,7 +237,7 @@ def now(gpu: GpuCapabilities, sample: GpuSample) -> Finding:
         "clock_event_words": words,
     }
     advice = _clocks_advice(reasons, margin)
-    if lost_power([sample], Screen().pass_on([sample])):
+    if lost_power([sample], SampleValidator().pass_on([sample])):
         found = f"no GPU draws that: {found}"
         return checks.fail("gpu.now", found, _LOST_ADVICE, **data)
     if advice is None:

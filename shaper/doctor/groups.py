@@ -8,11 +8,11 @@ from pathlib import Path
 
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.errors import FleetError
-from shaper.fleet.locks import ALIVE
-from shaper.fleet.presence import apart
-from shaper.fleet.segment import GroupFile, group_directory, named
-from shaper.fleet.standing import GroupSnapshot, snapshot
-from shaper.group_status import MEMBER_STATES, MemberState
+from shaper.group.lock import ALIVE
+from shaper.group.presence import apart
+from shaper.group.shared_file import GroupFile, group_directory, named
+from shaper.group.status import GroupSnapshot, snapshot
+from shaper.ipc.group_status import MEMBER_STATES, MemberState
 
 _SECTION = "Power groups"
 # The worst first.

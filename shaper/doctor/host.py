@@ -8,15 +8,15 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from shaper.config.sources import ADMIN_KEY_VARIABLE, admin_key, load_config
 from shaper.core.budget import describe
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.doctor.blocks import other_users, own_blocks
 from shaper.doctor.findings import Checks, Finding, plain
 from shaper.errors import ConfigError
-from shaper.fleet.rows import table_bytes
-from shaper.fleet.segment import CAPACITY, group_directory
-from shaper.settings import ADMIN_KEY_VARIABLE, admin_key, load_config
-from shaper.status import block_directory
+from shaper.group.reservations import table_bytes
+from shaper.group.shared_file import CAPACITY, group_directory
+from shaper.ipc.status_block import block_directory
 
 _CHECKS = Checks("Host")
 _MEBIBYTE = 2**20

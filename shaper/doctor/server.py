@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from shaper.config.sources import ADMIN_KEY_VARIABLE, admin_key
 from shaper.doctor.findings import Checks, Finding, json_object, plain
 from shaper.errors import ConfigError
-from shaper.settings import ADMIN_KEY_VARIABLE, admin_key
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 _CHECKS = Checks("Server")

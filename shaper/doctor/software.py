@@ -17,7 +17,7 @@ _OWN = "vllm-shaper"
 _PYTHONS = ((3, 11), (3, 13))
 PLUGINS: Mapping[str, tuple[str, str]] = {
     "vllm.general_plugins": ("shaper", "shaper.engine.plugin:register"),
-    "vllm.stat_logger_plugins": ("shaper", "shaper.engine.stats:ShaperStatLogger"),
+    "vllm.stat_logger_plugins": ("shaper", "shaper.server.stats:ShaperStatLogger"),
     "vllm.platform_plugins": ("shaper_emulated", "shaper.emulator.activate:platform_class_path"),
 }
 """The entry points that vLLM finds this package by, as in pyproject.toml."""

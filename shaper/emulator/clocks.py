@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from math import ceil, exp, floor
 
-from shaper.core.profile import GpuProfile
+from shaper.core.model.profile import GpuProfile
 from shaper.core.types import ClockEventReasons
 from shaper.errors import ConfigError
 

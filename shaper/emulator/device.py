@@ -12,11 +12,11 @@ import time
 from collections import deque
 from pathlib import Path
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
-from shaper.core.shape import ModelShape
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.host import ProcessorWait, sleep_until
 from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.playback import PlaybackReader

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from math import ceil, exp
 
-from shaper.core.profile import HeatSpec
+from shaper.core.model.profile import HeatSpec
 
 
 class HeatModel:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
-from shaper.core.shape import ModelShape
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from math import floor
 from typing import TYPE_CHECKING
 
-from shaper.core.profile import MeterSpec
+from shaper.core.model.profile import MeterSpec
 from shaper.core.types import GpuIdentity, GpuSample
 
 if TYPE_CHECKING:

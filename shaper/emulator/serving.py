@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.emulator.models import has_tokenizer, model_directory, tokenizer_directory
 from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError

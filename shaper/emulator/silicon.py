@@ -19,8 +19,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shaper.core.predictor import Predictor
-from shaper.core.profile import GpuProfile
+from shaper.core.model.predictor import Predictor
+from shaper.core.model.profile import GpuProfile
 from shaper.core.types import (
     ClockEventReasons,
     GpuIdentity,

@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from shaper.budget_config import check_idle
-from shaper.control import EngineControl, Follower, Mode, RecordOrder
+from shaper.config.budget import check_idle
 from shaper.core.budget import BudgetPlan, InForce, describe, resolve
 from shaper.errors import ConfigError
-from shaper.wall_clock import wall_seconds
+from shaper.ipc.control_file import EngineControl, Follower, Mode, RecordOrder
+from shaper.ipc.wall_clock import wall_seconds
 
 logger = logging.getLogger(__name__)
 

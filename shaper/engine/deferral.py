@@ -28,8 +28,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from shaper.core.standing import Admissibility, AdmissionState
-from shaper.engine.flex import REFUSED, RELEASED, STALE_SECONDS, FlexQueue, Governor, is_flex
+from shaper.core.supervise.status import Admissibility, AdmissionState
+from shaper.ipc.flex import REFUSED, RELEASED, STALE_SECONDS, FlexQueue, ShapingState, is_flex
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Deferral:
         governor: asked at each call.
     """
 
-    def __init__(self, scheduler: Any, governor: Governor) -> None:
+    def __init__(self, scheduler: Any, governor: ShapingState) -> None:
         self._scheduler = scheduler
         self._governor = governor
         self._deferred: OrderedDict[str, _Flex] = OrderedDict()

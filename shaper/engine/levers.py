@@ -20,7 +20,7 @@ from typing import Any
 from shaper.core.types import UNLIMITED, StepLimits
 from shaper.engine.compat import admission_limit
 from shaper.engine.queue import LoadQueue
-from shaper.engine.tally import RunningTally, decode_tokens, is_ready_decode
+from shaper.engine.running_batch import RunningBatch, decode_tokens, is_ready_decode
 from shaper.engine.waiting import Waiting
 
 # Steps of a decode's turn. At 10 ms a step a request then stands still for 80 ms at most
@@ -76,7 +76,7 @@ class Levers:
     """
 
     def __init__(
-        self, scheduler: Any, tally: RunningTally | None = None, waiting: Waiting | None = None
+        self, scheduler: Any, tally: RunningBatch | None = None, waiting: Waiting | None = None
     ) -> None:
         self._scheduler = scheduler
         self._tally = tally

@@ -14,7 +14,7 @@ from shaper.engine.compat import (
     waiting_requests,
 )
 from shaper.engine.compat_prompts import chunk_blocks, request_chunk_tokens
-from shaper.engine.tally import RunningTally, full_count
+from shaper.engine.running_batch import RunningBatch, full_count
 from shaper.engine.waiting import Waiting
 
 # More prompts than this don't fit a step of 8,192 tokens at the lengths people send. Where
@@ -28,7 +28,7 @@ EMPTY_STEP = StepBatch()
 def engine_load(
     scheduler: Any,
     previous: Set[str],
-    tally: RunningTally | None = None,
+    tally: RunningBatch | None = None,
     waiting: Waiting | None = None,
 ) -> EngineLoad:
     """The step that vLLM would run if nothing held it back.
@@ -145,7 +145,7 @@ def launched_batch(
     previous: Set[str],
     load: EngineLoad | None = None,
     limits: StepLimits | None = None,
-    tally: RunningTally | None = None,
+    tally: RunningBatch | None = None,
 ) -> StepBatch:
     """What `schedule()` put into the step it just returned.
 

@@ -20,16 +20,16 @@ import math
 import time
 from collections.abc import Callable
 
-from shaper.budget_config import loose_limits
+from shaper.config.budget import loose_limits
+from shaper.config.group import GroupTerms
 from shaper.core.budget import BudgetTerms
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
 from shaper.core.types import PowerBudget
 from shaper.engine.meter_windows import Usage, usage
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
-from shaper.fleet import GroupSnapshot, HostGroup, apart, join_group, sweep_groups
-from shaper.group_config import GroupTerms
-from shaper.group_status import GroupStatus, MemberStatus
+from shaper.group import GroupSnapshot, HostGroup, apart, cleanup_groups, join_group
+from shaper.ipc.group_status import GroupStatus, MemberStatus
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Membership:
         if free or not decides:
             # Each time: the scheduler's thread may have spoken last.
             share_watts = max(limit.watts for limit in self._static_limits)
-            self.handle.park(self._free_watts if free else share_watts, now)
+            self.handle.reserve_fixed(self._free_watts if free else share_watts, now)
 
     def _look(self, now: float) -> None:
         """What the group looks like, for those who ask."""
@@ -142,7 +142,7 @@ def join(
         label=label,
         gpu_count=model.gpu_count,
     )
-    sweep_groups(time.monotonic())
+    cleanup_groups(time.monotonic())
     alone = apart()
     if alone is not None:
         logger.warning("power group %s: %s", terms.name, alone)

@@ -14,9 +14,15 @@ import os
 import sys
 from typing import Any
 
-from shaper.config import ShaperConfig, build_config, check_gpu_limits
-from shaper.engine.logs import share_log_handlers
-from shaper.engine.middleware import add_admission, add_control_routes, add_drain
+from shaper.config.model import ShaperConfig, build_config, check_gpu_limits
+from shaper.config.sources import (
+    ADDITIONAL_CONFIG_KEY,
+    CONFIG_VARIABLE,
+    given_settings,
+    load_config,
+    parse_config_text,
+    take_admin_key,
+)
 from shaper.engine.preflight import engine_gpu_count
 from shaper.engine.refusal import show_refusals
 from shaper.engine.shapeable import (
@@ -27,15 +33,9 @@ from shaper.engine.shapeable import (
     is_ours,
 )
 from shaper.errors import ConfigError, EngineError
-from shaper.settings import (
-    ADDITIONAL_CONFIG_KEY,
-    CONFIG_VARIABLE,
-    given_settings,
-    load_config,
-    parse_config_text,
-    take_admin_key,
-)
-from shaper.status import run_id
+from shaper.ipc.logs import share_log_handlers
+from shaper.ipc.status_block import run_id
+from shaper.server.middleware import add_admission, add_control_routes, add_drain
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ def _wrap_multiprocess_collector() -> None:
 
     @functools.wraps(original)
     def initialise(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
-        from shaper.engine.stats import register_collector
+        from shaper.server.stats import register_collector
 
         original(self, registry, *args, **kwargs)
         if registry is not None:

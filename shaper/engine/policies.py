@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shaper.config import ShaperConfig
+from shaper.config.model import ShaperConfig
 from shaper.core.policy import Policy
 from shaper.core.policy.fixed import FixedPolicy
 from shaper.core.policy.latency_chunk import LatencyChunk

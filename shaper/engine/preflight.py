@@ -10,11 +10,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from shaper.arguments import check_directory, check_output, check_package
-from shaper.config import ShaperConfig
+from shaper.config.model import ShaperConfig
 from shaper.emulator.shapes import known_models, load_model_config
 from shaper.engine.compat import gpus_per_engine, vllm_version
 from shaper.errors import ConfigError, EngineError, UnknownModelError
+from shaper.files.outputs import check_directory, check_output, check_package
 
 DEFAULT_PORT = 8000
 

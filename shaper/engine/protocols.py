@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
-from shaper.core.admission import FlexRules
 from shaper.core.budget import Constraints
 from shaper.core.controller import Controller
-from shaper.core.standing import Standing
+from shaper.core.supervise.admission import FlexRules
+from shaper.core.supervise.status import EngineStatus
 from shaper.core.types import Decision, PowerBudget, PowerState, StepBatch
-from shaper.engine.flex import Governor
-from shaper.engine.safe_cap import SafeCap
+from shaper.engine.fallback_cap import FallbackCap
+from shaper.ipc.flex import ShapingState
 
 Mode = Literal["on", "shadow", "off"]
 """`shadow` decides and records but applies nothing; `off` is vLLM as it is."""
@@ -27,7 +27,7 @@ class Wanted:
     mode: Mode
 
 
-class Flying(NamedTuple):
+class LaunchedStep(NamedTuple):
     """A step that was launched and is not back, and who had decided it."""
 
     output: Any
@@ -47,12 +47,12 @@ class NewController(Protocol):
 class NewCap(Protocol):
     """Makes the safe cap."""
 
-    def __call__(self, budget: PowerBudget) -> SafeCap:
+    def __call__(self, budget: PowerBudget) -> FallbackCap:
         """The caps that keep a budget without a controller."""
         ...
 
 
-class EngineShaper(Governor, Protocol):
+class EngineShaper(ShapingState, Protocol):
     """What the scheduler calls, and what it asks before it defers a request."""
 
     def schedule(self, run: Callable[[], Any]) -> Any:
@@ -80,7 +80,7 @@ class PassThrough:
     """
 
     shaping = False
-    standing: Standing | None = None
+    standing: EngineStatus | None = None
     flex = FlexRules()
     clock = staticmethod(time.monotonic)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from shaper.config import ShaperConfig
-from shaper.core.profile import GpuProfile
+from shaper.config.model import ShaperConfig
+from shaper.core.model.profile import GpuProfile
 from shaper.core.types import GpuIdentity, GpuSample
 from shaper.engine.compat import assigned_gpus, gpus_per_engine
 from shaper.errors import ConfigError

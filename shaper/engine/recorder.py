@@ -21,14 +21,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from shaper.control import RecordOrder
 from shaper.core.types import GpuSample
 from shaper.errors import TraceError
 from shaper.gpu.parts import Parts
 from shaper.gpu.reader import GpuReader
-from shaper.gpu.tap import Tap
-from shaper.recording import PARTIAL, RecordedStep, RecordingWriter, path_of_rank
-from shaper.recording_state import RecordingPhase, RecordingState
+from shaper.gpu.recording_reader import RecordingReader
+from shaper.ipc.control_file import RecordOrder
+from shaper.ipc.recording_state import RecordingPhase, RecordingState
+from shaper.recording.format import PARTIAL, RecordedStep, RecordingWriter, path_of_rank
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ _MAX_PENDING = 20_000
 _JOIN_SECONDS = 5.0
 # Ends without clean-up: libraries with threads may abort in theirs, when the file is long whole.
 _FINISH = (
-    "import os, pathlib, sys; from shaper.recording import finish_rows; "
+    "import os, pathlib, sys; from shaper.recording.format import finish_rows; "
     "os.nice(10); finish_rows(pathlib.Path(sys.argv[1])); os._exit(0)"
 )
 
@@ -92,7 +92,7 @@ class Recorder:
 
     def tap(self, reader: GpuReader) -> GpuReader:
         """The same reader; what it reads is recorded."""
-        return Tap(reader, self._add_samples, self._parts)
+        return RecordingReader(reader, self._add_samples, self._parts)
 
     def _add_samples(self, samples: tuple[GpuSample, ...]) -> None:
         job = self._job

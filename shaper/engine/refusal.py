@@ -14,7 +14,7 @@ import sys
 from types import TracebackType
 
 from shaper.errors import ShaperError
-from shaper.status import refusal_path, run_id
+from shaper.ipc.status_block import refusal_path, run_id
 
 logger = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from collections.abc import Callable, Set
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from shaper.core.admission import FlexRules
 from shaper.core.budget import Constraints
 from shaper.core.controller import Controller
-from shaper.core.standing import EngineDemand, Standing
+from shaper.core.supervise.admission import FlexRules
+from shaper.core.supervise.status import EngineDemand, EngineStatus
 from shaper.core.types import (
     Decision,
     EngineLoad,
@@ -38,18 +38,18 @@ from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, has_everyone, launched_batch, whole_load
 from shaper.engine.protocols import (
     DecisionSink,
-    Flying,
+    LaunchedStep,
     Mode,
     NewCap,
     NewController,
     Sensing,
     Wanted,
 )
+from shaper.engine.running_batch import RunningBatch
 from shaper.engine.step_meter import StepMeter
-from shaper.engine.tally import RunningTally
 from shaper.engine.waiting import Waiting
-from shaper.metric_values import SchedulerCounters
-from shaper.recording import RecordedStep
+from shaper.ipc.metric_table import SchedulerCounters
+from shaper.recording.format import RecordedStep
 
 logger = logging.getLogger(__name__)
 
@@ -102,12 +102,12 @@ class LiveShaper:
         self._record_step = record
         self.clock = clock
         self._on_close = on_close
-        self._tally = RunningTally(scheduler)
+        self._tally = RunningBatch(scheduler)
         self._waiting = Waiting(scheduler)
         self._levers = Levers(scheduler, self._tally, self._waiting)
         self.counters = SchedulerCounters()
         self._wanted = self._applied = Wanted(Constraints(budget, (), shared_limits), mode)
-        self.standing: Standing | None = None  # as the supervisor last saw it
+        self.standing: EngineStatus | None = None  # as the supervisor last saw it
         self.flex = FlexRules()
         self._cap = new_cap(PowerBudget() if mode != "on" else budget)
         self._controller: Controller | None = None
@@ -122,7 +122,7 @@ class LiveShaper:
         self._quiet_at: tuple[int, ...] = ()
         self._load: EngineLoad | None = None
         self._limits: StepLimits | None = None
-        self._flying: deque[Flying] = deque()
+        self._flying: deque[LaunchedStep] = deque()
         self._returned_seconds = float("-inf")
         self._state: PowerState | None = None  # that `_told` was told last
         self._told: Controller | None = None
@@ -302,7 +302,7 @@ class LiveShaper:
         batch = launched_batch(self._scheduler, output, self._previous, *planned, self._tally)
         self._previous = output.num_scheduled_tokens.keys()
         if batch.tokens:
-            self._flying.append(Flying(output, now, batch, self._controller))
+            self._flying.append(LaunchedStep(output, now, batch, self._controller))
         controller = self._controller
         if controller is None:
             cap = StepLimits(True, self._cap.prefill_tokens, self._cap.decode_requests)

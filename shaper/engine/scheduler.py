@@ -16,10 +16,10 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from shaper.engine.build import attach
 from shaper.engine.compat import counts_from_requests, own_scheduler
 from shaper.engine.deferral import Deferral
 from shaper.engine.protocols import EngineShaper
-from shaper.engine.startup import attach
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from shaper.config import ShaperConfig
+from shaper.config.model import ShaperConfig
 from shaper.engine.compat import (
     RANGE,
     is_diffusion,

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
-from shaper.core.standing import EngineDemand, Standing
-from shaper.core.supervisor import Supervisor
+from shaper.core.supervise.status import EngineDemand, EngineStatus
+from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import (
     Decision,
     PowerBudget,
@@ -23,11 +23,11 @@ from shaper.core.types import (
     PowerState,
     Reason,
 )
-from shaper.engine.flex import FlexQueue
 from shaper.engine.meter_windows import MeterWindows, Usage
 from shaper.gpu.parts import Parts
 from shaper.gpu.sampler import NO_REPORT, SensorReport
-from shaper.metric_values import (
+from shaper.ipc.flex import FlexQueue
+from shaper.ipc.metric_table import (
     NAN,
     SchedulerCounters,
     flex_values,
@@ -35,7 +35,7 @@ from shaper.metric_values import (
     sensor_values,
     standing_values,
 )
-from shaper.status import StatusWriter
+from shaper.ipc.status_block import StatusWriter
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Supervised(Protocol):
     """The part of the shaper that is looked at and told of extra limits."""
 
     counters: SchedulerCounters
-    standing: Standing | None
+    standing: EngineStatus | None
 
     @property
     def demand(self) -> EngineDemand | None:
@@ -158,7 +158,7 @@ class Telemetry:
         self._supervisor = supervisor
         self._shaper: Supervised | None = None
         self._flex: Callable[[], FlexQueue | None] | None = None
-        self.standing: Standing | None = None
+        self.standing: EngineStatus | None = None
         self._first_joules: float | None = None
         self._last: PowerState | None = None
         self._metered = Usage()
@@ -213,7 +213,7 @@ class Telemetry:
 
     def _supervise(
         self, supervisor: Supervisor, now_seconds: float, state: PowerState | None
-    ) -> Standing:
+    ) -> EngineStatus:
         """Judge, and tell the shaper. Where that fails its last limit stays."""
         shaper = self._shaper
         standing = supervisor.tick(now_seconds, state, None if shaper is None else shaper.demand)

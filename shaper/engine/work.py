@@ -15,8 +15,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from shaper.core.shape import ModelShape
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.engine.compat import setting
 from shaper.errors import EngineError
 

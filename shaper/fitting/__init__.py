@@ -19,9 +19,9 @@ import dataclasses
 
 import numpy as np
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.errors import TraceError
 from shaper.fitting.common import (
     WIDEST_RATIO,
@@ -38,7 +38,7 @@ from shaper.fitting.power import (
     energy_windows,
     fit_power,
 )
-from shaper.recording import Recording
+from shaper.recording.format import Recording
 
 __all__ = [
     "LATENCY_PARAMETERS",

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from shaper.core.profile import GpuProfile
+from shaper.core.model.profile import GpuProfile
 from shaper.core.types import ClockEventReasons, GpuSample
 from shaper.errors import ConfigError
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 FloatArray = npt.NDArray[np.float64]
 

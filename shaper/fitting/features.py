@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample
-from shaper.core.work import WorkCoefficients
 from shaper.fitting.common import FloatArray, replaced
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 POWER_PARAMETERS = (
     "power.context_watts",

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.fitting.common import (
     AT_BOUND,
     RANGE_RATIO,
@@ -22,7 +22,7 @@ from shaper.fitting.common import (
     replaced,
     value_of,
 )
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 _MOST_STEPS = 20_000
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from shaper.core.profile import GpuProfile
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample
-from shaper.core.work import WorkCoefficients
 from shaper.fitting.common import (
     AT_BOUND,
     RANGE_RATIO,
@@ -24,7 +24,7 @@ from shaper.fitting.common import (
     value_of,
 )
 from shaper.fitting.features import POWER_PARAMETERS, best_features, sways
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 SHORTEST_WINDOW_SECONDS = 0.5
 SOFT_WATTS = 10.0

@@ -21,7 +21,7 @@ from shaper.gpu.capabilities import GpuCapabilities, HostGpu
 from shaper.gpu.nvml_device import Device
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.nvml_errors import Behaviour, behaviour
-from shaper.gpu.nvml_ways import MODULE_SCOPE, mig_mode, optional
+from shaper.gpu.read_methods import MODULE_SCOPE, mig_mode, optional
 from shaper.gpu.visible import refuse_slice, refuse_twice, visible_gpus
 
 __all__ = ["NvmlReader", "host_gpus", "visible_gpus"]

@@ -22,10 +22,10 @@ from shaper.gpu.capabilities import (
 )
 from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.nvml_errors import Behaviour, behaviour
-from shaper.gpu.nvml_ways import (
+from shaper.gpu.read_methods import (
     HEAT_PARTS,
+    ReadMethods,
     Way,
-    Ways,
     limit_range,
     max_sm_clock_hertz,
     meters_instant,
@@ -68,7 +68,7 @@ class Device:
             )
         self.power_scope, module = power_scopes(driver, handle, subject)
         instant = meters_instant(driver, handle, name, subject)
-        ways = Ways(driver, self.power_scope, module, instant)
+        ways = ReadMethods(driver, self.power_scope, module, instant)
         self._ticked, self._slow = ways.ticked, ways.slow
         self._struck: dict[str, str] = {}
         self._answered: set[str] = set()
@@ -177,7 +177,7 @@ class Device:
         for (name, _, scale), answer in zip(wanted, answers, strict=True):
             if answer.error is None:
                 found[name] = answer.value * scale
-            elif not self._strike(name, table[name], answer.error):
+            elif not self._mark_unsupported(name, table[name], answer.error):
                 failed.add(name)
         return failed
 
@@ -191,11 +191,11 @@ class Device:
                 )
                 return float(found) * way.scale
             except GpuError as error:
-                if not self._strike(name, ways, error):
+                if not self._mark_unsupported(name, ways, error):
                     return None
         return None
 
-    def _strike(self, name: str, ways: list[Way], error: GpuError) -> bool:
+    def _mark_unsupported(self, name: str, ways: list[Way], error: GpuError) -> bool:
         """Whether the way that led to this error is struck out; False: it failed this time."""
         what = behaviour(error)
         if what is Behaviour.RECONNECT:

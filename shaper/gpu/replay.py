@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shaper.core.types import GpuIdentity, GpuSample
 from shaper.errors import GpuLostError, GpuUnavailableError, TraceError
-from shaper.files.rows import recorded_rows
+from shaper.recording.rows import recorded_rows
 
 
 class ReplayReader:
@@ -85,7 +85,7 @@ def _samples(path: Path) -> list[tuple[str, GpuSample]]:
     """The samples of the file, each with its place there."""
     found: list[tuple[str, GpuSample]] = []
     for row in recorded_rows(path, ("read_seconds", "gpu_index")):
-        # A whole recording (shaper/recording.py) holds steps, too; `kind` tells them apart.
+        # A whole recording (shaper/recording/format.py) holds steps, too; `kind` tells them apart.
         if row.cells.get("kind", "sample") != "sample":
             continue
         try:

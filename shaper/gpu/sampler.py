@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from shaper.core.types import GpuSample, PowerState
 from shaper.errors import GpuError, GpuLostError
 from shaper.gpu.energy import EnergyMeter
-from shaper.gpu.meter_facts import MeterFacts, MeterWatch
+from shaper.gpu.meter_properties import MeterFacts, MeterWatch
 from shaper.gpu.parts import Parts
 from shaper.gpu.reader import GpuReader, TellsWhatItDoes
-from shaper.gpu.screen import Screen
 from shaper.gpu.summary import summarise
+from shaper.gpu.validation import SampleValidator
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Sampler:
         self._on_tick = on_tick
         # A sum over the GPUs that still answer would be too low.
         self._gpu_count = len(reader.gpus)
-        self._screen = Screen()
+        self._screen = SampleValidator()
         self._energy = EnergyMeter()
         self._meter = meter
         self.parts = Parts() if parts is None else parts

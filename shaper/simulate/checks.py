@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from shaper.budget_config import loose_limits
-from shaper.config import ShaperConfig, build_config
+from shaper.config.budget import loose_limits
+from shaper.config.model import ShaperConfig, build_config
 from shaper.core.budget import BudgetTerms
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.work import WorkCoefficients
 from shaper.emulator.clocks import check_power_cap
 from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.emulator.batching import RequestTracker, TrackedStep
 from shaper.emulator.silicon import EmulatedGpus, StepRun

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from shaper.config.suggest import suggest
 from shaper.errors import ConfigError
 from shaper.simulate.arrivals import Arrival
-from shaper.words import nearest
 
 
 class RoutedEngine(Protocol):
@@ -88,5 +88,5 @@ def new_router(name: str, engines: Sequence[RoutedEngine]) -> Router:
         ConfigError: there is none of this name; the message names the nearest.
     """
     if name not in ROUTERS:
-        raise ConfigError(f"router {name!r} is not known; {nearest(name, ROUTERS, 'routers:')}")
+        raise ConfigError(f"router {name!r} is not known; {suggest(name, ROUTERS, 'routers:')}")
     return ROUTERS[name](engines)

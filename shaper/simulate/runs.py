@@ -17,16 +17,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from shaper.budget_config import first_line
-from shaper.core.group import PowerGroup
+from shaper.config.budget import first_line
+from shaper.core.ledger.shared import PowerGroup
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.arrivals import Arrival, segments
 from shaper.simulate.checks import check_setup
 from shaper.simulate.rack import VirtualRack
 from shaper.simulate.router import new_router
-from shaper.simulate.seat import Seat
 from shaper.simulate.setup import RackResult, RackSetup
+from shaper.simulate.simulated_engine import SimulatedEngine
 from shaper.traffic.figures import GRID_SECONDS
 from shaper.traffic.workload import Workload, prompt_token_ids
 
@@ -69,7 +69,7 @@ def _groups(setup: RackSetup, config: Any) -> list[PowerGroup | None]:
     if not (setup.shaped and setup.shared and setup.group_limits):
         return [None] * setup.engines
     from shaper.emulator.kv_cache import true_model
-    from shaper.fleet import memory_groups
+    from shaper.group import memory_groups
 
     model = true_model(config, load_profile(setup.gpu))
     handles = memory_groups(
@@ -82,13 +82,13 @@ def _groups(setup: RackSetup, config: Any) -> list[PowerGroup | None]:
     return list(handles)
 
 
-def _seats(setup: RackSetup, config: Any) -> list[Seat]:
+def _seats(setup: RackSetup, config: Any) -> list[SimulatedEngine]:
     """The engines. Their KV blocks are made by the hundred thousand: no collection meanwhile."""
     collects = gc.isenabled()
     gc.disable()
     try:
         groups = _groups(setup, config)
-        return [Seat(setup, index, config, group) for index, group in enumerate(groups)]
+        return [SimulatedEngine(setup, index, config, group) for index, group in enumerate(groups)]
     finally:
         if collects:
             gc.enable()

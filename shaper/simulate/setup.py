@@ -9,14 +9,14 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
 from shaper.core.types import PowerLimit
-from shaper.simulate.plant import Plant
+from shaper.simulate.true_gpu import TrueGpu
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-NewPlant = Callable[[StepModel, int], Plant]
+NewPlant = Callable[[StepModel, int], TrueGpu]
 """Makes what engine k's GPUs truly do from what its controller believes. To cross to another
 process it is a function of a module, or a `functools.partial` of one."""
 

@@ -11,15 +11,15 @@ import numpy as np
 from bench.client import Replay, RequestRecord
 from bench.gpu_serving.plan import Run
 from bench.gpu_serving.store import RECORDING, RunMeta, write_run
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample, PowerLimit, StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.emulator.silicon import EmulatedGpus
 from shaper.emulator.trace import PowerTrace
 from shaper.gpu.profiles import load_profile
-from shaper.recording import RecordedStep, Recording, RecordingWriter
-from shaper.simulate.plant import scaled
+from shaper.recording.format import RecordedStep, Recording, RecordingWriter
+from shaper.simulate.true_gpu import scaled
 from shaper.traffic.workload import TimedRequest
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"

@@ -16,7 +16,7 @@ from bench.characterise.waves import describe_cap, infer_meter
 from shaper.core.types import ClockEventReasons, GpuSample, StepBatch, StepPrediction
 from shaper.emulator.silicon import EmulatedGpus
 from shaper.gpu.profiles import load_profile
-from shaper.recording import RecordedStep
+from shaper.recording.format import RecordedStep
 
 ONE = StepBatch(decode_requests=1, decode_tokens=1, decode_context_tokens=10)
 

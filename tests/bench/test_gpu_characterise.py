@@ -23,7 +23,7 @@ from bench.characterise.plan import QUICK, STAGES
 from shaper.core.types import StepBatch
 from shaper.gpu import nvml_driver
 from shaper.gpu.profiles import load_profile
-from shaper.recording import read_recording
+from shaper.recording.format import read_recording
 from tests.gpu.fake_nvml import FakeGpu, FakeNvml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -309,8 +309,8 @@ def test_a_whole_run_over_vllm(tmp_path: Path) -> None:
     ends = np.array([step.end_seconds for step in recording.steps])
     starts = np.array([step.start_seconds for step in recording.steps])
     assert np.all(starts[1:] >= ends[:-1] - 1e-9)
-    from shaper.core.shape import ModelShape
-    from shaper.core.work import WorkCoefficients
+    from shaper.core.model.shape import ModelShape
+    from shaper.core.model.work import WorkCoefficients
     from shaper.fitting import fit_recording
 
     shape = ModelShape.from_hf_config(recording.meta["model_config"])

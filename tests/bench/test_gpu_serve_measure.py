@@ -7,7 +7,7 @@ import pytest
 
 from bench.gpu_serving.measure import KINDS, power_view, recording_model
 from shaper.errors import TraceError
-from shaper.recording import Recording
+from shaper.recording.format import Recording
 from shaper.traffic.figures import grid_between, power_figures
 from tests.bench.gpu_serve_fakes import META, START_SECONDS, emulated_recording
 

@@ -20,7 +20,7 @@ from bench.gpu_serving.pack import MOST_BYTES, pack
 from bench.gpu_serving.plan import runs
 from shaper.errors import ConfigError
 from shaper.fitting.power import energy_windows
-from shaper.recording import read_recording
+from shaper.recording.format import read_recording
 from tests.bench.gpu_serve_fakes import SOURCE, write_emulated_run
 
 COMMITTED = sorted((Path(__file__).parents[1] / "recordings" / "gpu_serve").glob("*/meta.json"))

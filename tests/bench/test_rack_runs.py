@@ -217,10 +217,10 @@ def test_a_decisions_cost_is_shown_for_smaller_groups_too(
 
 def test_time_in_the_ledger_is_counted_and_the_ledger_put_back() -> None:
     """Also where it raises."""
-    from shaper.fleet.ledger import GroupLedger
+    from shaper.group.ledger import GroupLedger
 
-    own = GroupLedger.look
+    own = GroupLedger.query
     with ledger_time() as spent, pytest.raises(AttributeError):
-        GroupLedger.look(object(), 0.0, 0.0, object())  # type: ignore[arg-type]
+        GroupLedger.query(object(), 0.0, 0.0, object())  # type: ignore[arg-type]
     assert spent[0] > 0.0
-    assert GroupLedger.look is own
+    assert GroupLedger.query is own

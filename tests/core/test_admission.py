@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.admission import (
+from shaper.core.supervise.admission import (
     DEFAULT_TTFT_SECONDS,
     EDGES,
     SHORTEST_HOLD_SECONDS,
@@ -22,7 +22,7 @@ from shaper.core.admission import (
     Strain,
     pressure_ratio,
 )
-from shaper.core.standing import (
+from shaper.core.supervise.status import (
     Admissibility,
     AdmissionState,
     EngineDemand,

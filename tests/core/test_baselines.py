@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.ledger import Ledger
+from shaper.core.ledger.ledger import Ledger
 from shaper.core.policy import PlanInput
 from shaper.core.policy.fixed import FixedPolicy
 from shaper.core.policy.latency_chunk import LatencyChunk
@@ -36,13 +36,17 @@ def predict(batch: StepBatch) -> StepPrediction:
     return StepPrediction(seconds, 700.0 * seconds)
 
 
-def room(watts=LIMIT):
+def headroom(watts=LIMIT):
     return Ledger(PowerBudget((PowerLimit(watts, 0.1),)), 100.0, 0.0).ask(0.0, 100.0)
 
 
 def view(load, state=None, itl=None, watts=LIMIT) -> PlanInput:
     return PlanInput(
-        load=load, room=room(watts), predict=predict, state=state, targets=LatencyTargets(itl)
+        load=load,
+        headroom=headroom(watts),
+        predict=predict,
+        state=state,
+        targets=LatencyTargets(itl),
     )
 
 

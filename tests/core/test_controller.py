@@ -11,7 +11,7 @@ from shaper.core.controller import (
     OWN_LATE_RATIO,
     Controller,
 )
-from shaper.core.margin import BLIND_MARGIN_RATIO
+from shaper.core.learn.margin import BLIND_MARGIN_RATIO
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import (
     ClockEventReasons,

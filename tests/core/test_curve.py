@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shaper.core.curve import EnergyCurve
+from shaper.core.ledger.curve import EnergyCurve
 
 LENGTHS = st.lists(st.floats(0.0005, 0.05), min_size=1, max_size=60)
 

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from shaper.core.estimator import MAX_GAIN, MAX_MARGIN_RATIO, MIN_GAIN, Estimator
+from shaper.core.learn.estimator import MAX_GAIN, MAX_MARGIN_RATIO, MIN_GAIN, Estimator
 from shaper.core.types import PowerState, StepBatch, StepPrediction
 
 IDLE_WATTS = 140.0

@@ -61,8 +61,8 @@ def test_a_turn_comes_after_the_bound():
     """`turn` says when decodes shall make way."""
     guard = Guard(1.0)
     guard.check(PAUSE, BOTH, 0.0)
-    assert not guard.turn(BOTH, 0.9)
-    assert guard.turn(BOTH, 1.0)
+    assert not guard.prefill_overdue(BOTH, 0.9)
+    assert guard.prefill_overdue(BOTH, 1.0)
 
 
 def test_a_forced_chunk_grows_until_it_moves_the_prompt():
@@ -106,9 +106,9 @@ def test_a_pause_ends_when_a_promise_is_due(load, targets, due):
     guard, long = Guard(1.0, targets), PAUSE._replace(until_seconds=60.0)
     assert guard.check(long, load, 0.0).until_seconds == pytest.approx(due)
     assert guard.check(long, load, due / 2).until_seconds == pytest.approx(due)
-    assert guard.turn(load, due - 1e-6) is False
+    assert guard.prefill_overdue(load, due - 1e-6) is False
     after = guard.check(long, load, due)
-    assert guard.turn(load, due) or after.reason is Reason.FORCED_OVER_BUDGET
+    assert guard.prefill_overdue(load, due) or after.reason is Reason.FORCED_OVER_BUDGET
 
 
 def test_a_pause_that_ends_before_any_promise_is_due_keeps_its_date():

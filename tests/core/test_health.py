@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shaper.core.health import Health
-from shaper.core.standing import Cause, Degradation
+from shaper.core.supervise.health import Health
+from shaper.core.supervise.status import Cause, Degradation
 from shaper.core.types import ClockEventReasons, GpuIdentity, GpuSample
 from shaper.gpu.profiles import load_profile
 

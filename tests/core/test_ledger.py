@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from shaper.core.ledger import Ledger
+from shaper.core.ledger.ledger import Ledger
 from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from shaper.errors import LedgerError
 from tests import strategies
@@ -336,11 +336,11 @@ def test_a_long_window_is_kept_in_few_corners_and_errs_to_the_safe_side():
         ledger.spend(now, now + 0.01, watts * 0.01)
         joules.append((now, watts))
         now = ledger.end_seconds
-    room = ledger.ask(now, IDLE)
+    headroom = ledger.ask(now, IDLE)
     curve = ledger._windows[0].curve
     assert curve.count < 1500
     past = sum(w * 0.01 for t, w in joules if t >= now + 0.02 - 60.0)
     exact = (520.0 * 60.0 - past) / 0.02
-    allowed = room.max_watts(0.02)
+    allowed = headroom.max_watts(0.02)
     assert allowed <= exact + 1e-6
     assert (exact - allowed) * 0.02 <= 0.0005 * 520.0 * 60.0

@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shaper.core.model_keys import KNOWN_TYPES
-from shaper.core.shape import ModelShape
-from shaper.core.work import WorkCoefficients
+from shaper.core.model.model_keys import KNOWN_TYPES
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.errors import UnknownModelError
 

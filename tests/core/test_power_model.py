@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.power_model import GpuProfile, StepModel
+from shaper.core.model.power_model import GpuProfile, StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import known_models, load_shape
 from shaper.gpu.profiles import known_profiles, load_profile
 
@@ -114,7 +114,7 @@ def test_the_kernels_between_move_activations() -> None:
     overhead = {
         name: next(
             term.seconds
-            for term in one.explain(prefill(100)).terms
+            for term in one.breakdown(prefill(100)).terms
             if term.name == "kernel overhead"
         )
         for name, one in (("real", gpu), ("fast", fast))
@@ -262,7 +262,7 @@ def test_the_terms_add_up(gpu: str, name: str) -> None:
     predictor = model(load_profile(gpu), name, 4)
     clock = predictor.profile.clocks.sm_max_hertz * 0.8
     for batch in (decode(64, 900), prefill(1000), StepBatch()):
-        explained = predictor.explain(batch, sm_clock_hertz=clock, temperature_celsius=80.0)
+        explained = predictor.breakdown(batch, sm_clock_hertz=clock, temperature_celsius=80.0)
         whole = explained.prediction
         assert sum(term.seconds for term in explained.terms) == pytest.approx(whole.seconds)
         assert sum(term.joules for term in explained.terms) == pytest.approx(whole.joules)
@@ -272,9 +272,9 @@ def test_the_terms_add_up(gpu: str, name: str) -> None:
 def test_what_binds() -> None:
     """Decodes of a small batch wait for memory, a prefill computes, nothing waits for the host."""
     gpu = model(load_profile("h100-sxm"), "llama-3.1-8b")
-    assert gpu.explain(decode(8, 500)).bound_by == "memory"
-    assert gpu.explain(prefill(4096)).bound_by == "compute"
-    assert gpu.explain(StepBatch()).bound_by == "host"
+    assert gpu.breakdown(decode(8, 500)).bound_by == "memory"
+    assert gpu.breakdown(prefill(4096)).bound_by == "compute"
+    assert gpu.breakdown(StepBatch()).bound_by == "host"
 
 
 @pytest.mark.parametrize("gpu", known_profiles())

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from shaper.core.standing import (
+from shaper.core.supervise.status import (
     Admissibility,
     AdmissionState,
     Cause,
     EngineDemand,
+    EngineStatus,
     Signals,
-    Standing,
 )
-from shaper.core.supervisor import Supervisor
+from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import ClockEventReasons, GpuSample, PowerState
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.summary import summarise
@@ -52,7 +52,7 @@ def run(
     seconds: float,
     demand: EngineDemand | None = BUSY,
     **values: object,
-) -> tuple[Standing, list[str]]:
+) -> tuple[EngineStatus, list[str]]:
     """Tick for a while; the last standing and all lines."""
     lines: list[str] = []
     standing = None

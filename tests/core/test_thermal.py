@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from shaper.core.profile import GpuProfile
-from shaper.core.standing import ThermalOutlook
-from shaper.core.thermal import Thermal
+from shaper.core.model.profile import GpuProfile
+from shaper.core.supervise.status import ThermalOutlook
+from shaper.core.supervise.thermal import Thermal
 from shaper.core.types import ClockEventReasons, GpuIdentity, GpuSample
 from shaper.emulator.heat import HeatModel
 from shaper.gpu.profiles import load_profile

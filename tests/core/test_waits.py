@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from shaper.core.ledger import Ledger
-from shaper.core.room import Room
+from shaper.core.ledger.headroom import Headroom
+from shaper.core.ledger.ledger import Ledger
 from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from tests import strategies
 
@@ -44,10 +44,10 @@ def test_a_refused_step_fits_at_no_moment_before_its_date(
     """With nothing else launched: asked at any time before, the ledger refuses it still."""
     ledger = ledger_of(runs, limits)
     step, start = StepPrediction(seconds, watts * seconds), ledger.end_seconds
-    room = ledger.ask(start, floor)
+    headroom = ledger.ask(start, floor)
     # By more than rounding.
-    assume(room.max_watts(seconds) < watts * (1.0 - 1e-9))
-    wait = room.wait_seconds(step, IDLE)
+    assume(headroom.max_watts(seconds) < watts * (1.0 - 1e-9))
+    wait = headroom.wait_seconds(step, IDLE)
     for share in shares:
         # What ended less than a microsecond ago has no corner of its own.
         earlier = start + max(0.0, share * wait - 3e-6)
@@ -70,9 +70,9 @@ def test_a_step_that_an_empty_window_holds_has_its_date_when_it_fits(
     most = empty.max_watts(seconds)
     step = StepPrediction(seconds, min(limit * over, most) * seconds * (1.0 - 1e-6))
     start = ledger.end_seconds
-    room = ledger.ask(start, IDLE)
-    assume(not room.fits(step))
-    wait = room.wait_seconds(step, IDLE)
+    headroom = ledger.ask(start, IDLE)
+    assume(not headroom.fits(step))
+    wait = headroom.wait_seconds(step, IDLE)
     assert 0.0 < wait <= window
     assert ledger.ask(start + wait + 1e-6, IDLE).fits(step)
 
@@ -98,17 +98,17 @@ def test_what_fits_has_no_date_and_the_longest_of_several_counts():
     assert 0.0 < waits[0] < waits[1]
     assert ledger.ask(0.5, IDLE).wait_seconds(STEP, IDLE) == waits[1]
     assert ledger.ask(5.0, IDLE).wait_seconds(STEP, IDLE) == 0.0
-    assert Room(()).wait_seconds(STEP, IDLE) == 0.0
+    assert Headroom(()).wait_seconds(STEP, IDLE) == 0.0
 
 
 def test_of_a_ramp_nothing_is_known():
     """Its limit rises while a step waits."""
-    room = ledger_of([(0.0, 0.5, 300.0)], [], ramp=50.0).ask(0.5, IDLE)
-    assert not room.fits(STEP)
-    assert room.wait_seconds(STEP, IDLE) == 0.0
+    headroom = ledger_of([(0.0, 0.5, 300.0)], [], ramp=50.0).ask(0.5, IDLE)
+    assert not headroom.fits(STEP)
+    assert headroom.wait_seconds(STEP, IDLE) == 0.0
 
 
 def test_a_step_of_no_number_has_a_date_within_the_window():
     """The search for a date ends, whatever it is asked."""
-    room = ledger_of([(0.0, 0.5, 300.0)], LIMIT).ask(0.5, IDLE)
-    assert 0.0 <= room.wait_seconds(StepPrediction(0.02, math.nan), IDLE) <= 0.1
+    headroom = ledger_of([(0.0, 0.5, 300.0)], LIMIT).ask(0.5, IDLE)
+    assert 0.0 <= headroom.wait_seconds(StepPrediction(0.02, math.nan), IDLE) <= 0.1

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.group import GroupView
-from shaper.core.ledger import Ledger
+from shaper.core.ledger.ledger import Ledger
+from shaper.core.ledger.shared import GroupView
 from shaper.core.policy import Plan, PlanInput
-from shaper.core.policy.sustained import EASY_STEPS, SLACK_SHARE
-from shaper.core.policy.windowed import GENTLE_STEPS, WindowedPlanner
+from shaper.core.policy.sustained import DEFAULT_DECODE_INTERVAL, SLACK_SHARE
+from shaper.core.policy.windowed import SOFT_STEP_CAP, WindowedPlanner
 from shaper.core.types import (
     EngineLoad,
     LatencyTargets,
@@ -40,7 +40,7 @@ def view(
     ledger = ledger or Ledger(PowerBudget(tuple(limits)), IDLE, 0.0)
     return PlanInput(
         load=load,
-        room=ledger.ask(ledger.end_seconds, floor),
+        headroom=ledger.ask(ledger.end_seconds, floor),
         targets=LatencyTargets(itl, None, slack),
         decodes=predict(load.batch(0)) if load.decode_requests else None,
         decode_deadline_seconds=itl or 1.0,
@@ -75,25 +75,25 @@ def test_a_prompt_is_cut_to_what_the_window_holds():
     assert plan.reason is Reason.CHUNK_POWER
     chunk = plan.limits.prefill_tokens
     assert chunk is not None
-    room = Ledger(PowerBudget(tuple(limits)), IDLE, 0.0).ask(0.0, IDLE)
+    headroom = Ledger(PowerBudget(tuple(limits)), IDLE, 0.0).ask(0.0, IDLE)
     fits = predict(BOTH.batch(chunk))
     larger = predict(BOTH.batch(chunk + 512))
-    assert fits.watts <= room.max_watts(fits.seconds)
-    assert larger.watts > room.max_watts(larger.seconds)
+    assert fits.watts <= headroom.max_watts(fits.seconds)
+    assert larger.watts > headroom.max_watts(larger.seconds)
 
 
 def test_decodes_run_alone_when_no_efficient_chunk_fits():
     """A window that the past has nearly filled leaves the decodes."""
     ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
-    easy = EASY_STEPS * predict(BOTH.batch(0)).seconds
+    easy = DEFAULT_DECODE_INTERVAL * predict(BOTH.batch(0)).seconds
     plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, since=easy))
     assert plan.reason is Reason.DECODE_ONLY
     assert plan.limits.prefill_tokens == 0
 
 
 def test_decodes_make_way_for_a_prompt_within_an_easy_pace():
-    """Without a target they leave the room to a prompt that waits, for a step's time."""
+    """Without a target they leave the headroom to a prompt that waits, for a step's time."""
     ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
     ledger.spend(0.0, 0.094, 0.094 * 506.0)
     plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
@@ -135,7 +135,7 @@ def test_without_a_target_a_cut_chunk_is_still_short():
     gentle = WindowedPlanner().plan(view(BOTH, limits)).limits.prefill_tokens
     assert (
         predict(BOTH.batch(gentle)).seconds
-        <= GENTLE_STEPS * 0.006
+        <= SOFT_STEP_CAP * 0.006
         < predict(BOTH.batch(free)).seconds
     )
 
@@ -279,11 +279,11 @@ def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
     batch = load.batch(plan.limits.prefill_tokens)
     if plan.limits.run and batch.requests:
         step = predict(batch)
-        assert step.watts <= seen.room.max_watts(step.seconds)
+        assert step.watts <= seen.headroom.max_watts(step.seconds)
         if itl is not None and load.decode_requests and batch.prefill_tokens and not turn:
             assert step.seconds <= itl or batch.prefill_tokens <= 64
     assert plan.limits.decode_requests is None
-    assert not math.isnan(seen.room.max_watts(0.01))
+    assert not math.isnan(seen.headroom.max_watts(0.01))
 
 
 def planned_after(
@@ -311,7 +311,7 @@ def test_a_pause_ends_when_the_first_of_what_was_refused_may_fit(load):
 
 
 def test_decodes_that_make_way_have_a_date_within_their_pace():
-    """A prompt's room comes later than the decodes' turn: these end the pause."""
+    """A prompt's headroom comes later than the decodes' turn: these end the pause."""
     plan = planned_after(BOTH, watts=506.0, limit=500.0)
     assert plan.reason is Reason.DECODE_PACING
     assert plan.until_seconds is not None

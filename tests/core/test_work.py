@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shaper.core.model.work import ModelShape, WorkCoefficients
 from shaper.core.types import StepBatch
-from shaper.core.work import ModelShape, WorkCoefficients
 from shaper.emulator.shapes import known_models, load_model_config, load_shape
 from shaper.errors import UnknownModelError
 

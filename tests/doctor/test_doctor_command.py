@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shaper import cli
-from shaper.doctor import command
+from shaper.cli import doctor, main
 from shaper.doctor.bounded import probe
 from shaper.doctor.findings import Checks, Finding, Status, document, exit_code, finding_of, values
 from shaper.doctor.screen import MAX_COLUMNS, render
@@ -47,11 +46,11 @@ def test_colour_is_asked_for():
 def test_colour_is_for_terminals_without_no_color(monkeypatch):
     """https://no-color.org."""
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert command._colour({})
-    assert not command._colour({"NO_COLOR": "1"})
-    assert not command._colour({"TERM": "dumb"})
+    assert doctor._colour({})
+    assert not doctor._colour({"NO_COLOR": "1"})
+    assert not doctor._colour({"TERM": "dumb"})
     monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    assert not command._colour({})
+    assert not doctor._colour({})
 
 
 def test_the_exit_code_is_that_of_the_worst():
@@ -94,7 +93,7 @@ def test_a_warning_without_advice_is_refused():
 )
 def test_a_wrong_command_line_is_one_line_and_2(capsys, arguments):
     """Before anything is looked at."""
-    assert cli.main(["doctor", *arguments]) == 2
+    assert main.main(["doctor", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
@@ -106,7 +105,7 @@ def test_a_check_that_fails_by_itself_is_a_finding():
     def broken() -> list[Finding]:
         raise KeyError("oops")
 
-    (found,) = command._guarded("Host", broken)
+    (found,) = doctor._guarded("Host", broken)
     assert found.status is Status.FAIL
     assert "oops" in found.found
 
@@ -117,8 +116,8 @@ def test_an_interrupted_doctor_shows_no_traceback(monkeypatch, capsys):
     def interrupted(*_: object) -> list[Finding]:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "software_findings", interrupted)
-    assert cli.main(["doctor", "--quick"]) == 130
+    monkeypatch.setattr(doctor, "software_findings", interrupted)
+    assert main.main(["doctor", "--quick"]) == 130
     assert capsys.readouterr().err == "shaper doctor: interrupted\n"
 
 
@@ -228,7 +227,7 @@ def test_the_documented_screens_are_what_is_printed(documented, tmp_path):
 
 def test_each_check_is_documented():
     """The table in the document has every name that the code gives, and no other."""
-    sources = [*(ROOT / "shaper" / "doctor").glob("*.py"), ROOT / "shaper/engine/import_check.py"]
+    sources = [*(ROOT / "shaper" / "doctor").glob("*.py"), ROOT / "shaper/doctor/import_check.py"]
     name = r"((?:software|gpu|host|server|group|doctor)\.\w+)"
     given = {x for path in sources for x in re.findall(f'"{name}"', path.read_text())}
     text = (ROOT / "docs" / "doctor.md").read_text()
@@ -237,7 +236,7 @@ def test_each_check_is_documented():
 
 def test_the_plug_in_takes_hold_of_the_installed_vllm():
     """The child that imports it says so, within its deadline."""
-    found = probe("shaper.engine.import_check", [], 200.0)
+    found = probe("shaper.doctor.import_check", [], 200.0)
     assert (found.hung, found.error) == (False, None)
     said = {finding.check: finding.status for finding in found.findings}
     assert said == {"software.torch_runs": Status.OK, "software.plugin_runs": Status.OK}

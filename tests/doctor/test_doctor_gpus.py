@@ -14,7 +14,7 @@ from shaper.core.types import ClockEventReasons
 from shaper.doctor import gpus
 from shaper.doctor.findings import Finding, Status
 from shaper.gpu.capabilities import GpuCapabilities, describe_gpus
-from shaper.gpu.meter_facts import MeterFacts
+from shaper.gpu.meter_properties import MeterFacts
 from shaper.gpu.nvml import NvmlReader
 from tests.doctor.fakes import findings_of, run_doctor
 from tests.gpu.fake_nvml import FakeGpu, FakeNvml

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from shaper import status
 from shaper.core.types import PowerLimit
 from shaper.doctor import blocks, host, software
 from shaper.doctor.findings import Status
 from shaper.doctor.groups import group_findings
-from shaper.fleet import join_group
+from shaper.group import join_group
+from shaper.ipc import status_block
 from tests.doctor.fakes import KEY, ROOT
 
 Usage = namedtuple("Usage", "total used free")
@@ -85,7 +85,7 @@ def test_entry_points_that_are_missing_or_name_nothing_fail(monkeypatch):
     assert "not installed" in software.entry_points().found
     assert not software._resolvable("shaper.engine.plugin:unregister")
     assert not software._resolvable("shaper.nowhere:register")
-    assert software._resolvable("shaper.engine.stats:ShaperStatLogger")
+    assert software._resolvable("shaper.server.stats:ShaperStatLogger")
 
 
 @pytest.mark.parametrize(
@@ -157,17 +157,17 @@ def test_a_power_cap_is_said_and_never_tried(tmp_path):
 
 def test_engines_are_found_by_their_blocks(tmp_path, monkeypatch):
     """A living one, one that was killed, and another user's."""
-    monkeypatch.setattr(status, "block_directory", lambda: tmp_path)
+    monkeypatch.setattr(status_block, "block_directory", lambda: tmp_path)
     monkeypatch.setattr(blocks, "block_directory", lambda: tmp_path)
     assert host.engines().data == {"alive": 0, "dead": 0}
-    writer = status.StatusWriter("ab12", 0, {"gpu": "h200-sxm"})
+    writer = status_block.StatusWriter("ab12", 0, {"gpu": "h200-sxm"})
     found = host.engines()
     assert found.status is Status.OK
     assert f"process {os.getpid()} (h200-sxm)" in found.found
     assert os.getpid() in blocks.engine_pids()
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    status.StatusWriter("cd34", 1, {"pid": ended.pid})
+    status_block.StatusWriter("cd34", 1, {"pid": ended.pid})
     found = host.engines()
     assert found.status is Status.WARN
     assert found.data == {"alive": 1, "dead": 1}

@@ -19,7 +19,7 @@ import yaml
 
 from tests.e2e.conftest import Server, free_port, running_server
 from tests.e2e.test_admission import BUDGETS, FLEX, SETTINGS, client, prompt
-from tests.test_alerts import RULES
+from tests.server.test_alerts import RULES
 
 PROMETHEUS = shutil.which("prometheus")
 pytestmark = [

@@ -17,7 +17,7 @@ import pytest
 from bench.live_rack import sum_power
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, read_power_trace
-from shaper.fleet.segment import group_directory
+from shaper.group.shared_file import group_directory
 from shaper.traffic.figures import STALL_SECONDS, limit_figures
 from tests.e2e.conftest import (
     MODEL,

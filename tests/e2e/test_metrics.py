@@ -11,7 +11,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shaper.gpu.profiles import load_profile
-from shaper.recording import read_recording
+from shaper.recording.format import read_recording
 from tests.e2e.conftest import MODEL, Server, running_server
 
 pytestmark = pytest.mark.e2e

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from shaper.emulator.playback import recorded_readings
-from shaper.recording import Recording, read_recording
+from shaper.recording.format import Recording, read_recording
 from tests.e2e.conftest import MODEL, Server, running_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

@@ -15,8 +15,8 @@ import pytest
 
 from shaper.core.types import PowerLimit
 from shaper.doctor.blocks import own_blocks
-from shaper.fleet import check_group, sweep_groups
-from shaper.processes import descendants, lives
+from shaper.group import check_group, cleanup_groups
+from shaper.ipc.processes import descendants, lives
 from tests.e2e.conftest import (
     MODEL,
     START_SECONDS,
@@ -142,7 +142,7 @@ def test_a_killed_server_leaves_no_engine_and_no_place(tmp_path: Path) -> None:
         os.kill(engine, signal.SIGCONT)
         assert_all_gone(pids)
         check_group(name, (PowerLimit(200.0, 0.1),), idle_watts=115.0)
-        sweep_groups(time.monotonic(), name)
+        cleanup_groups(time.monotonic(), name)
 
 
 def test_a_server_whose_engine_is_killed_fails(tmp_path: Path) -> None:

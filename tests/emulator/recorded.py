@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 
-from shaper.core.power_model import StepModel
-from shaper.core.profile import GpuProfile
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.profile import GpuProfile
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample, StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.silicon import EmulatedGpus
-from shaper.recording import RecordedStep, Recording
+from shaper.recording.format import RecordedStep, Recording
 
 _SAMPLE_SECONDS = 0.05
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.meter import EmulatedReader, Meter, PowerHistory
 from shaper.emulator.shapes import load_shape
 from shaper.emulator.silicon import EmulatedGpus

@@ -6,12 +6,12 @@ from argparse import Namespace
 
 import pytest
 
-from shaper.config import build_config
+from shaper.cli.replayed import check_gpu_count, take_replay
+from shaper.config.model import build_config
 from shaper.emulator.playback import PlaybackReader
-from shaper.engine.replayed import check_gpu_count, take_replay
 from shaper.errors import ConfigError, GpuLostError, TraceError
-from shaper.gpu.screen import Screen
-from shaper.recording import RecordingWriter
+from shaper.gpu.validation import SampleValidator
+from shaper.recording.format import RecordingWriter
 from tests.gpu.clocks import HandClock
 
 HEADER = "read_seconds,gpu_index,instant_watts,energy_joules\n"
@@ -33,7 +33,7 @@ def two(tmp_path):
 
 def test_it_goes_round_and_its_counter_goes_on(two):
     """The screen, which knows of resets and jumps, has nothing to say over three loops."""
-    clock, screen, reads, gaps = HandClock(1000.0), Screen(), 0, 0
+    clock, screen, reads, gaps = HandClock(1000.0), SampleValidator(), 0, 0
     reader = PlaybackReader(two, clock, first=1, count=1)
     assert [gpu.index for gpu in reader.gpus] == [5]
     energy = []

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import ClockEventReasons, StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.heat import HeatModel
 from shaper.emulator.shapes import load_shape
 from shaper.emulator.silicon import EmulatedGpus

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shaper.core.standing import Admissibility, AdmissionState, Signals
+from shaper.core.supervise.status import Admissibility, AdmissionState, Signals
 from shaper.core.types import GpuIdentity, GpuSample, PowerState
 from shaper.errors import GpuLostError
 from shaper.gpu.reader import GpuReader
@@ -26,14 +26,14 @@ SEAMS = (
     "shaper.core.policy.windowed:WindowedPlanner.plan",
     "shaper.core.guard:Guard.check",
     "shaper.core.guard:Guard.launched",
-    "shaper.core.ledger:Ledger.ask",
-    "shaper.core.ledger:Ledger.spend",
-    "shaper.core.estimator:Estimator.correct",
-    "shaper.core.estimator:Estimator.observe_power",
+    "shaper.core.ledger.ledger:Ledger.ask",
+    "shaper.core.ledger.ledger:Ledger.spend",
+    "shaper.core.learn.estimator:Estimator.correct",
+    "shaper.core.learn.estimator:Estimator.observe_power",
     "shaper.engine.levers:Levers.apply",
     "shaper.engine.runtime:engine_load",
     "shaper.engine.runtime:launched_batch",
-    "shaper.metric_values:SchedulerCounters.count",
+    "shaper.ipc.metric_table:SchedulerCounters.count",
     "shaper.engine.deferral:Deferral._arrived",
     "shaper.engine.deferral:Deferral._follow",
     "tests.engine.harness:RecordingLog.add",

@@ -73,8 +73,8 @@ def plain(output: Any) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def make_rig() -> Callable[..., Rig]:
     """Builds rigs: `limits=None` is vLLM's own scheduler with no shaper at all."""
+    from shaper.simulate.build import new_engine
     from shaper.simulate.engine import engine_config
-    from shaper.simulate.rig import new_engine
 
     configs: dict[bool, Any] = {}
 

@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from shaper.core.admission import FlexRules
-from shaper.core.standing import Admissibility, AdmissionState, Standing
+from shaper.core.supervise.admission import FlexRules
+from shaper.core.supervise.status import Admissibility, AdmissionState, EngineStatus
 from shaper.core.types import PowerLimit
-from shaper.engine.flex import RELEASED
+from shaper.ipc.flex import RELEASED
 from shaper.simulate.engine import new_request
 
 LIMIT = PowerLimit(500.0, 0.1)
@@ -37,7 +37,7 @@ class Desk:
 
     def _tick(self) -> None:
         state, pressure = self._standing
-        self.shaper.standing = Standing(
+        self.shaper.standing = EngineStatus(
             self.engine.now_seconds, Admissibility(state, pressure, "wait", 1.0)
         )
 

@@ -6,9 +6,9 @@ import asyncio
 import json
 from typing import Any
 
-from shaper.core.standing import AdmissionState
-from shaper.engine.admission_http import AdmissionMiddleware, Door, DoorKeeper
-from shaper.engine.request_class import KeyClasses
+from shaper.core.supervise.status import AdmissionState
+from shaper.server.admission import AdmissionGate, AdmissionGates, AdmissionMiddleware
+from shaper.server.request_class import KeyClasses
 
 OPEN, SHAPED = AdmissionState.OPEN, AdmissionState.SHAPED
 DEFER, SHED = AdmissionState.DEFER, AdmissionState.SHED
@@ -16,14 +16,14 @@ MARK = {"shaper_class": "flex"}
 ROUTE = "/v1/chat/completions"
 
 
-class Fixed(DoorKeeper):
+class Fixed(AdmissionGates):
     """A door that stands as the test says."""
 
-    def __init__(self, door: Door | None) -> None:
+    def __init__(self, door: AdmissionGate | None) -> None:
         super().__init__(list)
         self.door = door
 
-    def look(self) -> Door | None:
+    def look(self) -> AdmissionGate | None:
         return self.door
 
 
@@ -81,7 +81,7 @@ class Exchange:
         self.scope = {"type": type_, "path": path, "method": method, "headers": list(given.items())}
         self.received = 0
         self.out: list[Any] = []
-        door = None if state is None else Door(state, recovery)
+        door = None if state is None else AdmissionGate(state, recovery)
         self.app = AdmissionMiddleware(self.inside, keeper=Fixed(door), keys=KeyClasses(keys or {}))
 
     def go(self) -> Exchange:

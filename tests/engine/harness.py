@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from shaper.core.types import Decision, PowerLimit
-from shaper.engine.flex import CLASS_ARGUMENT
 from shaper.gpu.reader import GpuReader
-from shaper.recording import RecordedStep
+from shaper.ipc.flex import CLASS_ARGUMENT
+from shaper.recording.format import RecordedStep
 from tests.engine.attack import FaultyReader, Mood, StallingSampler
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
@@ -107,7 +107,7 @@ def attacked(
     **settings: Any,
 ) -> Attacked:
     """An engine under attack; `settings` are those of `new_engine`."""
-    from shaper.simulate.rig import new_engine
+    from shaper.simulate.build import new_engine
 
     config = config_of(asynchronous, priorities, gpus)
     log, readers = RecordingLog(), []

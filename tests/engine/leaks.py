@@ -31,7 +31,7 @@ def leaks(world: Attacked) -> list[str]:
     expect(engine._queue, "steps in flight")
     expect(shaper._flying, "steps that the runtime waits for")
     if shaper._controller is not None:
-        expect(shaper._controller._flights._queue, "steps that the controller waits for")
+        expect(shaper._controller._in_flight_steps._queue, "steps that the controller waits for")
     pool = scheduler.kv_cache_manager.block_pool
     held = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
     expect(held, "blocks of the KV cache")

@@ -26,14 +26,14 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from shaper.core.admission import FlexRules
 from shaper.core.policy import Policy
 from shaper.core.policy.fixed import FixedPolicy
 from shaper.core.policy.latency_chunk import LatencyChunk
 from shaper.core.policy.reactive import ReactiveConcurrency
 from shaper.core.policy.static import StaticCaps
 from shaper.core.policy.windowed import WindowedPlanner
-from shaper.core.standing import AdmissionState
+from shaper.core.supervise.admission import FlexRules
+from shaper.core.supervise.status import AdmissionState
 from shaper.core.types import PowerBudget, Reason
 from shaper.engine.compat import admission_cap
 from tests import strategies

@@ -107,13 +107,13 @@ def main() -> None:
     arguments = {}
     policies: list[RandomLevers] = []
     if mode == "shaped":
-        from shaper.engine import startup
+        from shaper.engine import build
 
         def policy() -> RandomLevers:
             policies.append(RandomLevers())
             return policies[-1]
 
-        startup.POLICIES["predictive"] = lambda config: policy()  # type: ignore[attr-defined]
+        build.POLICIES["predictive"] = lambda config: policy()  # type: ignore[attr-defined]
         settings = {
             "limits": [{"watts": 500, "window_seconds": 1.0}],
             "sensor": "none",

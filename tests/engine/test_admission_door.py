@@ -6,14 +6,14 @@ import math
 
 import pytest
 
-from shaper.control import EngineControl, Mode
 from shaper.core.budget import Source
-from shaper.core.standing import Admissibility, AdmissionState, Standing, ThermalOutlook
+from shaper.core.supervise.status import Admissibility, AdmissionState, EngineStatus, ThermalOutlook
 from shaper.core.types import PowerBudget, PowerLimit
-from shaper.engine.admission_http import Door, DoorKeeper, most_open
-from shaper.group_status import GroupStatus
-from shaper.metric_values import HEARTBEAT_INDEX, standing_values
-from shaper.status import Status
+from shaper.ipc.control_file import EngineControl, Mode
+from shaper.ipc.group_status import GroupStatus
+from shaper.ipc.metric_table import HEARTBEAT_INDEX, standing_values
+from shaper.ipc.status_block import Status
+from shaper.server.admission import AdmissionGate, AdmissionGates, most_open
 from tests.engine.door import DEFER, OPEN, SHED
 
 LIMITED = PowerBudget((PowerLimit(500.0, 1.0),))
@@ -32,7 +32,7 @@ def status(
     """An engine's block, as its own writer makes it."""
     outcome = Admissibility(state, 0.5, "wait", recovery)
     thermal = ThermalOutlook(limit=PowerLimit(400.0, 1.0)) if heat else ThermalOutlook()
-    standing = Standing(at, admissibility=outcome, thermal=thermal)
+    standing = EngineStatus(at, admissibility=outcome, thermal=thermal)
     control = EngineControl(budget, mode, next(iter(Source)), 0, 0, 0, math.inf)
     sampler = [math.nan] * HEARTBEAT_INDEX + [at]
     sections = {
@@ -52,24 +52,24 @@ NOTHING = PowerBudget()
     ("statuses", "door"),
     [
         ([], None),
-        ([status(SHED, 30.0)], Door(SHED, 30.0)),
-        ([status(OPEN)], Door(OPEN, None)),
+        ([status(SHED, 30.0)], AdmissionGate(SHED, 30.0)),
+        ([status(OPEN)], AdmissionGate(OPEN, None)),
         # The most open one counts, and of two that are alike the one that is sooner back.
-        ([status(SHED, 30.0), status(DEFER, 9.0)], Door(DEFER, 9.0)),
-        ([status(SHED, 30.0), status(SHED, 20.0)], Door(SHED, 20.0)),
+        ([status(SHED, 30.0), status(DEFER, 9.0)], AdmissionGate(DEFER, 9.0)),
+        ([status(SHED, 30.0), status(SHED, 20.0)], AdmissionGate(SHED, 20.0)),
         # A silent engine, one in shadow, one that is off and one without a budget admit all.
         ([status(SHED, at=97.9)], None),
-        ([status(SHED), status(SHED, at=97.9)], Door(OPEN, None)),
+        ([status(SHED), status(SHED, at=97.9)], AdmissionGate(OPEN, None)),
         ([status(SHED, mode="shadow")], None),
-        ([status(SHED), status(SHED, mode="off")], Door(OPEN, None)),
+        ([status(SHED), status(SHED, mode="off")], AdmissionGate(OPEN, None)),
         ([status(SHED, budget=NOTHING)], None),
-        ([status(SHED, 5.0, budget=NOTHING, heat=True)], Door(SHED, 5.0, thermal=True)),
+        ([status(SHED, 5.0, budget=NOTHING, heat=True)], AdmissionGate(SHED, 5.0, thermal=True)),
         # A group's limit is a budget too.
-        ([status(SHED, 5.0, budget=NOTHING, group=LIMITED.limits)], Door(SHED, 5.0)),
-        ([status(OPEN, budget=NOTHING, group=LIMITED.limits)], Door(OPEN, None)),
+        ([status(SHED, 5.0, budget=NOTHING, group=LIMITED.limits)], AdmissionGate(SHED, 5.0)),
+        ([status(OPEN, budget=NOTHING, group=LIMITED.limits)], AdmissionGate(OPEN, None)),
         ([status(SHED, budget=NOTHING, group=LIMITED.limits, mode="shadow")], None),
         # So is a ramp alone.
-        ([status(SHED, 5.0, budget=PowerBudget((), 200.0))], Door(SHED, 5.0)),
+        ([status(SHED, 5.0, budget=PowerBudget((), 200.0))], AdmissionGate(SHED, 5.0)),
         # An engine that has written nothing yet.
         (
             [
@@ -81,7 +81,7 @@ NOTHING = PowerBudget()
         ),
     ],
 )
-def test_the_most_open_engine_counts(statuses: list[Status], door: Door | None) -> None:
+def test_the_most_open_engine_counts(statuses: list[Status], door: AdmissionGate | None) -> None:
     """From the blocks, two seconds of silence allowed."""
     assert most_open(statuses, 100.0) == door
 
@@ -97,11 +97,11 @@ def test_the_blocks_are_read_now_and_then() -> None:
             raise OSError("no space")
         return found
 
-    keeper = DoorKeeper(read, lambda: now)
+    keeper = AdmissionGates(read, lambda: now)
     for _ in range(50):
-        assert keeper.look() == Door(SHED, 30.0)
+        assert keeper.look() == AdmissionGate(SHED, 30.0)
     assert calls == 1
     now = 100.06
     assert keeper.look() is None
     now = 100.12
-    assert keeper.look() == Door(SHED, 30.0)
+    assert keeper.look() == AdmissionGate(SHED, 30.0)

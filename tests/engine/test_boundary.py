@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import ModelShape, WorkCoefficients
 from shaper.core.policy import Plan
 from shaper.core.policy.windowed import WindowedPlanner
-from shaper.core.power_model import StepModel
 from shaper.core.types import PowerBudget, PowerLimit, Reason, StepLimits
-from shaper.core.work import ModelShape, WorkCoefficients
 from shaper.engine.compat import admission_cap
-from shaper.engine.safe_cap import MAX_SPACING_SECONDS, safe_cap
+from shaper.engine.fallback_cap import MAX_SPACING_SECONDS, fallback_cap
 from shaper.gpu.profiles import load_profile
 from tests.engine.test_budget import sliding
 
@@ -57,7 +57,7 @@ def test_a_new_controller_counts_its_own_steps_only(make_rig, random_traffic):
     rig.run([(0.0, [7] * 600, 3000), (0.0, [8] * 600, 3000)])  # the queue never runs empty
     assert rig.shaper.counters.errors == 1
     controller = rig.shaper._controller
-    assert not controller._flights
+    assert not controller._in_flight_steps
     # Off by one step, the ledger would end a step too early or too late, for good.
     assert controller.ledger.end_seconds == pytest.approx(rig.engine.now_seconds, abs=0.003)
 
@@ -144,10 +144,10 @@ def test_the_safe_cap_keeps_its_law(watts, window):
     """The worst steps at the least spacing stay within the limit, summed by hand."""
     step_model = model()
     idle = step_model.gap_watts
-    cap = safe_cap(step_model.predict, idle, PowerBudget((PowerLimit(watts, window),)))
+    cap = fallback_cap(step_model.predict, idle, PowerBudget((PowerLimit(watts, window),)))
     assert cap.decode_requests is not None
     assert cap.prefill_tokens is not None
-    from shaper.engine.safe_cap import _worst_batch
+    from shaper.engine.fallback_cap import _worst_batch
 
     tokens = cap.decode_requests + cap.prefill_tokens
     worst = (_worst_batch(cap.decode_requests, cap.prefill_tokens), _worst_batch(0, tokens))
@@ -165,4 +165,8 @@ def test_the_safe_cap_keeps_its_law(watts, window):
 def test_without_limits_the_safe_cap_is_none():
     """Nothing to keep, nothing to hold."""
     step_model = model()
-    assert not safe_cap(step_model.predict, step_model.gap_watts, PowerBudget()).limits(0.0).binding
+    assert (
+        not fallback_cap(step_model.predict, step_model.gap_watts, PowerBudget())
+        .limits(0.0)
+        .binding
+    )

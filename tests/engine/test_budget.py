@@ -120,7 +120,7 @@ def test_aborts_leave_nothing_behind(make_rig, random_traffic):
     rig.engine.run_until(rig.engine.now_seconds + 1.0)
     assert not rig.engine.busy
     assert not scheduler.requests
-    assert not rig.shaper._controller._flights
+    assert not rig.shaper._controller._in_flight_steps
 
 
 def joules_per_token(rig) -> float:

@@ -10,16 +10,16 @@ from typing import Any
 
 import pytest
 
-from shaper.control import ControlFile
-from shaper.core.admission import AdmissionReason
 from shaper.core.budget import Constraints
-from shaper.core.standing import AdmissionState
+from shaper.core.supervise.admission import AdmissionReason
+from shaper.core.supervise.status import AdmissionState
 from shaper.core.types import PowerBudget, PowerLimit
-from shaper.enforcement import constraints_of, unkept
-from shaper.engine import startup
-from shaper.engine.admission_http import most_open
+from shaper.engine import build
 from shaper.engine.meter_windows import Usage, usage
-from shaper.status import Status, control_paths, read_statuses, run_id
+from shaper.ipc.control_file import ControlFile
+from shaper.ipc.enforcement import constraints_of, unkept
+from shaper.ipc.status_block import Status, control_paths, read_statuses, run_id
+from shaper.server.admission import most_open
 from tests.controlled import record
 from tests.engine.harness import GPU, MODEL
 
@@ -70,7 +70,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     def start(**settings: Any) -> Any:
         from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-        from shaper.core.power_model import StepModel
+        from shaper.core.model.power_model import StepModel
         from shaper.engine.work import engine_coefficients
         from shaper.gpu.profiles import load_profile
         from shaper.simulate.engine import kv_cache, new_scheduler
@@ -78,7 +78,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
         model = StepModel(load_profile(GPU), engine_coefficients(config()))
         scheduler = new_scheduler(config(), AsyncScheduler, kv_cache(config(), model, 2500))
         monkeypatch.setattr(config(), "additional_config", {"power_shaper": settings})
-        made.append(startup.attach(scheduler))
+        made.append(build.attach(scheduler))
         return made[-1]
 
     yield start

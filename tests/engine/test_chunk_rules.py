@@ -9,8 +9,8 @@ import pytest
 
 from shaper.core.types import PowerLimit, Reason
 from shaper.engine.compat import has
+from shaper.simulate.build import new_engine
 from shaper.simulate.engine import engine_config, new_request
-from shaper.simulate.rig import new_engine
 from tests.engine.harness import GPU, MODEL, RecordingLog, worst_ratio
 from tests.engine.test_counted import Compared, text
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from shaper.core.standing import AdmissionState, Standing
+from shaper.core.supervise.status import AdmissionState, EngineStatus
 from shaper.engine.compat import admission_attribute
 from shaper.engine.deferral import MAX_LET_IN
-from shaper.engine.flex import REFUSED
+from shaper.ipc.flex import REFUSED
 from shaper.simulate.engine import new_request
 from tests.engine.desk import DEFER, LIMIT, OPEN, SHAPED, SHED, Desk
 
@@ -287,7 +287,7 @@ def test_without_flex_vllm_schedules_the_same(
     rig = make_rig(())
     desk = Desk(rig)
     desk.say(state, 1.0)
-    desk.shaper.standing = Standing(1e9, desk.shaper.standing.admissibility)
+    desk.shaper.standing = EngineStatus(1e9, desk.shaper.standing.admissibility)
     rig.run(traffic)
     assert rig.outputs == plain.outputs
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shaper.core.admission import Admission, Strain
-from shaper.core.standing import AdmissionState, Standing
+from shaper.core.supervise.admission import Admission, Strain
+from shaper.core.supervise.status import AdmissionState, EngineStatus
 from shaper.core.types import PowerLimit
 from shaper.engine import deferral as deferral_module
 from shaper.engine.deferral import MAX_LET_IN
@@ -165,7 +165,7 @@ def test_a_flood_is_weathered_in_closed_loop(make_rig: Any) -> None:
         waited = desk.deferral.queue.wait_seconds(now)
         outcome = admission.update(Strain(held_ratio=held, wait_seconds=waited), now)
         seen.add(outcome.state)
-        desk.shaper.standing = Standing(now, outcome)
+        desk.shaper.standing = EngineStatus(now, outcome)
 
     desk._tick = tick  # type: ignore[method-assign]
     tick()

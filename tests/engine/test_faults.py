@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from shaper.core.controller import STALE_SECONDS
-from shaper.core.margin import BLIND_MARGIN_RATIO
+from shaper.core.learn.margin import BLIND_MARGIN_RATIO
 from shaper.core.types import PowerBudget, PowerLimit, Reason
 from shaper.engine.compat import admission_cap
 from shaper.engine.runtime import RETRY_SECONDS

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from shaper.core.types import PowerLimit, Reason
+from shaper.simulate.build import new_engine
 from shaper.simulate.engine import engine_config, new_request
-from shaper.simulate.rig import new_engine
 from tests.engine.harness import GPU, MODEL, RecordingLog, worst_ratio
 
 BINDING = (PowerLimit(450.0, 0.1),)

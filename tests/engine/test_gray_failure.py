@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from shaper.core.power_model import StepModel
-from shaper.core.standing import Cause
+from shaper.core.model.power_model import StepModel
+from shaper.core.supervise.status import Cause
 from shaper.core.types import ClockEventReasons, StepPrediction
 from tests.engine.conftest import GPU, Rig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
-from shaper.core.margin import BLIND_MARGIN_RATIO
+from shaper.core.learn.margin import BLIND_MARGIN_RATIO
 from shaper.core.types import PowerLimit
 from shaper.gpu.nvml import NvmlReader
 from shaper.gpu.sampler import Sampler

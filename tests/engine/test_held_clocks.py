@@ -97,15 +97,15 @@ def test_a_clock_that_is_let_go(name: str, quick: bool) -> None:
 
 def resting(rest_hertz: float, climb_seconds: float) -> Any:
     """A GPU whose clock falls at rest; the controller's profile knows nothing of it."""
-    from shaper.core.power_model import StepModel
+    from shaper.core.model.power_model import StepModel
     from shaper.engine.work import engine_coefficients
     from shaper.gpu.profiles import load_profile
-    from shaper.simulate.plant import Plant
+    from shaper.simulate.true_gpu import TrueGpu
 
     profile = load_profile(GPU)
     clocks = dataclasses.replace(profile.clocks, rest_hertz=rest_hertz, climb_seconds=climb_seconds)
     coefficients = engine_coefficients(config_of())
-    return Plant(StepModel(dataclasses.replace(profile, clocks=clocks), coefficients))
+    return TrueGpu(StepModel(dataclasses.replace(profile, clocks=clocks), coefficients))
 
 
 def bursts(seconds: float, every: float) -> list[tuple[float, list[int], int]]:

@@ -17,7 +17,7 @@ from shaper.core.types import NOTHING, PowerLimit, Reason, StepLimits
 from shaper.engine.compat import admission_limit, has, may_enter, waiting_requests
 from shaper.engine.levers import LONGEST_BLOCK, Levers, Rotation
 from shaper.engine.load import engine_load
-from tests.engine.test_tally import FakeRequest, fake_request
+from tests.engine.test_running_batch import FakeRequest, fake_request
 
 
 def names(count: int, first: int = 0) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from shaper.config.group import GroupTerms
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import PowerBudget, PowerLimit, Reason
@@ -18,8 +19,7 @@ from shaper.engine import membership
 from shaper.engine.membership import Membership, join
 from shaper.engine.readers import EngineGpus, NoSensor
 from shaper.gpu.profiles import load_profile
-from shaper.group_config import GroupTerms
-from shaper.group_status import GroupStatus
+from shaper.ipc.group_status import GroupStatus
 
 FREE_WATTS = 700.0
 STATIC = (PowerLimit(500.0, 0.1), PowerLimit(450.0, 1.0))
@@ -40,8 +40,8 @@ class FakeHandle:
             raise OSError("the segment is gone")
         self.asked.append(("tick", now_seconds))
 
-    def park(self, floor_watts: float, now_seconds: float) -> None:
-        self.asked.append(("park", floor_watts))
+    def reserve_fixed(self, floor_watts: float, now_seconds: float) -> None:
+        self.asked.append(("reserve_fixed", floor_watts))
 
     def snapshot(self, now_seconds: float) -> Any:
         self.looks += 1
@@ -82,11 +82,11 @@ def member(handle: FakeHandle) -> Membership:
     [
         ("on", True, []),
         ("shadow", True, []),
-        ("on", False, [("park", 500.0)]),
-        ("shadow", False, [("park", FREE_WATTS)]),
-        ("off", False, [("park", FREE_WATTS)]),
+        ("on", False, [("reserve_fixed", 500.0)]),
+        ("shadow", False, [("reserve_fixed", FREE_WATTS)]),
+        ("off", False, [("reserve_fixed", FREE_WATTS)]),
         # The controller is still there in the step after which the mode is off.
-        ("off", True, [("park", FREE_WATTS)]),
+        ("off", True, [("reserve_fixed", FREE_WATTS)]),
     ],
 )
 def test_an_engine_without_a_controller_counts_for_the_most_it_may_draw(

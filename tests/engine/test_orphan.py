@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from shaper import processes
-from shaper.processes import lives
+from shaper.ipc import processes
+from shaper.ipc.processes import lives
 
 # A server that starts an engine, and an engine of that name that watches it.
 SERVER = """
 import multiprocessing, os, sys, time
-from shaper.engine.orphan import watch_parent
+from shaper.ipc.orphan import watch_parent
 def engine(then):
     watch_parent(lambda: open("told", "w").close())
     if then == "deaf":
@@ -29,7 +29,7 @@ def engine(then):
         time.sleep(0.1)
 if __name__ == "__main__":
     method, name, then = sys.argv[1:]
-    import shaper.engine.orphan
+    import shaper.ipc.orphan
     process = multiprocessing.get_context(method).Process(target=engine, name=name, args=(then,))
     process.start()
     open("server", "w").write(str(os.getpid()))
@@ -44,7 +44,7 @@ def started(
     process = subprocess.Popen(
         [sys.executable, "server.py", method, name, then],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(processes.__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(processes.__file__).parents[2])},
     )
     deadline = time.monotonic() + 60
     while not (folder / "pids").exists():

@@ -13,24 +13,24 @@ from typing import Any
 
 import pytest
 
-from shaper.core.admission import EngineAdmission, Look
-from shaper.core.standing import Standing
-from shaper.core.supervisor import Supervisor
+from shaper.core.supervise.admission import EngineAdmission, Look
+from shaper.core.supervise.status import EngineStatus
+from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import GpuIdentity, GpuSample, PowerBudget, PowerLimit
 from shaper.doctor.server import metric_findings, samples
 from shaper.engine.control import BudgetControl
-from shaper.engine.flex import FlexQueue
 from shaper.engine.membership import Membership
 from shaper.engine.readers import NoSensor
 from shaper.engine.recorder import Recorder
 from shaper.engine.telemetry import DecisionLog, Telemetry
 from shaper.engine.tick import EngineTick
-from shaper.gpu.meter_facts import MeterWatch
+from shaper.gpu.meter_properties import MeterWatch
 from shaper.gpu.parts import PARTS, Parts
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.sampler import Sampler
-from shaper.metric_values import SchedulerCounters
-from shaper.status import StatusWriter
+from shaper.ipc.flex import FlexQueue
+from shaper.ipc.metric_table import SchedulerCounters
+from shaper.ipc.status_block import StatusWriter
 from tests.controlled import engine as budget_control
 from tests.controlled import record, run
 from tests.engine.test_membership import FakeHandle
@@ -63,7 +63,7 @@ class Shaper:
     def __init__(self) -> None:
         self.counters, self.budget = SchedulerCounters(), PowerBudget((PowerLimit(560.0, 1.0),))
         self.demand, self.mode = None, "on"
-        self.standing: Standing | None = None
+        self.standing: EngineStatus | None = None
         self.extra: tuple[PowerLimit, ...] = ()
 
     def set_budget(self, budget: PowerBudget) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from shaper.config import build_config
-from shaper.control import ControlFile, ControlRecord, ModeRecord
-from shaper.enforcement import unkept
-from shaper.engine import shapeable, startup
-from shaper.engine.flags import new_parser, shaper_config
+from shaper.cli.serve_flags import new_parser, shaper_config
+from shaper.config.model import build_config
+from shaper.engine import build, shapeable
 from shaper.engine.protocols import PassThrough
 from shaper.engine.runtime import LiveShaper
-from shaper.status import read_statuses, run_id
+from shaper.ipc.control_file import ControlFile, ControlRecord, ModeRecord
+from shaper.ipc.enforcement import unkept
+from shaper.ipc.status_block import read_statuses, run_id
 from tests.controlled import ORIGIN, engine, record, run, watts
 from tests.engine.conftest import plain
 from tests.engine.harness import GPU, MODEL
@@ -130,7 +130,7 @@ def test_a_vllm_that_has_nothing_of_what_we_know_is_served_on(monkeypatch, caplo
     """Whatever raises while the shaper looks around, with a limit set: vLLM runs, unwatched."""
     monkeypatch.setattr(shapeable, "vllm_version", lambda: "0.99.0")
     bare = SimpleNamespace(additional_config={"power_shaper": SETTINGS})
-    found = startup.attach(SimpleNamespace(vllm_config=bare))
+    found = build.attach(SimpleNamespace(vllm_config=bare))
     assert isinstance(found, PassThrough)
     assert found.schedule(lambda: "vLLM's own") == "vLLM's own"
     assert "0.99.0" in caplog.text

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from shaper.config import ShaperConfig, build_config
+from shaper.cli.record import _meta, _real
+from shaper.config.model import ShaperConfig, build_config
 from shaper.doctor import gpu_probe, gpus
 from shaper.doctor.findings import Checks
 from shaper.engine.readers import check_gpus, engine_gpus
 from shaper.errors import ConfigError, GpuUnavailableError
 from shaper.gpu import nvml_driver
 from shaper.gpu.nvml import NvmlReader
-from shaper.record import _meta, _real
 from tests.gpu.fake_nvml import FakeGpu, FakeNvml
 
 H200, H100 = "NVIDIA H200", "NVIDIA H100 80GB HBM3"

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from shaper.config import build_config
-from shaper.control import ControlFile
-from shaper.engine import control_http
-from shaper.recording_state import RecordingPhase, RecordingState
+from shaper.config.model import build_config
+from shaper.ipc.control_file import ControlFile
+from shaper.ipc.recording_state import RecordingPhase, RecordingState
+from shaper.server import routes
 from tests.controlled import run
-from tests.engine.test_control_http import Served
+from tests.server.test_routes import Served
 
 __all__ = ["run"]
 
@@ -40,7 +40,7 @@ class Recording(Served):
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The server's recording directory."""
     config = build_config({"record_directory": str(tmp_path)})
-    monkeypatch.setattr(control_http, "_config", lambda scope: config)
+    monkeypatch.setattr(routes, "_config", lambda scope: config)
     return tmp_path
 
 
@@ -115,7 +115,7 @@ def test_where_it_can_not_be_written_is_said_before(
     for name in ("run.parquet", "old.parquet"):
         assert code(served.ask("PUT", RECORD, {"file": name})) == (409, "exists")
     gone = build_config({"record_directory": str(directory / "gone")})
-    monkeypatch.setattr(control_http, "_config", lambda scope: gone)
+    monkeypatch.setattr(routes, "_config", lambda scope: gone)
     status, answer = served.ask("PUT", RECORD, {"file": "run.csv"})
     assert (status, answer["error"]["code"]) == (409, "not_writable")
     assert "SHAPER_RECORD_DIRECTORY" in answer["error"]["message"]

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 import pytest
 
-from shaper.control import Origin, RecordOrder
 from shaper.core.types import GpuSample, StepBatch
 from shaper.engine import recorder as module
 from shaper.engine.recorder import Recorder
-from shaper.recording import RecordedStep, RecordingWriter, read_recording
-from shaper.recording_state import RecordingPhase, RecordingState
+from shaper.ipc.control_file import Origin, RecordOrder
+from shaper.ipc.recording_state import RecordingPhase, RecordingState
+from shaper.recording.format import RecordedStep, RecordingWriter, read_recording
 
 STEP = RecordedStep(1.0, 1.01, StepBatch(decode_requests=1, decode_tokens=1))
 SAMPLE = GpuSample(1.0, 0, instant_watts=300.0)

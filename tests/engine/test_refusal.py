@@ -9,7 +9,7 @@ from pathlib import Path
 
 from shaper.engine import refusal
 from shaper.errors import EngineError
-from shaper.status import RUN_VARIABLE, refusal_path, run_id
+from shaper.ipc.status_block import RUN_VARIABLE, refusal_path, run_id
 
 CORE = """
 import multiprocessing, sys

@@ -14,8 +14,8 @@ from shaper.core.policy import Plan
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import PowerLimit, Reason, StepLimits
 from shaper.engine.compat import has
+from shaper.simulate.build import new_engine
 from shaper.simulate.engine import engine_config, new_request
-from shaper.simulate.rig import new_engine
 from tests.engine.harness import GPU, MODEL, RecordingLog, worst_ratio
 from tests.engine.remote_kv import NEVER, Load, attach, kv_transfer_config
 

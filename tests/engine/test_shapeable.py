@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from shaper.config import build_config
-from shaper.engine import shapeable, startup
+from shaper.config.model import build_config
+from shaper.engine import build, shapeable
 from shaper.engine.compat import gpus_per_engine, is_diffusion, own_scheduler
 from shaper.engine.plugin import use_flag
 from shaper.engine.protocols import PassThrough
@@ -21,7 +21,7 @@ from shaper.engine.shapeable import (
     unless_unshaped_ok,
 )
 from shaper.errors import ConfigError, EngineError, FleetError, GpuUnavailableError
-from shaper.status import refusal_path, run_id
+from shaper.ipc.status_block import refusal_path, run_id
 
 LIMITED = build_config({"limits": "500W@1s"})
 LAYOUT = {
@@ -107,7 +107,7 @@ def test_a_layout_that_is_not_shaped_stops_the_start(
     assert all(word in line for word in says)
     scheduler = SimpleNamespace(vllm_config=engine(layout))
     scheduler.vllm_config.additional_config = {"power_shaper": {"limits": "500W@1s"}}
-    assert refused_line(lambda: startup.attach(scheduler)) == line
+    assert refused_line(lambda: build.attach(scheduler)) == line
 
 
 @pytest.mark.parametrize(("layout", "model", "more", "says"), MODELS)
@@ -320,15 +320,15 @@ def test_unshaped_ok_starts_whatever_stands_in_the_way(
     def start(*args: Any) -> Any:
         raise GpuUnavailableError("no driver")
 
-    monkeypatch.setattr(startup, "_start", start)
-    monkeypatch.setattr(startup, "check_scheduler", lambda scheduler: None)
+    monkeypatch.setattr(build, "_start", start)
+    monkeypatch.setattr(build, "check_scheduler", lambda scheduler: None)
     vllm_config = engine({"data_parallel_index": 7})
     vllm_config.additional_config = {"power_shaper": {"limits": "500W@1s"}}
     scheduler = SimpleNamespace(vllm_config=vllm_config)
     with pytest.raises(GpuUnavailableError):
-        startup.attach(scheduler)
+        build.attach(scheduler)
     vllm_config.additional_config["power_shaper"]["unshaped_ok"] = True
-    shaper = startup.attach(scheduler)
+    shaper = build.attach(scheduler)
     assert isinstance(shaper, PassThrough)
     shaper.close()
     refusal_path(run_id()).unlink()

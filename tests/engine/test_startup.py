@@ -8,15 +8,15 @@ from typing import get_args
 
 import pytest
 
-from shaper.config import ShaperConfig, build_config, loose_settings
-from shaper.engine import startup
+from shaper.config.model import ShaperConfig, build_config, loose_settings
+from shaper.engine import build
 from shaper.engine.compat import supported
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import PassThrough
 from shaper.engine.readers import EngineGpus
 from shaper.errors import ConfigError, GpuUnavailableError
 from shaper.gpu.profiles import load_profile
-from shaper.recording import path_of_rank
+from shaper.recording.format import path_of_rank
 
 
 def scheduler(settings):
@@ -32,15 +32,15 @@ def no_gpu(monkeypatch):
     def start(*args):
         raise GpuUnavailableError("no driver")
 
-    monkeypatch.setattr(startup, "engine_obstacle", lambda *args: None)
-    monkeypatch.setattr(startup, "check_scheduler", lambda scheduler: None)
-    monkeypatch.setattr(startup, "_start", start)
+    monkeypatch.setattr(build, "engine_obstacle", lambda *args: None)
+    monkeypatch.setattr(build, "check_scheduler", lambda scheduler: None)
+    monkeypatch.setattr(build, "_start", start)
 
 
 def test_without_a_limit_an_unreadable_gpu_only_warns(no_gpu, caplog):
     """vLLM serves on, unshaped, and the log says why."""
     with caplog.at_level(logging.WARNING, logger="shaper"):
-        shaper = startup.attach(scheduler({}))
+        shaper = build.attach(scheduler({}))
     assert isinstance(shaper, PassThrough)
     assert shaper.schedule(lambda: "vLLM's own") == "vLLM's own"
     assert "no driver" in caplog.text
@@ -60,13 +60,13 @@ def test_without_a_limit_an_unreadable_gpu_only_warns(no_gpu, caplog):
 def test_with_a_promise_an_unreadable_gpu_stops_the_start(no_gpu, settings):
     """A budget or a target that can't be kept must not look as if it were."""
     with pytest.raises(GpuUnavailableError):
-        startup.attach(scheduler(settings))
+        build.attach(scheduler(settings))
 
 
 def test_a_wrong_setting_stops_the_start(no_gpu):
     """Also on the native route, where no parser has looked at it before."""
     with pytest.raises(ConfigError, match="limits"):
-        startup.attach(scheduler({"limts": "500W@1s"}))
+        build.attach(scheduler({"limts": "500W@1s"}))
 
 
 def test_each_limit_that_can_never_bind_is_named():
@@ -114,13 +114,13 @@ def test_an_engine_starts_with_the_warning(caplog, monkeypatch):
     profile = load_profile("h200-sxm")
     reader = SimpleNamespace(gpus=[SimpleNamespace(enforced_limit_watts=500.0)])
     model = SimpleNamespace(idle_watts=115.0, gpu_count=1)
-    monkeypatch.setattr(startup, "engine_gpus", lambda *_: EngineGpus(reader, profile))
-    monkeypatch.setattr(startup, "engine_coefficients", lambda *_: None)
-    monkeypatch.setattr(startup, "StepModel", lambda *_: model)
-    monkeypatch.setattr(startup, "join", stop)
+    monkeypatch.setattr(build, "engine_gpus", lambda *_: EngineGpus(reader, profile))
+    monkeypatch.setattr(build, "engine_coefficients", lambda *_: None)
+    monkeypatch.setattr(build, "StepModel", lambda *_: model)
+    monkeypatch.setattr(build, "join", stop)
     config = build_config({"limits": ["450W@2s", "600W@1s"]})
     with caplog.at_level(logging.WARNING, logger="shaper"), pytest.raises(StopError):
-        startup._start(SimpleNamespace(vllm_config=SimpleNamespace(), kv_cache_config=None), config)
+        build._start(SimpleNamespace(vllm_config=SimpleNamespace(), kv_cache_config=None), config)
     (said,) = [record.getMessage() for record in caplog.records]
     assert "600 W over 1 s can never bind: the enforced limit of the GPU is 500 W" in said
 

@@ -12,12 +12,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from shaper.budget_config import TermsConfig
-from shaper.control import ControlFile, Follower
+from shaper.config.budget import TermsConfig
+from shaper.config.schedule import ScheduleEntry
 from shaper.core.budget import BudgetPlan
 from shaper.core.types import PowerLimit, Reason
 from shaper.engine.control import BudgetControl
-from shaper.schedule import ScheduleEntry
+from shaper.ipc.control_file import ControlFile, Follower
 from tests.engine.harness import Attacked, attacked, sliding, worst_ratio
 
 DAY, NIGHT = PowerLimit(560.0, 0.1), PowerLimit(430.0, 0.1)

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from shaper.core.power_model import StepModel
-from shaper.core.quantisation import WeightBytes
-from shaper.core.shape import ModelShape
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.quantisation import WeightBytes
+from shaper.core.model.shape import ModelShape
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import PowerLimit
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_model_config
 from shaper.errors import ConfigError, EngineError
 from shaper.gpu.profiles import load_profile
@@ -143,11 +143,11 @@ def test_the_scheduler_says_what_its_cache_holds(configured: Callable[..., Any])
 
 def burst(config: Any, limits: list[PowerLimit] | None, width: float, **settings: Any) -> float:
     """Serves prompts far above the limit; returns the highest window over the limit."""
+    from shaper.simulate.build import new_engine
     from shaper.simulate.engine import new_request
-    from shaper.simulate.plant import Plant
-    from shaper.simulate.rig import new_engine
+    from shaper.simulate.true_gpu import TrueGpu
 
-    plant = Plant(StepModel(load_profile(GPU), counted(width)))
+    plant = TrueGpu(StepModel(load_profile(GPU), counted(width)))
     engine = new_engine(config, GPU, limits, plant=plant, kv_blocks=20_000, **settings)
     for index in range(60):
         at = index * 0.02
@@ -176,7 +176,7 @@ def test_a_controller_that_counts_too_little_is_seen(
     vLLM's metrics give it for AWQ, the hand-counted GPU is over the limit."""
     import dataclasses
 
-    from shaper.simulate import rig
+    from shaper.simulate import build
 
     def head_alone(config: Any, cache: Any) -> WorkCoefficients:
         full = counted(SCHEMES["awq"][2])
@@ -188,7 +188,7 @@ def test_a_controller_that_counts_too_little_is_seen(
             dense_weight_bytes=HEAD * 2.0,
         )
 
-    monkeypatch.setattr(rig, "engine_coefficients", head_alone)
+    monkeypatch.setattr(build, "engine_coefficients", head_alone)
     assert burst(configured("awq"), [LIMIT], SCHEMES["awq"][2]) > 1.1
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from shaper.core.margin import UNCOUNTED_MARGIN_RATIO
+from shaper.core.learn.margin import UNCOUNTED_MARGIN_RATIO
 from shaper.core.types import GpuSample, PowerLimit
 from shaper.gpu.reader import GpuReader
 from tests.engine.harness import Attacked, attacked, worst_ratio

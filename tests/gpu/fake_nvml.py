@@ -193,14 +193,14 @@ class FakeNvml:
         if name in self.hidden:
             raise pynvml.NVMLError(pynvml.NVML_ERROR_FUNCTION_NOT_FOUND)
         for fault in self._active():
-            self._strike(fault, name, gpu)
+            self._mark_unsupported(fault, name, gpu)
         for index, player in self._players.items():
             player.play(self.devices[index], self.seconds)
         for device in self.devices:
             if device.counts:
                 device.energy_millijoules = int((device.average_milliwatts or 0) * self.seconds)
 
-    def _strike(self, fault: Fault, name: str, gpu: int | None) -> None:
+    def _mark_unsupported(self, fault: Fault, name: str, gpu: int | None) -> None:
         if fault.kind == "unloaded":
             self._generation += 1
             raise pynvml.NVMLError(

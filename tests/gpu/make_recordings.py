@@ -10,9 +10,9 @@ import random
 from dataclasses import asdict, fields
 from pathlib import Path
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample, StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_shape
 from shaper.emulator.silicon import EmulatedGpus
 from shaper.gpu.profiles import load_profile

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample, StepBatch
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_shape
 from shaper.emulator.silicon import EmulatedGpus
 from shaper.gpu.energy import EnergyMeter
 from shaper.gpu.profiles import known_profiles, load_profile
-from shaper.gpu.screen import Screen
+from shaper.gpu.validation import SampleValidator
 
 DECODES = StepBatch(decode_requests=64, decode_tokens=64, decode_context_tokens=64_000)
 PROMPT = StepBatch(0, 0, 0, 1, 1024, 1024, 1024 * 1024, 1024 * 1024)
@@ -30,7 +30,7 @@ def load(name: str, seed: int, seconds: float, busy_ratio: float, bend: Bend) ->
     profile = load_profile(name)
     model = StepModel(profile, WorkCoefficients.from_shape(load_shape("llama-3.1-8b")))
     gpus = EmulatedGpus(profile, model, start_seconds=0.0, seed=seed)
-    rng, screen, meter = random.Random(seed), Screen(), EnergyMeter()
+    rng, screen, meter = random.Random(seed), SampleValidator(), EnergyMeter()
     now, turn_ends, busy, seen = 0.0, 0.0, False, []
     while now < seconds:
         if now >= turn_ends:

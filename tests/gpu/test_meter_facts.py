@@ -8,7 +8,7 @@ import random
 import pytest
 
 from shaper.core.types import GpuSample
-from shaper.gpu.meter_facts import MeterFacts, MeterWatch, measure_meter
+from shaper.gpu.meter_properties import MeterFacts, MeterWatch, measure_meter
 from shaper.gpu.nvml import NvmlReader
 from tests.gpu.clocks import HandClock
 from tests.gpu.fake_faults import Fault

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shaper.core.types import PowerState
-from shaper.gpu.meter_facts import MeterWatch
+from shaper.gpu.meter_properties import MeterWatch
 from shaper.gpu.nvml import LAST_RETRY_SECONDS, NvmlReader
 from shaper.gpu.sampler import Sampler
 from tests.gpu.clocks import HandClock

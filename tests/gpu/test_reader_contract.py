@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import ClockEventReasons, GpuSample
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.playback import PlaybackReader
 from shaper.emulator.shapes import load_shape

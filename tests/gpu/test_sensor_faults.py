@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from shaper.core.supervisor import SENSOR_LOST_SECONDS
+from shaper.core.supervise.supervisor import SENSOR_LOST_SECONDS
 from shaper.core.types import GpuIdentity, GpuSample, PowerState
 from shaper.errors import GpuLostError
 from shaper.gpu.sampler import Sampler

@@ -10,8 +10,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from shaper.core.types import Decision, PowerLimit, Reason
 from shaper.engine.scheduler import ShapedAsyncScheduler, ShapedScheduler
 from shaper.simulate import pauses
+from shaper.simulate.build import new_engine
 from shaper.simulate.engine import VirtualEngine, engine_config, new_request
-from shaper.simulate.rig import new_engine
 
 
 class Log:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from shaper.core.types import PowerLimit
-from shaper.report.rack import rack_page
 from shaper.simulate.figures import rack_figures, ttft_seconds
+from shaper.simulate.report import rack_page
 from shaper.simulate.setup import EngineResult, RackResult, RackSetup
 from shaper.simulate.show import limit_text, rack_dict, rack_text
 

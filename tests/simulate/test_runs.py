@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shaper.core.power_model import StepModel
+from shaper.core.model.power_model import StepModel
+from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import PowerLimit
-from shaper.core.work import WorkCoefficients
 from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
@@ -24,9 +24,9 @@ from shaper.simulate.arrivals import segments
 from shaper.simulate.figures import rack_figures
 from shaper.simulate.router import ROUTERS
 from shaper.simulate.runs import run_rack
-from shaper.simulate.seat import Seat, drawn_plant
 from shaper.simulate.setup import NO_ERRORS, Errors, RackResult, RackSetup
 from shaper.simulate.show import rack_dict
+from shaper.simulate.simulated_engine import SimulatedEngine, drawn_gpu
 from shaper.traffic.synthetic import synthesise
 from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 
@@ -97,7 +97,7 @@ def test_one_engine_in_a_rack_is_an_engine_alone(shaped):
     from shaper.simulate.engine import new_request
 
     config = runs._config("h200-sxm", "llama-3.1-8b", 1, 8192, 1024, False)
-    alone = Seat(setup, 0, config, None)
+    alone = SimulatedEngine(setup, 0, config, None)
     for number, arrival in enumerate(segments(TRAFFIC, 1, SECONDS)):
         alone.engine.run_until(arrival.at_seconds)
         tokens = prompt_token_ids(arrival.request, number, 0)
@@ -115,10 +115,10 @@ def test_one_engine_in_a_rack_is_an_engine_alone(shaped):
 
 def test_no_engine_asks_the_ledger_about_the_past_or_the_future(monkeypatch):
     """All calls to the shared ledger come in the order of the time at which they are made."""
-    import shaper.fleet
+    import shaper.group
 
     calls: list[tuple[float, int]] = []
-    original = shaper.fleet.memory_groups
+    original = shaper.group.memory_groups
 
     class Watched:
         def __init__(self, handle: Any, index: int) -> None:
@@ -131,21 +131,21 @@ def test_no_engine_asks_the_ledger_about_the_past_or_the_future(monkeypatch):
             calls.append((now, self._index))
             return getattr(self._handle, name)(*arguments)
 
-        def look(self, start: float, now: float, *rest: Any) -> Any:
+        def query(self, start: float, now: float, *rest: Any) -> Any:
             assert start >= now
             return self._call("look", now, start, now, *rest)
 
-        def tell(self, share: Any, now: float) -> None:
+        def publish(self, share: Any, now: float) -> None:
             self._call("tell", now, share, now)
 
-        def claim(self, committed: Any, share: Any, now: float, step: Any) -> bool:
+        def reserve(self, committed: Any, share: Any, now: float, step: Any) -> bool:
             return bool(self._call("claim", now, committed, share, now, step))
 
-        def enter(self, committed: Any, share: Any, now: float) -> None:
+        def commit(self, committed: Any, share: Any, now: float) -> None:
             self._call("enter", now, committed, share, now)
 
     monkeypatch.setattr(
-        shaper.fleet,
+        shaper.group,
         "memory_groups",
         lambda *a, **k: [Watched(h, i) for i, h in enumerate(original(*a, **k))],
     )
@@ -189,7 +189,7 @@ def test_the_drawn_error_is_shared_by_all_and_own_to_each():
     model = StepModel(profile, WorkCoefficients.from_shape(shape, 1))
 
     def flop_ratio(errors: Errors, seed: int, index: int) -> float:
-        found = drawn_plant(model, errors, seed, index).profile
+        found = drawn_gpu(model, errors, seed, index).profile
         return found.power.joules_per_flop / profile.power.joules_per_flop
 
     shared, own = Errors(model_ratio=0.05, own_ratio=0.0), Errors(model_ratio=0.0, own_ratio=0.02)

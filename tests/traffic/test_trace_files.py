@@ -12,7 +12,7 @@ import pytest
 
 from bench.options import recorded_workload
 from bench.summarise import main as summarise_main
-from shaper import cli
+from shaper.cli import main
 from shaper.errors import TraceError
 from shaper.traffic import traces
 from shaper.traffic.traces import TraceFormat, load_trace
@@ -68,7 +68,7 @@ def test_cases_are_refused(
     capsys: pytest.CaptureFixture[str], name: str, names: tuple[str, ...]
 ) -> None:
     """By the command, in one line with the formats to choose from."""
-    assert cli.main(["simulate", "--trace", str(CASES / name)]) == 2
+    assert main.main(["simulate", "--trace", str(CASES / name)]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     assert all(each in line for each in (name, *names)), line

@@ -13,7 +13,7 @@ moves the gains together, and only spans that differ tell them apart. What a spa
 after it was learned says how well spans are dated; errors of one sign that stay say that the
 GPU has changed, and bring doubt back.
 
-What the filter knows is used with care (`_careful`): first the gain of the recent mix of
+What the filter knows is used with care (`_shrunk`): first the gain of the recent mix of
 work, then by how much each knot differs from it. Neither counts within what noise explains.
 Above, it counts with its deviation on top; below, only as far as it is sure.
 """
@@ -90,7 +90,7 @@ def place(power_ratio: float) -> tuple[int, float]:
     return index, x - index
 
 
-def _careful(off: float, deviation: float, seen_ratio: float, care: tuple[float, float]) -> float:
+def _shrunk(off: float, deviation: float, seen_ratio: float, care: tuple[float, float]) -> float:
     """What is used of a gain's distance from where it is expected.
 
     Args:
@@ -204,17 +204,17 @@ class JouleGains:
         if steps > 0.0:
             share /= steps
             mix = float(share @ self._gains)
-            base = 1.0 + _careful(mix - 1.0, *self._known(share), _MIX_CARE)
+            base = 1.0 + _shrunk(mix - 1.0, *self._known(share), _MIX_CARE)
             for index in range(KNOTS):
                 row = -share
                 row[index] += 1.0
                 off = float(self._gains[index]) - mix
-                gain = base + _careful(off, *self._known(row), _KNOT_CARE)
+                gain = base + _shrunk(off, *self._known(row), _KNOT_CARE)
                 self.applied[index] = min(gain, MAX_GAIN)
         idle = np.zeros(GAINS)
         idle[IDLE] = 1.0
         off = float(self._gains[IDLE]) - 1.0
-        self.applied[IDLE] = 1.0 + _careful(off, *self._known(idle), _MIX_CARE)
+        self.applied[IDLE] = 1.0 + _shrunk(off, *self._known(idle), _MIX_CARE)
 
     def _known(self, row: Array) -> tuple[float, float]:
         """The deviation of a combination of gains, and how much of its doubt was removed."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from shaper.core.group import GroupView
-from shaper.core.room import Room
+from shaper.core.ledger.headroom import Headroom
+from shaper.core.ledger.shared import GroupView
 from shaper.core.types import (
     NO_TARGETS,
     EngineLoad,
@@ -25,7 +25,7 @@ class PlanInput(NamedTuple):
     """What a policy sees of one step."""
 
     load: EngineLoad
-    room: Room
+    headroom: Headroom
     predict: Predictor
     now_seconds: float = 0.0
     state: PowerState | None = None

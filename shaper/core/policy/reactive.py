@@ -79,7 +79,7 @@ class ReactiveConcurrency:
         wanted = load.running_requests + load.waiting_requests
         self._most_wanted = max(self._most_wanted, wanted)
         if view.state is not None:
-            self._react(view.state, view.room.sustained_watts)
+            self._react(view.state, view.headroom.sustained_watts)
         if not wanted:
             return Plan(UNLIMITED, Reason.IDLE)
         cap = self._cap

@@ -10,12 +10,12 @@ its seconds, and `L` the sustained limit:
                idle + extra(n) / (slack of the target) <= most of L
 
 The cadence spends the ITL target's slack first: fewer, larger steps read the weights less
-often for the same tokens, and leave each window the room for prompts as they come: those
+often for the same tokens, and leave each window the headroom for prompts as they come: those
 that find it run at once. The cap comes behind it: where even the slowest cadence that
 the target allows draws more than the budget, fewer requests may run, and the others wait.
 Without an ITL target there is no cap. An engine alone then has no cadence, and one in a group
-goes at `EASY_STEPS` decode steps at the slowest. In a group the cadence is the slower one of this
-and of what all of it can hold.
+waits at most `DEFAULT_DECODE_INTERVAL` times a decode step's time. In a group the cadence is
+the slower one of this and of what all of it can hold.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import math
 from shaper.core.policy import PlanInput
 from shaper.core.types import LatencyTargets, StepBatch, StepPrediction
 
-# How much of the ITL target decodes wait for joules alone. The rest is room for a chunk under
+# How much of the ITL target decodes wait for joules alone. The rest is headroom for a chunk under
 # the same deadline: waiting for all of it saves little more energy and costs TTFT.
 SLACK_SHARE = 0.28
 # And where a budget asks for it: under a tight one more of it goes to the prompts' TTFT.
 BUDGET_SHARE = 0.40
 # Without a target: in decode steps. Half the pace of the unshaped engine while it is calm is
 # still far from its slowest percent, the steps that carry a prompt.
-EASY_STEPS = 2.0
+DEFAULT_DECODE_INTERVAL = 2.0
 # A cadence that is this near to the step itself is none.
 _LEAST_STRETCH = 1.05
 # What a decode step may take of its target; the rest is what it may come late.
@@ -48,20 +48,22 @@ def slowest_seconds(targets: LatencyTargets, decodes: StepPrediction) -> float:
     """The slowest cadence of decode steps."""
     if targets.itl_seconds is not None:
         return targets.itl_seconds * (SLACK_SHARE if targets.spend_slack else BUDGET_SHARE)
-    return EASY_STEPS * decodes.seconds
+    return DEFAULT_DECODE_INTERVAL * decodes.seconds
 
 
 def cadence_seconds(view: PlanInput) -> float | None:
     """Time between decode steps that the budget asks for; None: as fast as they go."""
     decodes = view.decodes
-    room, group = view.room, view.group
-    if decodes is None or not room.bounded:
+    headroom, group = view.headroom, view.group
+    if decodes is None or not headroom.bounded:
         return None
     if view.targets.itl_seconds is None and group is None:
         # Nobody has named a price for it: their pace falls while prompts wait, and no longer.
         return None
     extra = decodes.joules_above(view.idle_watts)
-    available = min(room.sustained_watts - view.prefill_watts, room.paced_watts(view.burst_joules))
+    available = min(
+        headroom.sustained_watts - view.prefill_watts, headroom.paced_watts(view.burst_joules)
+    )
     available -= view.idle_watts
     slowest = slowest_seconds(view.targets, decodes)
     cadence = extra / available if available > 0 else slowest
@@ -108,11 +110,11 @@ def _largest(view: PlanInput, most: int) -> int | None:
         step = view.predict(StepBatch(count, count, count * context))
         if kept and step.seconds > longest:
             return False
-        if not view.room.bounded:
+        if not view.headroom.bounded:
             return True
         extra = step.joules_above(view.idle_watts)
         pace = max(step.seconds, slowest_seconds(view.targets, step))
-        return view.idle_watts + extra / pace <= _DECODE_SHARE * view.room.sustained_watts
+        return view.idle_watts + extra / pace <= _DECODE_SHARE * view.headroom.sustained_watts
 
     if fits(most):
         return None

@@ -1,10 +1,10 @@
 """Whose turn it is among engines that share a budget.
 
-Laws. A step yields what comes before it the room, and no more: it runs where the group's windows
-hold it and, beside it, what these want:
+Laws. A step yields what comes before it the headroom, and no more: it runs where the group's
+windows hold it and, beside it, what these want:
 
     first    decodes of others that are late (past the slowest cadence) and due before this
-             engine's own, for `DEFER_SECONDS` (`fleet/fair.py`): who is still late then waits
+             engine's own, for `DEFER_SECONDS` (`group/fairness.py`): who is still late then waits
              for something that others can't give
     then     prompts of others that have waited for longer than this engine's (since the
              last chunk of each), one step of each; before a step with prompts
@@ -14,12 +14,12 @@ Prompts that have waited for their bound (`turn`) yield to nothing. So as many p
 once as fit, in the order in which they began to wait, and decodes slow down as far as what
 waits needs.
 
-So turns are bounded, too. Nobody takes the room of whoever has waited longest, who has it when
+So turns are bounded, too. Nobody takes the headroom of whoever has waited longest, who has it when
 a window has let go of what ran before, and after that the next: prompts wait for about a
 window for each engine whose prompts come before them, beside what late decodes take. And a
 count holds whatever else keeps them: while prompts wait for `t` seconds, with `b` the
 longest pause, each other engine runs at most `1 + floor(t / b)` steps with prompts that
-leave them no room: one that it had waited for, and one each time that its own have waited
+leave them no headroom: one that it had waited for, and one each time that its own have waited
 for the bound. Those waits end at `2 b` (`core/guard.py`): three of each other engine at most,
 and one more of those who decided at the same moment.
 """
@@ -50,7 +50,7 @@ def comes_first_joules(view: PlanInput, *, prompts: bool) -> float:
 
 def fits_beside(view: PlanInput, step: StepPrediction, joules: float) -> bool:
     """Whether a step fits, with so many joules of others beside it in the group's windows."""
-    if not view.room.fits(step):
+    if not view.headroom.fits(step):
         return False
     if view.group is None or not joules:
         return True
@@ -59,7 +59,7 @@ def fits_beside(view: PlanInput, step: StepPrediction, joules: float) -> bool:
 
 
 def crowds_prompts(view: PlanInput) -> bool:
-    """Whether a step of decodes alone takes room that waiting prompts of others want."""
+    """Whether a step of decodes alone takes headroom that waiting prompts of others want."""
     group = view.group
     if group is None or view.decodes is None or not group.waiting_joules:
         return False

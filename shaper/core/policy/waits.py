@@ -1,8 +1,8 @@
 """Pauses: for how long decodes may wait, and when a refused step is asked about again.
 
-Law. A step that an engine's own windows refuse fits no earlier than `Room.wait_seconds` says,
+Law. A step that an engine's own windows refuse fits no earlier than `Headroom.wait_seconds` says,
 unless work arrives, leaves or returns, which ends a pause anyway, or the prediction learns,
-for which a pause is looked at again after some 20 ms (`engine/runtime.py`). In a group room
+for which a pause is looked at again after some 20 ms (`engine/runtime.py`). In a group headroom
 also comes back when another engine takes back what it had committed: it is asked for all the
 time.
 """
@@ -34,13 +34,13 @@ def again_seconds(
     Args:
         view: of the step that is not launched.
         refused: the smallest steps that would be launched if they fitted; None for one
-            that waits for something else than room. In a group nobody looks at them.
+            that waits for something else than headroom. In a group nobody looks at them.
         until_seconds: when something else may be launched.
     """
     if view.group is not None:
         return view.now_seconds + _GROUP_POLL_SECONDS
-    room, idle_watts = view.room, view.idle_watts
-    waits = [0.0 if step is None else room.wait_seconds(step, idle_watts) for step in refused]
+    headroom, idle_watts = view.headroom, view.idle_watts
+    waits = [0.0 if step is None else headroom.wait_seconds(step, idle_watts) for step in refused]
     wait_seconds = min(waits, default=0.0)
     return min(view.now_seconds + wait_seconds, until_seconds) if wait_seconds else None
 

@@ -12,16 +12,16 @@ leaves for a step of its length, with decodes going on after it. In order:
    the target if slack shall be spent, else for the cadence that the budget asks for. A
    decode step mostly reads weights, so its joules hardly depend on how many share it. Without
    a target they go on at once while no prompt waits, unless a group asks for an easy cadence
-   (`EASY_STEPS`);
+   (`DEFAULT_DECODE_INTERVAL`);
 2. what the engine wants, if it fits: then nothing is limited;
 3. all decodes and the largest efficient prefill chunk that fits; without an ITL target
-   it takes at most `GENTLE_STEPS` decode steps' time, so that prompts which had to wait
+   it takes at most `SOFT_STEP_CAP` decode steps' time, so that prompts which had to wait
    don't come back as one long step; where no chunk keeps the ITL target, 64 tokens. Where the
-   pace of the decodes would leave an efficient one no room in an empty window, decodes go
+   pace of the decodes would leave an efficient one no headroom in an empty window, decodes go
    slower: the least efficient chunk then fits beside less of them, or the largest that an
    empty window would hold with idle power after it;
 4. while prompts wait for the budget: nothing, for the decodes' share of slack, so that the
-   room which they leave goes to the prompts; without an ITL target an easy pace, or a share
+   headroom which they leave goes to the prompts; without an ITL target an easy pace, or a share
    of the time for which prompts have been held;
 5. the decodes alone, slower where an empty window would not hold them at their pace: prompts
    wait for the window to move on;
@@ -76,7 +76,7 @@ _LONG_CHUNK_TOKENS = 2048
 _EFFICIENT_RATIO = 1.25
 # In decode steps. Without this bound the p99 of ITL rises over the unshaped one at 85% of
 # the peak power (`python -m bench.demo` compares them); a smaller one costs more TTFT.
-GENTLE_STEPS = 4.0
+SOFT_STEP_CAP = 4.0
 # Without an ITL target decodes make way for prompts that have been held for longer than a
 # burst fills a window and leaves it again: by this share of the time, up to a pace that
 # still reads as fluent. Where demand exceeds the budget, larger batches get more out of it.
@@ -138,7 +138,7 @@ class WindowedPlanner:
                 return Plan(NOTHING, Reason.DECODE_PACING, slack, again)
         if decodes:
             if _never_fits(view, decodes):
-                view.room.make_way(decodes, view.idle_watts)
+                view.headroom.make_way(decodes, view.idle_watts)
             if fits_beside(view, decodes, comes_first_joules(view, prompts=False)):
                 return Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY, cadence)
             some = _fitting_decodes(view, decodes)
@@ -156,7 +156,7 @@ class WindowedPlanner:
             view: of this step.
             wanted: what the engine would run.
             sharing_decodes: decodes that read the weights anyway. While they may still wait
-                they don't, and a crumb of a prompt would spend the room that they leave.
+                they don't, and a small chunk of a prompt would spend the headroom that they leave.
         """
         load = view.load
         beside = comes_first_joules(view, prompts=True)
@@ -183,7 +183,7 @@ class WindowedPlanner:
 
         def possible(tokens: int) -> bool:
             step = view.predict(load.batch(tokens))
-            return step.watts <= view.room.empty_watts(step.seconds, view.idle_watts)
+            return step.watts <= view.headroom.empty_watts(step.seconds, view.idle_watts)
 
         chunk, self._way_seconds = self._largest_fitting(sizes, fits), 0.0
         if not chunk and _never_fits(view, view.predict(load.batch(least))):
@@ -192,10 +192,10 @@ class WindowedPlanner:
             largest = least if possible(least) else self._largest_fitting(below, possible)
             if largest:
                 step = view.predict(load.batch(largest))
-                self._way_seconds = view.room.make_way(step, view.idle_watts)
+                self._way_seconds = view.headroom.make_way(step, view.idle_watts)
                 chunk = largest if fits(largest) else 0
         if not chunk:
-            return self._crumb(view, least, beside)
+            return self._min_chunk(view, least, beside)
         self._last_chunk = chunk
         tail = load.prefills[0].remaining_tokens if load.running_prefills else most
         return tail if tail < most and tail <= _TAIL_SHARE * chunk and fits(tail) else chunk
@@ -218,7 +218,7 @@ class WindowedPlanner:
             stride *= 2
         return sizes[low] if low >= 0 else 0
 
-    def _crumb(self, view: PlanInput, least: int, beside: float) -> int:
+    def _min_chunk(self, view: PlanInput, least: int, beside: float) -> int:
         """A chunk of 64 tokens where only the ITL target refuses an efficient one, else 0.
 
         A target that no chunk keeps must not stop prompts: it is broken by the little
@@ -228,8 +228,9 @@ class WindowedPlanner:
             return 0
         if view.spend_slack and view.decodes and view.since_decode_seconds > view.decodes.seconds:
             return 0
-        crumb = min(max(CHUNK_TOKENS[0], view.load.least_chunk_tokens), least)
-        return crumb if fits_beside(view, view.predict(view.load.batch(crumb)), beside) else 0
+        min_chunk = min(max(CHUNK_TOKENS[0], view.load.least_chunk_tokens), least)
+        step = view.predict(view.load.batch(min_chunk))
+        return min_chunk if fits_beside(view, step, beside) else 0
 
     def _refused(
         self,
@@ -307,7 +308,7 @@ def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
     while count:
         share = count / load.decode_requests
         tokens, contexts = load.decode_tokens * share, load.decode_context_tokens * share
-        if view.room.fits(view.predict(StepBatch(count, round(tokens), round(contexts)))):
+        if view.headroom.fits(view.predict(StepBatch(count, round(tokens), round(contexts)))):
             return count
         count //= 2
     return 0
@@ -315,14 +316,14 @@ def _fitting_decodes(view: PlanInput, decodes: StepPrediction) -> int:
 
 def _never_fits(view: PlanInput, step: StepPrediction) -> bool:
     """Whether not even an empty window would hold the step."""
-    return step.watts > view.room.empty_watts(step.seconds)
+    return step.watts > view.headroom.empty_watts(step.seconds)
 
 
 def _gentle_seconds(view: PlanInput) -> float:
     """How long a chunk that has to be cut anyway may keep decodes waiting."""
     if view.itl_target_seconds is not None or view.decodes is None:
         return math.inf
-    return max(GENTLE_STEPS * view.decodes.seconds, _slack_seconds(view))
+    return max(SOFT_STEP_CAP * view.decodes.seconds, _slack_seconds(view))
 
 
 def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
@@ -336,9 +337,9 @@ def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
 
 
 def _way_slack_seconds(view: PlanInput, window_seconds: float) -> float:
-    """How long decodes may go without a step until a window has room for a chunk with them.
+    """How long decodes may go without a step until a window has headroom for a chunk with them.
 
-    Where they alone, however slow, leave it no room, prompts get theirs when the window is empty.
+    Where they alone, however slow, leave it none, prompts get theirs when the window is empty.
     """
     if view.decodes is None or view.itl_target_seconds is not None:
         return 0.0

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from shaper.core.shape import ModelShape
+from shaper.core.model.shape import ModelShape
 from shaper.emulator.shapes.defaults import filled_in
 from shaper.errors import UnknownModelError
 

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
-from shaper.core.model_keys import ALL_SLIDING_TYPES, HEAD_DIMS, KNOWN_TYPES
+from shaper.core.model.model_keys import ALL_SLIDING_TYPES, HEAD_DIMS, KNOWN_TYPES
 
 _NEEDED = (
     *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads"),

@@ -6,7 +6,7 @@
     [memory]
     capacity_bytes = { value = 85899345920, source = "NVIDIA H100 datasheet" }
 
-The groups and keys are those of `shaper.core.profile.GpuProfile`. A source that
+The groups and keys are those of `shaper.core.model.profile.GpuProfile`. A source that
 begins with `estimate` or `fitted` says so; a number that may be left out has the source
 `default`. `base = "h100-sxm"` takes every number that the file leaves out from another
 profile. A GPU is added by adding a file, here or anywhere: `load_profile` takes a path too.
@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from shaper.core.profile import GpuProfile
+from shaper.core.model.profile import GpuProfile
 from shaper.errors import ConfigError, UnknownGpuError
 
 __all__ = ["GpuProfile", "known_profiles", "load_profile", "profile_for_device", "profile_sources"]

@@ -1,0 +1,324 @@
+"""The arguments of `shaper simulate`, and the rack and traffic that they ask for."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from shaper.cli.arguments import Parser
+from shaper.config.budget import LimitConfig, parse_power_limit
+from shaper.config.group import group_terms
+from shaper.config.model import ShaperConfig
+from shaper.config.suggest import suggest
+from shaper.core.types import PowerLimit
+from shaper.errors import ConfigError
+from shaper.simulate.arrivals import check_count
+from shaper.simulate.router import ROUTERS
+from shaper.simulate.setup import NO_ERRORS, Errors, RackSetup
+from shaper.traffic.synthetic import load_summary, synthesise
+from shaper.traffic.traces import TRACE_FORMATS, load_trace
+from shaper.traffic.workload import Workload
+from shaper.units import parse_duration, parse_hertz, parse_seconds, parse_watts
+
+DESCRIPTION = """\
+A rack of engines in virtual time, and the figures of a run.
+
+Each engine is vLLM's real scheduler and KV-cache manager with the real shaper, over
+emulated GPUs of its own; nothing sleeps and nothing is served. It answers what power
+budget some traffic can run in: try a limit with --group-limit, or find the lowest one
+with --search-limit. The meters' errors, an error of the step model and what the host is
+late by are drawn from the seed; --exact leaves them out.
+"""
+CONVERSATION = "conversation"
+
+
+def _one_of(kind: str, words: Sequence[str]) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError(
+                f"{kind} {text!r} is not known; {suggest(text, words, 'known:')}"
+            )
+        return text
+
+    return check
+
+
+def _quantity(parse: Callable[[object], object]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(str(parse(text)))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        if not 0.0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+        return value
+
+    return read
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to a million")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    return _quantity(float)(text)  # type: ignore[arg-type]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The arguments of `shaper simulate`."""
+    parser = Parser(
+        prog="shaper simulate",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    _add_traffic(parser.add_argument_group("traffic"))
+    _add_rack(parser.add_argument_group("rack"))
+    _add_power(parser.add_argument_group("power and promises"))
+    _add_search(parser.add_argument_group("search"))
+    group = parser.add_argument_group("output")
+    group.add_argument("--json", type=Path, metavar="OUT", help="write the figures here")
+    group.add_argument("--report", type=Path, metavar="OUT.html", help="write a report here")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _add_traffic(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--trace",
+        default=CONVERSATION,
+        metavar="FILE|conversation",
+        help="recorded traffic, or conversation traffic drawn from the seed (default)",
+    )
+    group.add_argument(
+        "--format",
+        type=_one_of("format", TRACE_FORMATS),
+        default="auto",
+        help=f"of the file: {', '.join(TRACE_FORMATS)} (default: by what is in it)",
+    )
+    group.add_argument(
+        "--rate-scale",
+        type=_number,
+        default=1.0,
+        metavar="FACTOR",
+        help="let the trace run so many times as fast; each engine gets the trace's rate (1)",
+    )
+    group.add_argument(
+        "--duration", type=_quantity(_duration), default=600.0, metavar="TIME", help="(600s)"
+    )
+    group.add_argument(
+        "--warm-up",
+        type=_warm_up,
+        metavar="TIME",
+        help="of the run's start, left out of latency, throughput and cost, but not of limits and "
+        "peaks (a sixth of the run, at most 20s)",
+    )
+    group.add_argument(
+        "--router",
+        type=_one_of("router", tuple(ROUTERS)),
+        default="split",
+        help=f"{', '.join(ROUTERS)} (default: split, a segment of the trace for each engine)",
+    )
+    group.add_argument("--seed", type=_seed, default=0)
+
+
+def _duration(value: object) -> object:
+    return float(value) if isinstance(value, str) and _is_number(value) else parse_duration(value)
+
+
+def _warm_up(text: str) -> float:
+    return 0.0 if text in ("0", "0s") else _quantity(_duration)(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()
+
+
+def _add_rack(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--engines", type=_count, default=8)
+    group.add_argument("--gpu", default="h200-sxm", help="name of a GPU profile, or a path to one")
+    group.add_argument(
+        "--model", default="llama-3.1-8b", help="built-in shape, or a Hugging Face config directory"
+    )
+    group.add_argument(
+        *("--tensor-parallel-size", "--tp"),
+        dest="tensor_parallel",
+        type=_count,
+        default=1,
+        help="GPUs of each engine",
+    )
+    group.add_argument("--max-num-batched-tokens", type=_count, default=8192)
+    group.add_argument("--max-num-seqs", type=_count, default=1024)
+    group.add_argument(
+        "--gpu-power-cap",
+        type=_quantity(parse_watts),
+        metavar="WATTS",
+        help="of each GPU, held by the emulated driver through its clock",
+    )
+    group.add_argument(
+        "--gpu-clock", type=_quantity(parse_hertz), metavar="MHZ", help="lock each GPU's clock here"
+    )
+    group.add_argument(
+        "--exact",
+        action="store_true",
+        help="GPUs, meters and hosts are just as the shaper believes",
+    )
+
+
+def _add_power(group: argparse._ArgumentGroup) -> None:
+    def choices(key: str) -> tuple[str, ...]:
+        return get_args(ShaperConfig.model_fields[key].annotation)
+
+    group.add_argument(
+        "--policy",
+        type=_one_of("policy", choices("policy")),
+        default="predictive",
+        help=f"{', '.join(choices('policy'))}; fixed leaves vLLM alone",
+    )
+    group.add_argument(
+        "--objective", type=_one_of("objective", choices("objective")), default="latency"
+    )
+    group.add_argument(
+        "--power-limit",
+        action="append",
+        default=[],
+        metavar="WATTS@WINDOW",
+        help="of each engine, summed over its GPUs, like 500W@100ms; may be given several times",
+    )
+    group.add_argument(
+        "--group-limit",
+        action="append",
+        default=[],
+        metavar="WATTS@WINDOW",
+        help="of all engines together, like 4000W@100ms; may be given several times",
+    )
+    group.add_argument(
+        "--host-overhead",
+        type=_quantity(parse_watts),
+        metavar="WATTS",
+        help="group limits are of the server at the wall, and this is what it draws behind its "
+        "power supplies besides its GPUs, like 1800W; with --psu-efficiency",
+    )
+    group.add_argument(
+        "--psu-efficiency", type=_number, metavar="RATIO", help="of its power supplies, like 0.94"
+    )
+    group.add_argument("--ttft-target", type=_quantity(parse_seconds), metavar="TIME")
+    group.add_argument("--itl-target", type=_quantity(parse_seconds), metavar="TIME")
+    group.add_argument(
+        "--static-prefill-tokens", type=_count, help="of each step, for --policy static"
+    )
+    group.add_argument(
+        "--static-running-requests", type=_count, help="at once, for --policy static"
+    )
+
+
+def _add_search(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--search-limit",
+        action="store_true",
+        help="find the lowest group limit at which p99 TTFT and ITL stay within the factors of "
+        "the unshaped group; about eight runs",
+    )
+    group.add_argument("--ttft-factor", type=_number, default=1.25, metavar="FACTOR", help="(1.25)")
+    group.add_argument(
+        "--itl-factor",
+        type=_number,
+        default=1.25,
+        metavar="FACTOR",
+        help="(1.25); p99 ITL may also grow up to --itl-target",
+    )
+    group.add_argument(
+        "--search-window",
+        type=_quantity(parse_seconds),
+        default=0.1,
+        metavar="TIME",
+        help="(100ms)",
+    )
+
+
+def _limits(texts: Sequence[str]) -> list[LimitConfig]:
+    parts = [part for text in texts for part in text.split(",") if part.strip()]
+    return [parse_power_limit(part) for part in parts]
+
+
+def _group_limits(arguments: argparse.Namespace) -> tuple[PowerLimit, ...]:
+    """Of the GPUs, from what is given of them or of the server."""
+    given = _limits(arguments.group_limit)
+    wall = (arguments.host_overhead, arguments.psu_efficiency)
+    if not given and wall == (None, None):
+        return ()
+    try:
+        terms = group_terms("rack" if given else None, given, *wall)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return () if terms is None else terms.limits
+
+
+def setup_of(arguments: argparse.Namespace) -> RackSetup:
+    """The rack that the arguments ask for.
+
+    A group's limit is kept by the shared ledger, which only the predictive policy asks; the
+    reactive one gets an even share of it as a limit of its own.
+
+    Raises:
+        ConfigError: a limit is none, or limits contradict each other.
+    """
+    limits = tuple(limit.as_limit() for limit in _limits(arguments.power_limit))
+    group_limits = _group_limits(arguments)
+    if arguments.policy == "reactive" and not limits:
+        limits = tuple(
+            PowerLimit(limit.watts / arguments.engines, limit.window_seconds)
+            for limit in group_limits
+        )
+    return RackSetup(
+        gpu=arguments.gpu,
+        model=arguments.model,
+        tensor_parallel=arguments.tensor_parallel,
+        engines=arguments.engines,
+        duration_seconds=arguments.duration,
+        warm_up_seconds=(
+            min(20.0, arguments.duration / 6.0) if arguments.warm_up is None else arguments.warm_up
+        ),
+        rate_scale=arguments.rate_scale,
+        router=arguments.router,
+        seed=arguments.seed,
+        policy=arguments.policy,
+        prefill_tokens_cap=arguments.static_prefill_tokens,
+        running_requests_cap=arguments.static_running_requests,
+        limits=limits,
+        group_limits=group_limits,
+        shared=arguments.policy == "predictive",
+        itl_target_seconds=arguments.itl_target,
+        ttft_target_seconds=arguments.ttft_target,
+        objective=arguments.objective,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+        max_num_seqs=arguments.max_num_seqs,
+        gpu_power_cap_watts=arguments.gpu_power_cap,
+        gpu_clock_hertz=arguments.gpu_clock,
+        errors=NO_ERRORS if arguments.exact else Errors(),
+    )
+
+
+def workload_of(arguments: argparse.Namespace) -> Workload:
+    """The traffic that the arguments ask for.
+
+    Raises:
+        ConfigError: it would be too much.
+        TraceError: the file can't be read.
+    """
+    # A segment of its own for each engine.
+    seconds = arguments.duration * arguments.engines * arguments.rate_scale
+    if arguments.trace != CONVERSATION:
+        return load_trace(Path(arguments.trace), arguments.format, arguments.seed, seconds=seconds)
+    check_count(seconds * load_summary().rate_hertz)
+    return synthesise(seconds, seed=arguments.seed)

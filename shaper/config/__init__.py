@@ -1,0 +1,1 @@
+"""Settings as operators write them: budgets, groups, schedules, and where they come from."""

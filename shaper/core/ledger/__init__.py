@@ -1,0 +1,1 @@
+"""Energy over time, and what each limit leaves for a step."""

@@ -1,0 +1,1 @@
+"""Seconds and joules of a step, from a model's dimensions and a GPU's profile."""

@@ -1,0 +1,1 @@
+"""What is known of an engine beside its steps: health, heat, admission."""

@@ -1,0 +1,276 @@
+"""Start-up: finds the GPUs, builds what an engine's shaper needs, and starts it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from shaper import __version__
+from shaper.config.model import ShaperConfig, check_floor, check_gpu_limits, loose_settings
+from shaper.config.sources import given_settings, load_config
+from shaper.core.budget import describe
+from shaper.core.controller import Controller
+from shaper.core.model.power_model import StepModel
+from shaper.core.supervise.admission import EngineAdmission, FlexRules, Look
+from shaper.core.supervise.supervisor import Supervisor
+from shaper.core.types import LatencyTargets, PowerBudget
+from shaper.engine.compat import abort_at_stop, check_scheduler, setting
+from shaper.engine.control import BudgetControl
+from shaper.engine.fallback_cap import FallbackCap, fallback_cap
+from shaper.engine.membership import Membership, join
+from shaper.engine.meter_windows import Usage
+from shaper.engine.policies import POLICIES
+from shaper.engine.protocols import EngineShaper, NewController, PassThrough
+from shaper.engine.readers import EngineGpus, engine_gpus
+from shaper.engine.recorder import Recorder
+from shaper.engine.refusal import refuse
+from shaper.engine.runtime import LiveShaper
+from shaper.engine.shapeable import engine_obstacle, refusal
+from shaper.engine.telemetry import DecisionLog, Telemetry
+from shaper.engine.tick import EngineTick
+from shaper.engine.work import engine_coefficients
+from shaper.errors import ShaperError
+from shaper.gpu.meter_properties import MeterWatch
+from shaper.gpu.parts import Parts
+from shaper.gpu.sampler import Sampler
+from shaper.ipc.control_file import ControlFile, EngineControl, Follower, sweep_control_files
+from shaper.ipc.flex import flex_queue, prompt_wait_seconds
+from shaper.ipc.orphan import watch_parent
+from shaper.ipc.status_block import StatusWriter, run_id
+from shaper.recording.format import path_of_rank
+
+logger = logging.getLogger(__name__)
+
+# Of a reason in the status block, whose header has 4,000 bytes for all.
+_LONGEST_REASON = 1000
+_MODE_NOTES = {
+    "shadow": " (shadow: decides, applies nothing)",
+    "off": " (off: vLLM schedules alone)",
+}
+
+
+def attach(scheduler: Any) -> EngineShaper:
+    """The shaper for a scheduler that vLLM just made.
+
+    Raises:
+        ShaperError: a limit or a latency target is set and can't be kept, e.g. no GPU can be
+            read, and the settings don't allow that (`unshaped_ok`). Without either the engine
+            runs unshaped, and the log says why.
+        SystemExit: the same, in an engine core's own process.
+    """
+    try:
+        return _attach(scheduler)
+    except ShaperError as error:
+        refuse(error)
+        raise
+
+
+def _attach(scheduler: Any) -> EngineShaper:
+    vllm_config = scheduler.vllm_config
+    watch_parent(lambda: abort_at_stop(vllm_config))
+    config = load_config(given_settings(vllm_config.additional_config), os.environ)
+    try:
+        obstacle = engine_obstacle(vllm_config, config)
+        if obstacle is None:
+            check_scheduler(scheduler)
+            return _start(scheduler, config)
+        if config.asks_for_shaping and not config.unshaped_ok:
+            raise refusal(obstacle, config)
+    except ShaperError as error:
+        if config.asks_for_shaping and not config.unshaped_ok:
+            raise
+        logger.warning("vLLM schedules alone: the shaper is off: %s", error)
+        return _unwatched(vllm_config, config, str(error))
+    logger.warning("passing through, vLLM schedules alone: %s", obstacle.why)
+    try:
+        return _start(scheduler, config, obstacle.why)
+    # The boundary to a vLLM that nobody has tried: it serves on, without metrics of ours.
+    except Exception:
+        logger.exception("the shaper can't watch this engine either")
+        return _unwatched(vllm_config, config, obstacle.why)
+
+
+def _unwatched(vllm_config: Any, config: ShaperConfig, why: str) -> PassThrough:
+    """vLLM as it is; where a limit is set, a block says that nobody keeps it."""
+    if not config.limits_power:
+        return PassThrough()
+    known = {"version": __version__, "policy": config.policy, "group": config.power_group}
+    why = why[:_LONGEST_REASON]
+    try:
+        status = StatusWriter(
+            run_id(),
+            _rank(vllm_config),
+            known | {"passes_through": why, "limits_power": True, "shadow": config.shadow},
+        )
+    # It may be a vLLM that nobody has tried, and it serves on.
+    except Exception:
+        logger.exception("no metric says that the limit is not kept")
+        return PassThrough()
+    return PassThrough(status.close)
+
+
+def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = None) -> LiveShaper:
+    vllm_config = scheduler.vllm_config
+    gpus = engine_gpus(vllm_config, config)
+    model = StepModel(gpus.profile, engine_coefficients(vllm_config, scheduler.kv_cache_config))
+    check_floor(config, model.idle_watts, model.gpu_count)
+    check_gpu_limits(config, model.gpu_count)
+    control = BudgetControl(
+        config.budget_plan,
+        "shadow" if config.shadow else "on",
+        Follower(ControlFile(run_id())),
+        gpu_count=model.gpu_count,
+        idle_watts=model.idle_watts,
+        now_seconds=time.monotonic(),
+        passes_through=passes_through,
+        unshaped_ok=config.unshaped_ok,
+    )
+    first = control.state
+    for warning in loose_settings(config, gpus.enforced_watts(model.gpu_count), model.gpu_count):
+        logger.warning("%s", warning)
+    rank = _rank(vllm_config)
+    member = join(config.group, gpus, model, f"{run_id()}/{rank}")
+    status = StatusWriter(
+        run_id(), rank, _info(config, gpus, model, vllm_config) | {"passes_through": passes_through}
+    )
+    sweep_control_files()
+    log = DecisionLog(config.decision_log and str(path_of_rank(config.decision_log, rank)))
+    parts = Parts()
+    recorder = _recorder(config, rank, gpus.profile.name, vllm_config, parts)
+    admission = EngineAdmission(
+        lambda now_seconds: Look(
+            budgeted=shaper.constraints.budgeted,
+            use_ratio=telemetry.usage.use_ratio,
+            wait_seconds=prompt_wait_seconds(scheduler, now_seconds),
+        ),
+        config.ttft_target_seconds,
+        time.monotonic(),
+    )
+    supervisor = Supervisor(
+        gpus.profile,
+        gpus.reader.gpus,
+        admission=admission,
+        shapes_heat=lambda: config.shapes_heat(shaper.constraints),
+        metered=bool(gpus.reader.gpus),
+        parts=parts,
+    )
+    telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor, parts=parts)
+    tick = EngineTick(parts, control, telemetry, recorder, member)
+
+    def cap(budget: PowerBudget) -> FallbackCap:
+        # Nothing is applied in other modes, and nothing is capped.
+        if member is not None and control.state.mode == "on":
+            budget = member.capped(budget)
+        return fallback_cap(model.predict, model.gap_watts, budget)
+
+    sampler = Sampler(
+        recorder.tap(gpus.reader),
+        time.monotonic,
+        interval_seconds=config.sample_interval_seconds,
+        on_tick=tick,
+        meter=MeterWatch(),
+        parts=parts,
+    )
+
+    def close() -> None:
+        status.close()
+        sampler.stop()
+        if member is not None:
+            member.leave()
+        log.close()
+        recorder.close()
+
+    shaper = LiveShaper(
+        scheduler,
+        _new_controller(config, gpus, model, member),
+        cap,
+        first.budget,
+        shared_limits=() if member is None else member.handle.limits,
+        mode=first.mode,
+        sampler=sampler,
+        log=log,
+        record=recorder.add_step,
+        on_close=close,
+    )
+    shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
+    telemetry.attach(
+        shaper, lambda: flex_queue(scheduler), lambda: Usage() if member is None else member.usage
+    )
+    tick.shaper, tick.sampler = shaper, sampler
+    recorder.start()
+    sampler.start()
+    logger.info("shaper on %s: %s", gpus.profile.name, _what_holds(config, first))
+    return shaper
+
+
+def _what_holds(config: ShaperConfig, first: EngineControl) -> str:
+    said = describe(first.budget) + _MODE_NOTES.get(first.mode, "")
+    if config.group is None:
+        return said
+    shared = describe(PowerBudget(config.group.limits))
+    return f"{said}, in power group {config.group.name} with {shared}"
+
+
+def _new_controller(
+    config: ShaperConfig, gpus: EngineGpus, model: StepModel, member: Membership | None
+) -> NewController:
+    targets = LatencyTargets(
+        config.itl_target_seconds, config.ttft_target_seconds, config.objective == "efficiency"
+    )
+
+    def make(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
+        return Controller(
+            model,
+            POLICIES[config.policy](config),
+            budget,
+            now_seconds,
+            targets=targets,
+            max_pause_seconds=config.max_pause_seconds,
+            margin_ratio=config.margin_ratio,
+            rest_watts=model.idle_watts,
+            rest_after_seconds=gpus.profile.power.gap_hold_seconds,
+            full=full,
+            group=None if member is None else member.handle,
+            free_hertz=gpus.free_hertz,
+        )
+
+    return make
+
+
+def _rank(vllm_config: Any) -> int:
+    # One that nobody has tried may have neither, and its block then says only that.
+    return int(setting(setting(vllm_config, "parallel_config", None), "data_parallel_index", 0))
+
+
+def _info(
+    config: ShaperConfig, gpus: EngineGpus, model: StepModel, vllm_config: Any
+) -> dict[str, object]:
+    """What the status block says once and for all."""
+    names = vllm_config.model_config
+    return {
+        "version": __version__,
+        "gpu": gpus.profile.name,
+        "gpu_count": model.gpu_count,
+        "idle_watts": model.idle_watts,
+        "model": str(names.served_model_name or names.model),
+        "policy": config.policy,
+        "shadow": config.shadow,
+        "group": config.power_group,
+        "limits_power": config.limits_power,
+        "unshaped_ok": config.unshaped_ok,
+    }
+
+
+def _recorder(
+    config: ShaperConfig, rank: int, gpu: str, vllm_config: Any, parts: Parts
+) -> Recorder:
+    meta = {
+        "version": __version__,
+        "gpu": gpu,
+        "tensor_parallel": vllm_config.parallel_config.tensor_parallel_size,
+        "model_config": vllm_config.model_config.hf_config.to_dict(),
+        "quantization": vllm_config.model_config.quantization,
+    }
+    return Recorder(config.recording_directory, rank, meta, config.record, parts)

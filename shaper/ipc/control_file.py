@@ -1,0 +1,288 @@
+"""The control file: how a change of budget or mode reaches the engines of a run.
+
+An API server writes it, whole, beside the status blocks and renames it into place; the
+sampler thread of each engine sees by its `stat` that it is another one, reads it and
+acknowledges it in the engine's status block. It holds what has been asked for and is
+still meant, not the steps that led there, so an engine that looks late, or starts late,
+misses nothing. Nothing of vLLM is in between.
+
+Only a plain file of this user that nobody else may open, for this run, whole and newer
+than the last one is believed. Any other is refused, logged once and changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from shaper.config.budget import Frozen, TermsConfig, first_line
+from shaper.core.budget import BudgetChange, Source
+from shaper.core.types import PowerBudget, PowerLimit
+from shaper.errors import ControlError
+from shaper.ipc.status_block import control_paths, read_statuses
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["on", "shadow", "off"]
+MODES: tuple[Mode, ...] = ("on", "shadow", "off")
+_SOURCES = tuple(Source)
+# Some ten times what the longest request that is accepted takes.
+MAX_FILE_BYTES = 256 * 1024
+
+
+class Origin(Frozen):
+    """Who asked for something, when and why."""
+
+    sequence: int
+    who: str
+    why: str
+    at: str
+    """By the wall clock, for people."""
+
+    def __str__(self) -> str:
+        why = f": {self.why}" if self.why else ""
+        return f"change {self.sequence} by {self.who}{why}"
+
+
+class ChangeRecord(Frozen):
+    """A change of the budget that was asked for and not cleared."""
+
+    terms: TermsConfig
+    until_wall_seconds: float | None = None
+    until_monotonic_seconds: float | None = None
+    fallback: TermsConfig | None = None
+    origin: Origin
+
+    def change(self) -> BudgetChange:
+        """The same as the core's value."""
+        return BudgetChange(
+            self.terms.terms(),
+            self.until_wall_seconds,
+            self.until_monotonic_seconds,
+            None if self.fallback is None else self.fallback.terms(),
+        )
+
+
+class ModeRecord(Frozen):
+    """A mode that was asked for."""
+
+    mode: Mode
+    origin: Origin
+
+
+class RecordOrder(Frozen):
+    """A recording that was asked for and not ended: `shaper/server/recordings.py`."""
+
+    file: str
+    """Its name in the recording directory."""
+    until_monotonic_seconds: float
+    origin: Origin
+
+
+class ControlRecord(Frozen):
+    """All that a run's engines have been asked for."""
+
+    run: str
+    sequence: int = Field(default=0, ge=0)
+    budget: ChangeRecord | None = None
+    mode: ModeRecord | None = None
+    cleared: Origin | None = None
+    """Who cleared the last change of the budget, while there is no newer one."""
+    record: RecordOrder | None = None
+
+
+class ControlFile:
+    """The control file of one run."""
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.path, self._lock_path = control_paths(run)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other API server of the run changes the file inside this block."""
+        descriptor = os.open(
+            self._lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def write(self, record: ControlRecord) -> None:
+        """Replace the file, at once for whoever reads it.
+
+        Raises:
+            OSError: the directory is full, or the name is taken by another user.
+        """
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.new")
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(record.model_dump_json(exclude_none=True).encode())
+            temporary.replace(self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def read(self) -> ControlRecord:
+        """What the file says; without a file, nothing was ever asked for.
+
+        Raises:
+            ControlError: it is not to be believed; the message says why.
+        """
+        try:
+            text = self._bytes()
+        except FileNotFoundError:
+            return ControlRecord(run=self.run)
+        except OSError as error:
+            raise ControlError(f"{self.path} can't be read: {error.strerror}") from error
+        try:
+            record = ControlRecord.model_validate(json.loads(text))
+        except ValidationError as error:
+            raise ControlError(f"{self.path} is no control file: {first_line(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise ControlError(f"{self.path} is no control file: {error}") from error
+        if record.run != self.run:
+            raise ControlError(f"{self.path} is of another run")
+        return record
+
+    def _bytes(self) -> bytes:
+        # Not through a link, and not waiting for the other end of a pipe.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(self.path, flags)
+        try:
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise ControlError(f"{self.path} is no plain file")
+            if found.st_uid != os.getuid() or found.st_mode & 0o077:
+                raise ControlError(f"{self.path} is another user's, or open to others")
+            if found.st_size > MAX_FILE_BYTES:
+                raise ControlError(f"{self.path} has more than {MAX_FILE_BYTES} bytes")
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(MAX_FILE_BYTES)
+        finally:
+            os.close(descriptor)
+
+
+def sweep_control_files() -> None:
+    """Remove this user's files of runs that have no engine any more: a killed server leaves
+    its own. Call it after a `StatusWriter` has removed the blocks of such engines."""
+    stem, _ = control_paths("")
+    for path in stem.parent.glob(f"{stem.name}*"):
+        run = path.name.removeprefix(stem.name).partition(".")[0]
+        if not read_statuses(run):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+class Follower:
+    """What an engine knows of its run's control file. One thread only."""
+
+    def __init__(self, file: ControlFile) -> None:
+        self._file = file
+        self._seen: tuple[int, int, int] | None = None
+        self._logged: set[str] = set()
+        self.record = ControlRecord(run=file.run)
+        """The last one that was believed."""
+        self.refused = 0
+        """Files that were not believed."""
+
+    def poll(self) -> bool:
+        """Look at the file; whether `record` is another one now. Costs one `stat`.
+
+        A file that has gone changes nothing: what was asked for is cleared by asking.
+        """
+        try:
+            found = self._file.path.lstat()
+        except OSError:
+            return False
+        signature = (found.st_ino, found.st_mtime_ns, found.st_size)
+        if signature == self._seen:
+            return False
+        self._seen = signature
+        try:
+            record = self._file.read()
+            if record.sequence <= self.record.sequence:
+                raise ControlError(
+                    f"{self._file.path} has the sequence {record.sequence}, which is not above "
+                    f"{self.record.sequence}"
+                )
+        except ControlError as error:
+            self.refuse(str(error))
+            return False
+        self.record = record
+        return True
+
+    def refuse(self, why: str) -> None:
+        """Count something that is not believed, and log it the first time."""
+        self.refused += 1
+        if why not in self._logged:
+            self._logged.add(why)
+            logger.error("control file refused, nothing changes: %s", why)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineControl:
+    """What one engine has made of the control file and the schedule."""
+
+    budget: PowerBudget
+    mode: Mode
+    source: Source
+    seen_sequence: int
+    """The last control file it has read."""
+    taken_sequence: int
+    """The last one it has followed; below `seen_sequence` when it refused that one."""
+    refused: int
+    next_change_seconds: float
+    """When it will look again at the latest because time alone changes the budget, of the
+    monotonic clock; infinity: never."""
+
+    def values(self) -> list[float]:
+        """As numbers for the status block."""
+        ramp = self.budget.ramp_watts_per_second
+        numbers: list[float] = [
+            self.seen_sequence,
+            self.taken_sequence,
+            self.refused,
+            MODES.index(self.mode),
+            _SOURCES.index(self.source),
+            self.next_change_seconds,
+            math.inf if ramp is None else ramp,
+        ]
+        for limit in self.budget.limits:
+            numbers += (limit.watts, limit.window_seconds)
+        return numbers
+
+    @classmethod
+    def from_values(cls, values: Sequence[float]) -> EngineControl | None:
+        """From a status block; None where nothing was written yet."""
+        if len(values) < 7:
+            return None
+        seen, taken, refused, mode, source, change, ramp, *limits = values
+        pairs = zip(limits[::2], limits[1::2], strict=True)
+        return cls(
+            PowerBudget(
+                tuple(PowerLimit(watts, window) for watts, window in pairs),
+                None if math.isinf(ramp) else ramp,
+            ),
+            MODES[int(mode)],
+            _SOURCES[int(source)],
+            int(seen),
+            int(taken),
+            int(refused),
+            change,
+        )

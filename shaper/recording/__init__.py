@@ -1,0 +1,1 @@
+"""Recordings of steps and meter samples: one format, one reader, one writer."""

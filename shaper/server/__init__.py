@@ -1,0 +1,1 @@
+"""Inside vLLM's API server: control routes, admission, drain, metrics."""
