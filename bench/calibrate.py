@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from bench.options import one_line
+from bench.harness.options import one_line
 from bench.published import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
 from bench.serving_fit import Prior, fit_serving, predict_rows, replaced
 from shaper.cli.arguments import Parser

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.options import one_line
+from bench.harness.options import one_line
 from shaper.cli.arguments import Parser
 from shaper.core.ledger.ledger import Ledger
 from shaper.core.ledger.shared import Committed, EngineShare, Step

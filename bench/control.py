@@ -20,10 +20,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.machine import describe
-from bench.options import one_line
-from bench.proofs import cost, exact, faceoff, heat, recovery, slack, step
-from bench.proofs.table import Job, Section, Verdict, section_text, verdict_text, verdicts
+from bench.acceptance import cost, exact, heat, policy_comparison, recovery, slack, step
+from bench.harness.aims import Job, Section, Verdict, section_text, verdict_text, verdicts
+from bench.harness.machine import describe
+from bench.harness.options import one_line
 from shaper.cli.arguments import Parser
 from shaper.engine.compat import vllm_version
 from shaper.engine.preflight import check_vllm_imports
@@ -78,7 +78,8 @@ PROOFS: dict[str, Proof] = {
     ),
     "heat": Proof(lambda quick: [heat.jobs(quick)], lambda results, quick: heat.sections(*results)),
     "baselines": Proof(
-        lambda quick: [faceoff.jobs(quick)], lambda results, quick: faceoff.sections(*results)
+        lambda quick: [policy_comparison.jobs(quick)],
+        lambda results, quick: policy_comparison.sections(*results),
     ),
 }
 

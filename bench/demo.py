@@ -17,18 +17,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bench import machine
-from bench.compare import Comparison, DemoSettings, compare, phases
-from bench.interrupt import Termination
-from bench.options import add_workload_options, ratio, workload
-from bench.options import seconds as duration
-from bench.page import comparison_page, comparison_picture, self_check_lines
-from bench.progress import PhaseProgress
-from bench.tables import comparison_checks, comparison_table, run_data, without_nan
+from bench.harness import machine
+from bench.harness.live import Comparison, DemoSettings, compare, phases
+from bench.harness.options import add_workload_options, one_line, ratio, workload
+from bench.harness.options import seconds as duration
+from bench.harness.page import comparison_page, comparison_picture, self_check_lines
+from bench.harness.progress import PhaseProgress
+from bench.harness.tables import comparison_checks, comparison_table, run_data, without_nan
 from shaper.cli.arguments import Parser
 from shaper.config.model import build_config
 from shaper.emulator.shapes import known_models
-from shaper.errors import ConfigError, ShaperError
+from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.report.table import to_text
 
@@ -47,15 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a request failed; 2 where something was wrong with the input or
         a server (one line says what); 130 after Ctrl-C.
     """
-    try:
-        with Termination():
-            return _run(argv)
-    except ShaperError as error:
-        print(f"bench.demo: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench.demo: interrupted; the servers are stopped", file=sys.stderr)
-        return 130
+    return one_line("bench.demo", lambda: _run(argv), "interrupted; the servers are stopped")
 
 
 def _parser() -> Parser:

@@ -24,17 +24,16 @@ from bench.demo_rack_page import (
     rack_table,
     tokens_per_joule,
 )
-from bench.interrupt import Termination
+from bench.harness.options import add_workload_options, count, one_line, ratio, workload
+from bench.harness.options import seconds as duration
+from bench.harness.progress import Phase, PhaseProgress
+from bench.harness.tables import without_nan
 from bench.live_rack import RackSettings, rack_phases, run_rack
-from bench.options import add_workload_options, count, ratio, workload
-from bench.options import seconds as duration
-from bench.progress import Phase, PhaseProgress
-from bench.tables import without_nan
 from shaper.cli.arguments import Parser
 from shaper.config.model import build_config
 from shaper.core.types import PowerLimit
 from shaper.emulator.shapes import known_models
-from shaper.errors import ConfigError, ShaperError
+from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
 from shaper.report.table import to_text
 from shaper.traffic.figures import power_figures
@@ -54,15 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if a request failed; 2 where something was wrong with the input or
         a server (one line says what); 130 after Ctrl-C.
     """
-    try:
-        with Termination():
-            return _run(argv)
-    except ShaperError as error:
-        print(f"bench.demo_rack: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench.demo_rack: interrupted; the servers are stopped", file=sys.stderr)
-        return 130
+    return one_line("bench.demo_rack", lambda: _run(argv), "interrupted; the servers are stopped")
 
 
 def _parser() -> Parser:

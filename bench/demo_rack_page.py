@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bench import latency, machine
+from bench.harness import latency, machine
+from bench.harness.tables import latency_rows, throughput_rows
 from bench.live_rack import RackRun, RackSettings, together
-from bench.tables import latency_rows, throughput_rows
 from shaper.core.types import PowerLimit
 from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render

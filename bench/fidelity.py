@@ -21,8 +21,8 @@ import numpy as np
 
 from bench.calibrate import LAWS, PRIORS
 from bench.fidelity_plot import plot
+from bench.harness.options import one_line
 from bench.meter_check import check_meter
-from bench.options import one_line
 from bench.published import (
     DATA,
     KERNEL_FILES,

@@ -30,7 +30,7 @@ from bench.characterise.reads import read_costs
 from bench.characterise.runner import NoLoad, Runner
 from bench.characterise.sampling import MeterThread
 from bench.characterise.waves import meter
-from bench.interrupt import Termination
+from bench.harness.options import Termination
 from shaper import __version__
 from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.errors import ConfigError, ShaperError

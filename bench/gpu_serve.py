@@ -41,8 +41,8 @@ from bench.gpu_serving.store import (
     write_json,
     write_settings,
 )
-from bench.interrupt import Termination
-from bench.tables import without_nan
+from bench.harness.options import Termination
+from bench.harness.tables import without_nan
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, ShaperError
 from shaper.files.outputs import check_package

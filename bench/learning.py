@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bench.options import one_line, seconds
+from bench.harness.options import one_line, seconds
 from shaper.cli.arguments import Parser
 from shaper.core.types import PowerLimit, StepBatch, StepPrediction
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import machine
-from bench.client import ClientOptions, Replay, ReplayProgress, replay_together
-from bench.latency import LatencyFigures, latency_figures
-from bench.progress import Phase, PhaseProgress
-from bench.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
+from bench.harness import machine
+from bench.harness.client import ClientOptions, Replay, ReplayProgress, replay_together
+from bench.harness.latency import LatencyFigures, latency_figures
+from bench.harness.progress import Phase, PhaseProgress
+from bench.harness.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, read_power_trace
 from shaper.errors import TraceError

@@ -16,7 +16,7 @@ with it. It also has what the limits make vLLM do (copy token ids after a pause)
 noise of two schedulers in different memory: `twins` says how far two unshaped ones differ.
 `poll` is a call that schedules nothing, while work is held back: about one a millisecond.
 
-`--memory` is another question, and needs no vLLM: see `bench.overhead_memory`.
+`--memory` is another question, and needs no vLLM: see `bench.harness.memory`.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.options import one_line
-from bench.overhead_memory import show
-from bench.overhead_timers import PARTS, Parts, Timed, own_methods_timed, timer_microseconds
+from bench.harness.memory import show
+from bench.harness.options import one_line
+from bench.harness.timers import PARTS, Parts, Timed, own_methods_timed, timer_microseconds
 from shaper.cli.arguments import Parser
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.windowed import WindowedPlanner

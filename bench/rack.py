@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench.options import count, rate, seconds, seed
+from bench.harness.options import count, one_line, rate, seconds, seed
+from bench.harness.runner import Runner, Told
+from bench.harness.store import Store
 from bench.racks.output import Report, check_writable, write
 from bench.racks.plan import (
     LIMIT_RATIOS,
@@ -29,12 +31,10 @@ from bench.racks.plan import (
     limited,
     prove,
 )
-from bench.racks.pool import Runner, Told
-from bench.racks.store import Store
 from bench.racks.variants import vary
 from shaper.cli.arguments import Parser
 from shaper.engine.preflight import check_vllm_imports
-from shaper.errors import ConfigError, ShaperError
+from shaper.errors import ConfigError
 from shaper.simulate.arrivals import loop_seconds
 from shaper.simulate.checks import check_setup
 from shaper.simulate.router import ROUTERS
@@ -250,14 +250,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 when `--full` missed an aim; 2 when something could not run; 130 when stopped.
     """
-    try:
-        return _run(build_parser().parse_args(argv))
-    except ShaperError as error:
-        print(f"bench.rack: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("bench.rack: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return one_line(
+        "bench.rack",
+        lambda: _run(build_parser().parse_args(argv)),
+        "stopped; the same command goes on from here",
+    )
 
 
 if __name__ == "__main__":

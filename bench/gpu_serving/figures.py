@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.decisions import read_decision_log
 from bench.gpu_serving.measure import PowerView, largest, power_view, recording_model
 from bench.gpu_serving.store import DECISIONS, TRUE_POWER, RunMeta, StoredRun, read_run
-from bench.latency import LatencyFigures, latency_figures
+from bench.harness.decisions import read_decision_log
+from bench.harness.latency import LatencyFigures, latency_figures
 from shaper.emulator.trace import read_power_trace
 from shaper.report.table import Better, Heading, Row, Table
 from shaper.traffic.figures import PowerFigures, grid_between, power_figures

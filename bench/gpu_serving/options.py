@@ -8,7 +8,7 @@ from pathlib import Path
 from bench.gpu_serving import plan
 from bench.gpu_serving.plan import parse_knobs, runs
 from bench.gpu_serving.store import Settings, read_settings
-from bench.options import count, rate, ratio, recorded_workload, seconds, seed
+from bench.harness.options import count, rate, ratio, recorded_workload, seconds, seed
 from shaper.cli.arguments import Parser
 from shaper.config.model import build_config
 from shaper.emulator.shapes import load_model_config

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench.gpu_serving.figures import RunFigures, as_data
 from bench.gpu_serving.store import write_json
-from bench.tables import without_nan
+from bench.harness.tables import without_nan
 from shaper.core.types import GpuSample
 from shaper.errors import ConfigError
 from shaper.recording.format import RecordedStep, Recording

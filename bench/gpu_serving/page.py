@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from bench import latency
 from bench.gpu_serving.figures import (
     RunFigures,
     measured_table,
@@ -18,7 +17,8 @@ from bench.gpu_serving.figures import (
 )
 from bench.gpu_serving.measure import FloatArray
 from bench.gpu_serving.plan import WINDOW_SECONDS
-from bench.page import tail_plots
+from bench.harness import latency
+from bench.harness.page import tail_plots
 from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, definitions, paragraph, render
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power

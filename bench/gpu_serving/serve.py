@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
-from bench import machine
-from bench.client import ClientOptions, Replay, ReplayProgress, replay
 from bench.gpu_serving.plan import DRAIN_SECONDS, Run, start_timeout_seconds
 from bench.gpu_serving.store import (
     DECISIONS,
@@ -22,7 +20,9 @@ from bench.gpu_serving.store import (
     Settings,
     write_run,
 )
-from bench.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
+from bench.harness import machine
+from bench.harness.client import ClientOptions, Replay, ReplayProgress, replay
+from bench.harness.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
 from shaper.core.types import PowerLimit
 from shaper.emulator.models import model_directory
 from shaper.errors import TraceError

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from bench.client import Replay, RequestRecord
 from bench.gpu_serving.plan import Run
+from bench.harness.client import Replay, RequestRecord
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError, TraceError
 from shaper.recording.format import Recording, read_recording

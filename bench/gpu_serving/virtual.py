@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from bench.client import Replay, RequestRecord
 from bench.gpu_serving.plan import Run
 from bench.gpu_serving.serve import SETTLE_SECONDS, versions, warm_up_load
 from bench.gpu_serving.store import RECORDING, RunMeta, Settings, write_run
+from bench.harness.client import Replay, RequestRecord
 from shaper.core.types import GpuSample, PowerLimit, StepBatch
 from shaper.emulator.shapes import load_model_config
 from shaper.recording.format import RecordedStep, RecordingWriter

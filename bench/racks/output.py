@@ -9,14 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bench.machine import describe
-from bench.proofs.table import Verdict, section_text, verdict_text, verdicts
+from bench.harness.aims import Verdict, section_text, verdict_text, verdicts
+from bench.harness.machine import describe
+from bench.harness.runner import Told
+from bench.harness.tables import without_nan
 from bench.racks.outcome import Outcome
 from bench.racks.page import rack_page
 from bench.racks.plan import Comparison
-from bench.racks.pool import Told
 from bench.racks.rows import TRIED_COLUMNS, Entry, Reference, aimed, figures, table
-from bench.tables import without_nan
 from shaper.engine.compat import vllm_version
 from shaper.errors import ConfigError
 from shaper.simulate.show import setup_dict

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from bench.proofs.table import Section as FigureTable
-from bench.proofs.table import verdicts
+from bench.harness.aims import Section as FigureTable
+from bench.harness.aims import verdicts
 from bench.racks import policies
 from bench.racks.outcome import Outcome, Singles, stack_seconds
 from bench.racks.plan import Comparison

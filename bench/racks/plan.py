@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from bench.proofs.table import Column
+from bench.harness.aims import Column
+from bench.harness.runner import Run, Runner, Search
 from bench.racks import policies, searches
 from bench.racks.outcome import Outcome
-from bench.racks.pool import Run, Runner, Search
 from bench.racks.rows import AIMS, COLUMNS, Entry, Reference
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bench.proofs.table import Case, Column, Section
+from bench.harness.aims import Case, Column, Section
 from bench.racks import policies
 from bench.racks.outcome import Outcome
 

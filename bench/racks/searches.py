@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.harness.runner import Run, Search
 from bench.racks import policies
 from bench.racks.outcome import Outcome
-from bench.racks.pool import Run, Search
 from shaper.core.types import PowerLimit
 from shaper.gpu.profiles import load_profile
 from shaper.simulate.setup import RackSetup

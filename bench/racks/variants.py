@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from bench.harness.runner import Run, Runner, Search
 from bench.racks import policies
 from bench.racks.outcome import Outcome
 from bench.racks.plan import Comparison, limit_of, limited
-from bench.racks.pool import Run, Runner, Search
 from bench.racks.rows import VARIANT_COLUMNS, Entry, Reference
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.profile import GpuProfile

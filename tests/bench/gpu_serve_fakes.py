@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from bench.client import Replay, RequestRecord
 from bench.gpu_serving.plan import Run
 from bench.gpu_serving.store import RECORDING, RunMeta, write_run
+from bench.harness.client import Replay, RequestRecord
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample, PowerLimit, StepBatch

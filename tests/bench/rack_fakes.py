@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.racks import pool
+from bench.harness import runner as pool
 from bench.racks.outcome import Arrays, Outcome
 from bench.racks.rows import Reference
 from shaper.simulate.setup import RackSetup

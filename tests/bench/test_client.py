@@ -7,9 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from bench.client import ClientOptions, ReplayProgress, check_url, replay, request_body
-from bench.latency import latency_figures
-from shaper.errors import ConfigError
+from bench.harness.client import ClientOptions, ReplayProgress, replay, request_body
+from bench.harness.latency import latency_figures
 from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 from tests.bench.fake_server import MODEL, FakeServer, serving
 
@@ -140,24 +139,3 @@ def test_body_asks_for_exact_lengths() -> None:
     assert body["max_tokens"] == 40
     assert body["ignore_eos"] is True
     assert body["stream"] is True
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:80", "http://localhost:1", "http://[::1]:9"])
-def test_loopback_is_allowed(url: str) -> None:
-    """This machine's own addresses need no flag."""
-    check_url(ClientOptions(url, MODEL))
-
-
-@pytest.mark.parametrize("url", ["http://10.0.0.1:80", "http://example.org", "http://0.0.0.0:1"])
-def test_other_hosts_need_a_flag(url: str) -> None:
-    """Load goes to another host only where that was asked for."""
-    with pytest.raises(ConfigError, match="--allow-remote"):
-        check_url(ClientOptions(url, MODEL))
-    check_url(ClientOptions(url, MODEL, allow_remote=True))
-
-
-@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://127.0.0.1", "http://", ""])
-def test_what_is_no_url_is_refused(url: str) -> None:
-    """The message shows what a URL looks like."""
-    with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:8000"):
-        check_url(ClientOptions(url, MODEL))

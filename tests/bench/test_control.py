@@ -13,11 +13,11 @@ os.environ["SHAPER_EMULATE"] = "h200-sxm"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bench import control
-from bench.proofs import faceoff, slack, step
-from bench.proofs.signals import cycle_watts, limits_text, over_budget, peak_to_peak_watts
-from bench.proofs.table import Case, Column, Job, Section, aligned, cases, verdicts
-from bench.proofs.traffic import conversation, even_lengths
-from bench.virtual import Setup, VirtualRun
+from bench.acceptance import policy_comparison, slack, step
+from bench.acceptance.signals import cycle_watts, limits_text, over_budget, peak_to_peak_watts
+from bench.acceptance.traffic import conversation, even_lengths
+from bench.harness.aims import Case, Column, Job, Section, aligned, cases, verdicts
+from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.policy.static import StaticCaps
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
@@ -206,8 +206,8 @@ def test_the_tuned_caps_are_the_best_that_keep_the_limit(monkeypatch):
     def tried(_limit, caps, _seed, _seconds):
         return found.get(caps, (True, 1.5, caps[0], caps[1] or 0))
 
-    monkeypatch.setattr(faceoff, "_tried", tried)
-    setup, name = faceoff._tuned(LIMIT, 1, 10.0)
+    monkeypatch.setattr(policy_comparison, "_tried", tried)
+    setup, name = policy_comparison._tuned(LIMIT, 1, 10.0)
     assert name == " (128 tokens, any running)"
     policy = setup.policy()
     assert isinstance(policy, StaticCaps)

@@ -16,9 +16,9 @@ import pytest
 os.environ["SHAPER_EMULATE"] = "h200-sxm"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from bench.proofs import cost, recovery, slack, step
-from bench.proofs.table import Section, verdicts
-from bench.virtual import Setup
+from bench.acceptance import cost, recovery, slack, step
+from bench.harness.aims import Section, verdicts
+from bench.harness.virtual import Setup
 from shaper.core.policy import Plan, PlanInput
 from shaper.core.policy.reactive import ReactiveConcurrency
 from shaper.core.policy.windowed import WindowedPlanner

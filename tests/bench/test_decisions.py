@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.decisions import read_decision_log
+from bench.harness.decisions import read_decision_log
 
 
 def test_lines_become_columns(tmp_path: Path) -> None:

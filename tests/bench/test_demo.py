@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bench import compare, demo, load
-from bench.machine import group_members
+from bench import demo
+from bench.harness import live
+from bench.harness.machine import group_members
 from tests.bench import fake_server
-from tests.bench.fake_server import FakeServer, serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +28,9 @@ def fake_shaper(monkeypatch: pytest.MonkeyPatch) -> None:
     def serve(arguments: Sequence[str]) -> tuple[str, ...]:
         return (sys.executable, str(fake_server.__file__), *arguments)
 
-    monkeypatch.setattr(compare, "shaper_serve", serve)
-    monkeypatch.setattr(compare, "_WARM_UP_SECONDS", 0.3)
-    monkeypatch.setattr(compare, "_SETTLE_SECONDS", 0.1)
+    monkeypatch.setattr(live, "shaper_serve", serve)
+    monkeypatch.setattr(live, "_WARM_UP_SECONDS", 0.3)
+    monkeypatch.setattr(live, "_SETTLE_SECONDS", 0.1)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("SHAPER_LIMITS", "1W@1s")
 
@@ -80,7 +80,8 @@ def test_the_comparison_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
 
 INTERRUPTED_DEMO = """
 import sys
-from bench import compare, demo
+from bench import demo
+from bench.harness import live as compare
 from tests.bench import fake_server
 compare.shaper_serve = lambda arguments: (sys.executable, fake_server.__file__, *arguments)
 sys.exit(demo.main(["--duration", "60s", "--no-self-check", "--out", sys.argv[1]]))
@@ -135,7 +136,7 @@ def test_a_server_that_does_not_start_is_one_error(
     def serve(arguments: Sequence[str]) -> tuple[str, ...]:
         return (sys.executable, str(fake_server.__file__), "crash", *arguments)
 
-    monkeypatch.setattr(compare, "shaper_serve", serve)
+    monkeypatch.setattr(live, "shaper_serve", serve)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert run_demo(tmp_path) == 2
     message = capsys.readouterr().err
@@ -181,48 +182,3 @@ def test_a_broken_trace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,1,1\noops\n")
     assert demo.main(["--trace", str(trace), "--out", str(tmp_path / "out")]) == 2
     assert f"{trace}, line 3: 1 columns" in capsys.readouterr().err
-
-
-def test_load_prints_the_latency_of_a_running_server(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`bench.load` finds the model itself, prints a table and writes the figures."""
-    trace = tmp_path / "trace.csv"
-    rows = "".join(f"2023-11-16 18:15:{46 + i / 10:.1f},20,4\n" for i in range(5))
-    trace.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n" + rows)
-    out = tmp_path / "figures.json"
-    server = FakeServer()
-    with serving(server) as url:
-        code = load.main(
-            ["--url", url, "--trace", str(trace), "--json", str(out), "--goodput", "ttft:60000"]
-        )
-    assert code == 0
-    assert [body["max_tokens"] for body in server.bodies] == [4] * 5
-    printed = capsys.readouterr().out
-    assert "TTFT p99" in printed
-    latency = json.loads(out.read_text())["latency"]
-    assert latency["requests_finished"] == 5
-    assert latency["goodput_per_second"] == latency["requests_per_second"]
-
-
-def test_load_says_when_requests_failed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Failed requests give code 1 and their message."""
-    with serving(FakeServer(fault="http_500")) as url:
-        assert load.main(["--url", url, "--duration", "1s", "--rate", "5"]) == 1
-    assert "out of order" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--url", "http://192.0.2.1:8000"],
-        ["--url", "nonsense"],
-        ["--goodput", "ttft"],
-        ["--goodput", "speed:9"],
-        ["--max-in-flight", "0"],
-    ],
-)
-def test_load_refuses_wrong_input(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """Code 2 and one line."""
-    assert load.main(arguments) == 2
-    assert capsys.readouterr().err.count("\n") == 1

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from bench import demo_rack, live_rack
-from bench.client import Replay, RequestRecord
 from bench.demo_rack_page import RackComparison, rack_checks, steady_tokens_per_second
+from bench.harness.client import Replay, RequestRecord
 from bench.live_rack import RackSettings, deal, sum_power
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, Stall

@@ -21,7 +21,7 @@ from bench.gpu_serving.options import budgets
 from bench.gpu_serving.plan import Run, parse_knobs, runs
 from bench.gpu_serving.serve import EngineOptions, serve_arguments
 from bench.gpu_serving.store import is_done, read_meta, read_run, read_settings
-from bench.servers import ServerError
+from bench.harness.servers import ServerError
 from shaper.core.types import GpuIdentity, GpuSample, PowerLimit
 from shaper.errors import ConfigError, TraceError
 from tests.bench.gpu_serve_fakes import write_emulated_run

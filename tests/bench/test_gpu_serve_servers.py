@@ -19,7 +19,7 @@ from bench import gpu_serve
 from bench.gpu_serving import serve
 from bench.gpu_serving.plan import Run
 from bench.gpu_serving.store import is_done
-from bench.machine import group_members
+from bench.harness.machine import group_members
 from tests.bench import fake_server
 from tests.bench.gpu_serve_fakes import write_emulated_run
 

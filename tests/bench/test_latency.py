@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from bench.client import Replay, RequestRecord
-from bench.latency import GoodputTargets, bench_serve_keys, latency_figures
+from bench.harness.client import Replay, RequestRecord
+from bench.harness.latency import bench_serve_keys, latency_figures
 from shaper.traffic.workload import TimedRequest
 
 
@@ -69,23 +69,6 @@ def test_nothing_finished() -> None:
     assert math.isnan(figures.itl_seconds.p99)
     assert math.isnan(figures.ttft_seconds.p50)
     assert figures.output_tokens_per_second == 0.0
-    assert figures.goodput_per_second == 0.0
-
-
-@pytest.mark.parametrize(
-    ("targets", "good"),
-    [
-        (GoodputTargets(), 2),
-        (GoodputTargets(ttft_seconds=0.2), 1),
-        (GoodputTargets(tpot_seconds=0.2), 1),
-        (GoodputTargets(ttft_seconds=0.2, tpot_seconds=0.2), 0),
-        (GoodputTargets(e2el_seconds=0.9), 1),
-    ],
-)
-def test_goodput_counts_requests_that_meet_every_target(targets: GoodputTargets, good: int) -> None:
-    """A request must meet all targets at once."""
-    replayed = replay_of(record(0.0, [0.5, 0.6, 0.8]), record(1.0, [1.1, 1.2, 1.3, 1.4, 2.0]))
-    assert latency_figures(replayed, targets).goodput_per_second == pytest.approx(good / 2.0)
 
 
 def test_a_single_token_has_no_inter_token_latency() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.overhead_memory import CHECKPOINTS, SyntheticEngine, grown, held_bytes, measure
+from bench.harness.memory import CHECKPOINTS, SyntheticEngine, grown, held_bytes, measure
 from shaper.engine.runtime import LiveShaper
 from tests.bench.test_overhead import run
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bench import rack as command
-from bench.proofs.table import verdicts
+from bench.harness.aims import verdicts
 from bench.racks import plan, policies
 from bench.racks.page import curves
 from bench.racks.rows import Entry, aimed, figures, table

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.racks import plan, policies, pool, searches, variants
+from bench.harness import runner as pool
+from bench.harness.runner import Run, Runner, Told
+from bench.harness.store import Store, plant_text, run_name
+from bench.racks import plan, policies, searches, variants
 from bench.racks.outcome import Outcome, ledger_time
-from bench.racks.pool import Run, Runner, Told
 from bench.racks.rows import table
 from bench.racks.searches import Knobs
-from bench.racks.store import Store, plant_text, run_name
 from shaper.errors import ConfigError
 from shaper.simulate.checks import check_setup
 from shaper.simulate.setup import RackSetup

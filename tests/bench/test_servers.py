@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from bench.machine import group_members
-from bench.servers import (
+from bench.harness.machine import group_members
+from bench.harness.servers import (
     Server,
     ServerCommand,
     ServerError,
     clean_environment,
     free_port,
-    served_model,
     tail,
 )
 from tests.bench import fake_server
@@ -80,8 +79,8 @@ def test_a_server_that_ignores_sigterm_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left after the grace time is killed, children included."""
-    monkeypatch.setattr("bench.servers.STOP_TIMEOUT_SECONDS", 0.2)
-    monkeypatch.setattr("bench.servers._LEFTOVER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("bench.harness.servers.STOP_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("bench.harness.servers._LEFTOVER_TIMEOUT_SECONDS", 0.2)
     script = (
         "import signal, subprocess, sys, time;"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN);"
@@ -111,12 +110,6 @@ def test_environment_is_cleaned_of_shaper_settings(monkeypatch: pytest.MonkeyPat
     environment = clean_environment({"SHAPER_DECISION_LOG": "log"})
     shaper = {name for name in environment if "SHAPER" in name}
     assert shaper == {"SHAPER_DECISION_LOG"}
-
-
-def test_no_model_is_an_error() -> None:
-    """A URL without a server says that no model is to be had there."""
-    with pytest.raises(ServerError, match="no model"):
-        served_model(f"http://127.0.0.1:{free_port()}")
 
 
 def test_tail_shows_the_end(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_a_wrong_name_of_a_recording_is_said_in_words(name: str) -> None:
         ("overhead", ["--sizes", "x"], "x"),
         ("overhead", ["--json", "/nowhere/a"], "--json .*no directory"),
         ("fidelity", ["--data", "/nowhere"], "/nowhere"),
-        ("load", ["--trace", "/nowhere.csv"], "."),
+        ("demo", ["--trace", "/nowhere.csv"], "."),
         ("summarise", ["/nowhere.csv"], "can't be read"),
         ("rack", ["--trace", "/nowhere.csv"], "can't be read"),
         ("rack", ["--json", "/nowhere/a"], "can't be written"),

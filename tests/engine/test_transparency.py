@@ -126,8 +126,8 @@ def test_the_same_seed_gives_the_same_decisions(make_rig, random_traffic):
 
 def decisions_digest() -> str:
     """Of all decisions of one run, for a process of its own."""
-    from bench.proofs.traffic import conversation
-    from bench.virtual import Setup, VirtualRun
+    from bench.acceptance.traffic import conversation
+    from bench.harness.virtual import Setup, VirtualRun
 
     digest = hashlib.sha256()
 

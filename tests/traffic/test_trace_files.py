@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.options import recorded_workload
+from bench.harness.options import recorded_workload
 from bench.summarise import main as summarise_main
 from shaper.cli import main
 from shaper.errors import TraceError

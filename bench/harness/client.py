@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import json
 import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import aiohttp
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.stream import StreamError, TokenStream
-from shaper.errors import ConfigError
+from bench.harness.stream import StreamError, TokenStream
 from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
 
 # A request that leaves this much after it was due makes the load lighter than
@@ -45,8 +42,6 @@ class ClientOptions:
     max_in_flight: int = 2048
     drain_seconds: float = 120.0
     """How long requests may still run after the last arrival."""
-    allow_remote: bool = False
-    """Whether a host other than this one may be put under load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +98,6 @@ class ReplayProgress:
 
 
 ProgressCallback = Callable[[ReplayProgress], None]
-
-
-def check_url(options: ClientOptions) -> None:
-    """Refuse a URL that is no server of this machine, unless remote load is allowed.
-
-    Raises:
-        ConfigError: with the URL and what to do.
-    """
-    parts = urlsplit(options.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"url {options.url!r} is not like http://127.0.0.1:8000")
-    if options.allow_remote or parts.hostname == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(
-            f"url {options.url!r} is not on this machine; load is sent elsewhere "
-            "only with --allow-remote"
-        )
 
 
 def request_body(request: TimedRequest, index: int, seed: int, model: str) -> bytes:
@@ -270,9 +243,6 @@ def replay(
         options: where to, and the bounds.
         progress: called about four times a second from the event loop; what it
             raises ends the replay. None: not called.
-
-    Raises:
-        ConfigError: the URL is refused (see `check_url`).
     """
     return replay_together([(workload, options)], progress)[0]
 
@@ -288,12 +258,7 @@ def replay_together(
 
     Returns:
         One replay each. The CPU seconds and the lag of the client are those of all together.
-
-    Raises:
-        ConfigError: a URL is refused (see `check_url`).
     """
-    for _, options in loads:
-        check_url(options)
     states: dict[int, ReplayProgress] = {}
 
     def watch(index: int) -> ProgressCallback | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from bench.proofs.signals import limits_text, over_budget
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import conversation, lengths
-from bench.virtual import RunFigures, Setup, VirtualRun
+from bench.acceptance.signals import limits_text, over_budget
+from bench.acceptance.traffic import conversation, lengths
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import RunFigures, Setup, VirtualRun
 from shaper.core.types import PowerLimit
 
 # The demand's mean is this part of the sustained limit.

@@ -1,7 +1,7 @@
 """One engine in virtual time under a load, and its figures: vLLM's real scheduler, no sleeping.
 
 Power is the emulated GPU's true power on a grid of 1 ms (`shaper.traffic.figures` has the
-windows). Latency is defined as in `bench.latency`, but for requests that the end of a
+windows). Latency is defined as in `bench.harness.latency`, but for requests that the end of a
 run cuts off: one without a first token counts in TTFT with the time it has waited, so
 that a queue which never moves is not left out; its tokens count in the throughput.
 """

@@ -6,7 +6,7 @@ import math
 from functools import cache
 from typing import Any
 
-from bench.proofs.signals import (
+from bench.acceptance.signals import (
     EXACT_RATIO,
     cycle_watts,
     limits_text,
@@ -14,9 +14,9 @@ from bench.proofs.signals import (
     peak_to_peak_watts,
     window_ends,
 )
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import conversation, even_lengths, lengths
-from bench.virtual import Setup, VirtualRun
+from bench.acceptance.traffic import conversation, even_lengths, lengths
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 from shaper.traffic.figures import GRID_SECONDS, PowerGrid
 

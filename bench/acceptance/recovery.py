@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bench.proofs.signals import limits_text
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import lengths
-from bench.virtual import Setup, VirtualRun
+from bench.acceptance.signals import limits_text
+from bench.acceptance.traffic import lengths
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 from shaper.traffic.workload import TimedRequest, Workload
 

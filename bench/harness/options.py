@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.harness.servers import ServerError
 from shaper.errors import ConfigError, ShaperError
 from shaper.traffic.synthetic import load_summary, synthesise
 from shaper.traffic.traces import TRACE_FORMATS, TraceFormat, load_trace
@@ -14,13 +16,35 @@ from shaper.traffic.workload import Workload
 from shaper.units import parse_seconds
 
 
-def one_line(program: str, run: Callable[[], int]) -> int:
-    """Runs a command; an error that it raises on purpose is one line on stderr, and 2."""
+class Termination:
+    """Within it SIGTERM does what Ctrl-C does: it raises `KeyboardInterrupt`."""
+
+    def __enter__(self) -> None:
+        self._before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def __exit__(self, *exc: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def one_line(program: str, run: Callable[[], int], stopped: str = "stopped") -> int:
+    """Runs a command. SIGTERM does what Ctrl-C does.
+
+    Returns:
+        What `run` returns; 2 after an error that is raised on purpose, which is one line on
+        stderr (with the end of a server's log under it); 130 after an interrupt.
+    """
     try:
-        return run()
+        with Termination():
+            return run()
+    except ServerError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
     except ShaperError as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"{program}: {stopped}", file=sys.stderr)
+        return 130
 
 
 MAX_DURATION_SECONDS = 24 * 3600.0

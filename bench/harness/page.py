@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bench import latency
-from bench.compare import Comparison, RunResult
-from bench.tables import comparison_checks, comparison_table
+from bench.harness import latency
+from bench.harness.live import Comparison, RunResult
+from bench.harness.tables import comparison_checks, comparison_table
 from shaper.emulator.selfcheck import SelfCheck
 from shaper.gpu.profiles import load_profile
 from shaper.report.decisions import chunk_sizes, decision_counts, lines

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self, TypeVar
 
+from bench.harness.store import Store, run_name
 from bench.racks.outcome import Outcome, run_one
-from bench.racks.store import Store, run_name
 from shaper.errors import EngineError
 from shaper.simulate.setup import RackSetup
 from shaper.traffic.workload import Workload

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.proofs.signals import EXACT_RATIO, limits_text, over_budget
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import conversation
-from bench.virtual import Setup, VirtualRun
+from bench.acceptance.signals import EXACT_RATIO, limits_text, over_budget
+from bench.acceptance.traffic import conversation
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 
 SECONDS, QUICK_SECONDS = 30.0, 20.0

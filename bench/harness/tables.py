@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from bench.compare import Comparison, RunResult
-from bench.latency import LatencyFigures, bench_serve_keys
+from bench.harness.latency import LatencyFigures, bench_serve_keys
+from bench.harness.live import Comparison, RunResult
 from shaper.report.table import Better, Heading, Row, Table
 from shaper.traffic.quantiles import Quantiles
 

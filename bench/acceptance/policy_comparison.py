@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache, partial
 from typing import Any
 
-from bench.proofs.signals import over_budget
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import conversation
-from bench.virtual import RunFigures, Setup, VirtualRun
+from bench.acceptance.signals import over_budget
+from bench.acceptance.traffic import conversation
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import RunFigures, Setup, VirtualRun
 from shaper.core.policy.latency_chunk import LatencyChunk
 from shaper.core.policy.reactive import ReactiveConcurrency
 from shaper.core.policy.static import StaticCaps

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from bench.machine import group_members
+from bench.harness.machine import group_members
 from shaper.errors import ShaperError
 
 HOST = "127.0.0.1"
@@ -164,7 +164,11 @@ class Server:
         Raises:
             ServerError: `/v1/models` does not answer with one.
         """
-        return served_model(self.command.url)
+        try:
+            with _OPENER.open(f"{self.command.url}/v1/models", timeout=10) as response:
+                return str(json.load(response)["data"][0]["id"])
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            raise ServerError(self._message(f"offers no model: {error}")) from error
 
     def metrics(self) -> str:
         """What `/metrics` says now.
@@ -197,20 +201,6 @@ class Server:
     def _message(self, what: str) -> str:
         path = self.command.log_path
         return f"the {self.command.name} server {what}; the end of its log {path}:\n{tail(path)}"
-
-
-def served_model(url: str) -> str:
-    """The first model that a server offers.
-
-    Raises:
-        ServerError: it can't be reached, or names none.
-    """
-    try:
-        with _OPENER.open(f"{url.rstrip('/')}/v1/models", timeout=10) as response:
-            name = json.load(response)["data"][0]["id"]
-    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise ServerError(f"no model to be had at {url}/v1/models: {error}") from error
-    return str(name)
 
 
 def tail(path: Path) -> str:

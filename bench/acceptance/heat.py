@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import even_lengths
-from bench.virtual import RunFigures, Setup, VirtualRun
+from bench.acceptance.traffic import even_lengths
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import RunFigures, Setup, VirtualRun
 from shaper.core.types import ClockEventReasons
 from shaper.traffic.workload import TimedRequest, Workload
 

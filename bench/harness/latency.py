@@ -6,7 +6,6 @@
 | ITL | time between successive chunks of one stream |
 | E2EL | last token's time less the time the request was sent |
 | TPOT | (E2EL - TTFT) / (output tokens - 1), 0 for a single token |
-| goodput | finished requests per second that meet every target |
 
 Only finished requests count, but for the totals of failures.
 """
@@ -19,19 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.client import Replay, RequestRecord
+from bench.harness.client import Replay, RequestRecord
 from shaper.traffic.quantiles import Quantiles, quantiles
 
 FloatArray = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class GoodputTargets:
-    """What a request must meet to count; None: not asked for."""
-
-    ttft_seconds: float | None = None
-    tpot_seconds: float | None = None
-    e2el_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +37,6 @@ class LatencyFigures:
     output_tokens: int
     output_tokens_per_second: float
     requests_per_second: float
-    goodput_per_second: float
     ttft_seconds: Quantiles
     itl_seconds: Quantiles
     tpot_seconds: Quantiles
@@ -85,25 +74,10 @@ def finished(replay: Replay) -> list[RequestRecord]:
     return [record for record in replay.records if record.error is None]
 
 
-def latency_figures(replay: Replay, targets: GoodputTargets | None = None) -> LatencyFigures:
-    """All figures of a replay.
-
-    Args:
-        replay: what the client recorded.
-        targets: of the goodput; None: every finished request counts.
-    """
+def latency_figures(replay: Replay) -> LatencyFigures:
+    """All figures of a replay."""
     records = finished(replay)
     errors = Counter(record.error for record in replay.records if record.error is not None)
-    ttft, e2el, tpot = ttft_seconds(records), e2el_seconds(records), tpot_seconds(records)
-    good = np.ones(len(records), dtype=bool)
-    targets = targets or GoodputTargets()
-    for values, target in (
-        (ttft, targets.ttft_seconds),
-        (tpot, targets.tpot_seconds),
-        (e2el, targets.e2el_seconds),
-    ):
-        if target is not None:
-            good &= values <= target
     duration = replay.duration_seconds
     output_tokens = sum(record.output_tokens for record in records)
     return LatencyFigures(
@@ -115,11 +89,10 @@ def latency_figures(replay: Replay, targets: GoodputTargets | None = None) -> La
         output_tokens=output_tokens,
         output_tokens_per_second=output_tokens / duration if duration > 0 else 0.0,
         requests_per_second=len(records) / duration if duration > 0 else 0.0,
-        goodput_per_second=float(good.sum()) / duration if duration > 0 else 0.0,
-        ttft_seconds=quantiles(ttft),
+        ttft_seconds=quantiles(ttft_seconds(records)),
         itl_seconds=quantiles(itl_seconds(records)),
-        tpot_seconds=quantiles(tpot),
-        e2el_seconds=quantiles(e2el),
+        tpot_seconds=quantiles(tpot_seconds(records)),
+        e2el_seconds=quantiles(e2el_seconds(records)),
         late_sends=replay.late_sends,
         max_late_seconds=max((r.late_seconds for r in replay.records), default=0.0),
         chunks_with_several_tokens=sum(
@@ -137,7 +110,6 @@ def bench_serve_keys(figures: LatencyFigures) -> dict[str, float]:
         "total_input_tokens": figures.prompt_tokens,
         "total_output_tokens": figures.output_tokens,
         "request_throughput": figures.requests_per_second,
-        "request_goodput": figures.goodput_per_second,
         "output_throughput": figures.output_tokens_per_second,
     }
     for name in ("ttft", "tpot", "itl", "e2el"):

@@ -10,12 +10,12 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bench import machine
-from bench.client import ClientOptions, Replay, ReplayProgress, replay
-from bench.decisions import DecisionLog, read_decision_log
-from bench.latency import LatencyFigures, latency_figures
-from bench.progress import Phase, PhaseProgress
-from bench.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
+from bench.harness import machine
+from bench.harness.client import ClientOptions, Replay, ReplayProgress, replay
+from bench.harness.decisions import DecisionLog, read_decision_log
+from bench.harness.latency import LatencyFigures, latency_figures
+from bench.harness.progress import Phase, PhaseProgress
+from bench.harness.servers import Server, ServerCommand, clean_environment, free_port, shaper_serve
 from shaper.core.types import PowerLimit
 from shaper.emulator import selfcheck
 from shaper.emulator.selfcheck import SelfCheck

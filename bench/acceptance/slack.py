@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.proofs.table import Column, Job, Section, cases
-from bench.proofs.traffic import TRACE, conversation
-from bench.virtual import RunFigures, Setup, VirtualRun
+from bench.acceptance.traffic import TRACE, conversation
+from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.virtual import RunFigures, Setup, VirtualRun
 
 RATE_HERTZ = 4.0
 ITL_SECONDS = 0.05
