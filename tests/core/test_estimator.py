@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from shaper.core.learn.estimator import MAX_GAIN, MAX_MARGIN_RATIO, MIN_GAIN, Estimator
+from shaper.core.learn.estimator import MAX_GAIN, MAX_MODEL_MARGIN_RATIO, MIN_GAIN, Estimator
 from shaper.core.types import PowerState, StepBatch, StepPrediction
 
 IDLE_WATTS = 140.0
@@ -97,7 +97,7 @@ def test_what_no_gain_explains_is_a_disagreement():
     assert estimator.disagrees
     assert estimator.disagreement_ratio > 0.2
     assert estimator.joules_gain_ratio <= MAX_GAIN + 1e-9
-    assert estimator.margin_ratio <= MAX_MARGIN_RATIO
+    assert estimator.margin_ratio <= MAX_MODEL_MARGIN_RATIO
 
 
 def test_some_seconds_of_a_busy_host_are_no_disagreement():
@@ -131,7 +131,7 @@ def test_absurd_measurements_are_clamped():
     estimator = Estimator(IDLE_WATTS)
     serve(estimator, 10.0, lambda begin: 1e-9)
     assert MIN_GAIN - 1e-9 <= estimator.joules_gain_ratio < 1.0
-    assert 0.0 <= estimator.margin_ratio <= MAX_MARGIN_RATIO
+    assert 0.0 <= estimator.margin_ratio <= MAX_MODEL_MARGIN_RATIO
 
 
 @pytest.mark.parametrize("measured", [math.nan, math.inf, 0.0, -1.0])

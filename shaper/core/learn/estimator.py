@@ -29,10 +29,10 @@ from shaper.core.learn.seconds import StepSeconds
 from shaper.core.learn.ticks import CounterTicks, Tick
 from shaper.core.types import PowerState, StepBatch, StepPrediction
 
-__all__ = ["MAX_GAIN", "MAX_MARGIN_RATIO", "MIN_GAIN", "Estimator"]
+__all__ = ["MAX_GAIN", "MAX_MODEL_MARGIN_RATIO", "MIN_GAIN", "Estimator"]
 
 # A margin above this says that the model is of no use; the bounds on gains say it too.
-MAX_MARGIN_RATIO = 0.15
+MAX_MODEL_MARGIN_RATIO = 0.15
 # Without an enforced limit in sight, full power is taken as so many times that between steps:
 # from 3.9 (L40S) to 5.2 (H100) on the profiles.
 _FULL_OVER_IDLE = 5.0
@@ -290,7 +290,7 @@ class Estimator:
         )
         if gains[IDLE] > 1.0:
             margin += (gains[IDLE] - 1.0) * self._idle_joules / self._late.predicted
-        margin = min(margin, MAX_MARGIN_RATIO)
+        margin = min(margin, MAX_MODEL_MARGIN_RATIO)
         self.margin_ratio = margin if margin > _MARGIN_GRAIN_RATIO else 0.0
         self.disagreement_ratio = self._late.excess_ratio
         bound = _DISAGREE_RATIO / 2 if self.disagrees else _DISAGREE_RATIO

@@ -29,7 +29,7 @@ _Vector = npt.NDArray[np.float64]
 _TIME_RATIOS = (0.5, 1.0, 2.0)
 # How far a resistance may be from the profile's.
 _RESISTANCE_RANGE = (0.6, 2.5)
-# Machine rooms, with headroom for a fault.
+# Machine rooms, with a reserve for a fault.
 _INLET_RANGE = (0.0, 65.0)
 # Prior deviations: the start says nothing of the sink, and profiles are for one inlet.
 _SINK_DEVIATION, _INLET_DEVIATION, _RESISTANCE_DEVIATION = 5.0, 10.0, 0.3

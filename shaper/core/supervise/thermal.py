@@ -49,7 +49,7 @@ _HALVINGS = 10
 _CHANGE_RATIO = 0.01
 # The counter moves every 100 ms; a step of the filter wants several moves.
 _STEP_SECONDS = 0.5
-# Before it, a start under load can't be told from a hot headroom.
+# Before it, a start under load can't be told from a hot room.
 _LEARN_SECONDS = 3.0
 # A slowdown that starts this far below the profile's temperature has another cause.
 _MAX_LOWERED_CELSIUS = 15.0
