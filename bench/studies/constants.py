@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from bench.options import one_line
+from bench.harness.options import one_line
 from shaper.cli.arguments import Parser
 from shaper.engine.preflight import check_vllm_imports
 from shaper.errors import ShaperError
