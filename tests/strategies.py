@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from shaper.core.supervise.admission import Strain
@@ -11,6 +13,15 @@ from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
 from shaper.gpu.nvml_errors import ERRORS
 from shaper.ipc.group_status import MEMBER_STATES, GroupStatus, MemberStatus
 from tests.gpu.fake_faults import Fault
+
+SCALE = float(os.environ.get("HYPOTHESIS_SCALE", "1"))
+
+
+def examples(count: int, steps: int = 50) -> settings:
+    """For tests whose examples take long: HYPOTHESIS_SCALE=20 draws twenty times as many."""
+    most = max(1, round(count * SCALE))
+    return settings(max_examples=most, stateful_step_count=steps, deadline=None)
+
 
 watts = st.floats(min_value=1.0, max_value=900.0)
 step_seconds = st.floats(min_value=0.002, max_value=0.2)

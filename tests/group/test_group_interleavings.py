@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import cast
 
-from hypothesis import note, settings
+from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
@@ -15,6 +15,7 @@ from shaper.group.ledger import GroupLedger
 from shaper.group.lock import ClaimLock
 from shaper.group.reservations import AHEAD_SECONDS, Reservations, table_bytes
 from tests.group.group_judge import Device, Drawn, Run, excess_joules
+from tests.strategies import examples
 
 CAPACITY = 5
 REST_AFTER_SECONDS = 0.3
@@ -242,5 +243,4 @@ class AlignedInterleavings(Interleavings):
 
 TestInterleavings = Interleavings.TestCase
 TestAlignedInterleavings = AlignedInterleavings.TestCase
-MANY = settings(max_examples=60, stateful_step_count=60, deadline=None)
-TestInterleavings.settings = TestAlignedInterleavings.settings = MANY
+TestInterleavings.settings = TestAlignedInterleavings.settings = examples(40, steps=60)

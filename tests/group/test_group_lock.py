@@ -48,13 +48,13 @@ def place(tmp_path: Path) -> Place:
 def test_one_at_a_time_and_nobody_waits_longer_than_said(place):
     """Who can't have it gives up after 200 microseconds."""
     one, two = place.gate(), place.gate()
-    assert one.commit()
-    assert not two.commit()
+    assert one.enter()
+    assert not two.enter()
     assert WAIT_SECONDS <= two.waited_seconds < WAIT_SECONDS + 3e-5
     two.leave()
-    assert not two.commit()
+    assert not two.enter()
     one.leave()
-    assert two.commit()
+    assert two.enter()
     two.leave()
     assert int(place.shared["turns"][0]) == 2
 
@@ -62,22 +62,22 @@ def test_one_at_a_time_and_nobody_waits_longer_than_said(place):
 def test_whoever_holds_it_for_a_second_is_left_behind(place):
     """Others share another lock; the one that comes back is late, and then one of them."""
     stopped, one, two = place.gate(), place.gate(), place.gate()
-    assert stopped.commit()
-    assert not one.commit()
+    assert stopped.enter()
+    assert not one.enter()
     place.clock.now += STUCK_SECONDS / 2
-    assert not one.commit()
+    assert not one.enter()
     assert int(place.shared["epoch"][0]) == 0
     place.clock.now += STUCK_SECONDS
-    assert not one.commit()
+    assert not one.enter()
     assert int(place.shared["epoch"][0]) == 1
-    assert one.commit()
-    assert not two.commit()
+    assert one.enter()
+    assert not two.enter()
     one.leave()
-    assert two.commit()
+    assert two.enter()
     two.leave()
     assert stopped.late()
     stopped.leave()
-    assert stopped.commit()
+    assert stopped.enter()
     assert not stopped.late()
 
 
@@ -85,8 +85,8 @@ def test_a_busy_lock_is_not_a_stuck_one(place):
     """It is held whenever one asks, but not by the same turn."""
     one, two = place.gate(), place.gate()
     for _ in range(20):
-        assert one.commit()
-        assert not two.commit()
+        assert one.enter()
+        assert not two.enter()
         one.leave()
         place.clock.now += STUCK_SECONDS / 5
     assert int(place.shared["epoch"][0]) == 0
@@ -102,10 +102,10 @@ def test_all_stopped_one_after_the_other_leave_nobody_a_lock_until_one_goes_on(p
         stopped.append(gate)
     last = place.gate()
     for _ in range(5):
-        assert not last.commit()
+        assert not last.enter()
         place.clock.now += STUCK_SECONDS
     stopped[1].leave()
-    while not last.commit():
+    while not last.enter():
         place.clock.now += STUCK_SECONDS
     assert not last.late()
 
@@ -113,9 +113,9 @@ def test_all_stopped_one_after_the_other_leave_nobody_a_lock_until_one_goes_on(p
 def test_a_claim_that_was_stopped_on_the_way_is_late(place):
     """Whether it had the lock or not."""
     one, two = place.gate(), place.gate()
-    assert one.commit()
+    assert one.enter()
     assert not one.late()
-    assert not two.commit()
+    assert not two.enter()
     assert not two.late()
     place.clock.now += WAIT_SECONDS + LATE_SECONDS
     assert one.late()
@@ -132,4 +132,4 @@ def test_the_kernel_frees_what_a_dead_holder_held(place):
         os.kill(os.getpid(), signal.SIGKILL)
     assert os.read(ready, 1) == b"\x01"
     os.waitpid(child, 0)
-    assert place.gate().commit()
+    assert place.gate().enter()

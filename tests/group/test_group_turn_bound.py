@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.controller import Controller
@@ -23,6 +23,7 @@ from shaper.core.types import (
     StepPrediction,
 )
 from shaper.group import GroupLedger, memory_groups
+from tests.strategies import examples
 
 IDLE_WATTS = 140.0
 MAX_PAUSE_SECONDS = 0.3
@@ -156,7 +157,7 @@ SHAPES = st.tuples(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@examples(6)
 @given(
     seed=st.integers(0, 2**32),
     shapes=st.lists(SHAPES, min_size=2, max_size=4),
@@ -188,7 +189,7 @@ def test_a_waiting_prompt_is_kept_from_its_room_a_bounded_number_of_times(seed, 
     assert chunks
 
 
-@settings(max_examples=25, deadline=None)
+@examples(5)
 @given(
     seed=st.integers(0, 2**32),
     longest=st.lists(st.sampled_from([100, 500, 4000]), min_size=2, max_size=6),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.ledger.shared import EngineShare, Step
 from shaper.core.types import PowerLimit, StepPrediction
 from shaper.group import GroupLedger, memory_groups
 from tests.group.group_judge import Device, Drawn
+from tests.strategies import examples
 
 IDLE_WATTS, CHUNK_WATTS, CHUNK_SECONDS = 100.0, 700.0, 0.03
 CHUNK_JOULES = (CHUNK_WATTS - IDLE_WATTS) * CHUNK_SECONDS
@@ -58,7 +59,7 @@ class Engine:
         return True
 
 
-@settings(max_examples=12, deadline=None)
+@examples(8)
 @given(
     seed=st.integers(0, 2**32),
     appetites=st.lists(st.sampled_from([0.01, 0.1, 1.0]), min_size=2, max_size=5),
