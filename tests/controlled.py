@@ -30,8 +30,8 @@ def run() -> Iterator[str]:
 def record(run: str, sequence: int, watts: float = 400.0, **change: Any) -> ControlRecord:
     terms = TermsConfig.model_validate({"limits": [f"{watts}W@1s"]})
     origin = ORIGIN.model_copy(update={"sequence": sequence})
-    budget = ChangeRecord(terms=terms, origin=origin, **change)
-    return ControlRecord(run=run, sequence=sequence, budget=budget)
+    budget = ChangeRecord(terms=terms, **change)
+    return ControlRecord(run=run, sequence=sequence, budget=budget, origins={"budget": origin})
 
 
 class Walls:

@@ -74,6 +74,8 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "pynvml": ("gpu/nvml_driver.py",),
     # The metrics themselves, and the two places where they join vLLM's registries.
     "prometheus_client": ("server/metrics.py", "server/stats.py", "engine/plugin.py"),
+    # vLLM brings it: only what runs in its API server may need it.
+    "fastapi": ("server/routes.py", "server/control_service.py"),
     "vllm": ("engine/", "simulate/", "server/stats.py", *COMMANDS, *EMULATED_EXECUTOR),
     "torch": ("engine/", "simulate/", *COMMANDS, *EMULATED_EXECUTOR),
 }

@@ -86,8 +86,8 @@ class BudgetControl:
         if not self._follower.poll():
             return False
         record = self._follower.record
-        if self._passes_through and record.mode is not None and record.mode.mode != "off":
-            self._follower.refuse(f"{record.mode.mode}: {self._passes_through}")
+        if self._passes_through and record.mode not in (None, "off"):
+            self._follower.refuse(f"{record.mode}: {self._passes_through}")
             return True
         if self._passes_through and not self._unshaped_ok and record.budget is not None:
             self._follower.refuse(f"nobody would keep the budget: {self._passes_through}")
@@ -109,7 +109,7 @@ class BudgetControl:
         found: InForce = self._plan.at(self._wall(), now_seconds, change)
         self._entries = found.entries
         self._look_seconds = now_seconds + min(_LOOK_AGAIN_SECONDS, found.seconds_left)
-        mode = self._configured_mode if self._record.mode is None else self._record.mode.mode
+        mode = self._record.mode or self._configured_mode
         if self._passes_through:
             mode = "off"
         return EngineControl(
@@ -125,12 +125,12 @@ class BudgetControl:
     def _log(self, before: EngineControl, after: EngineControl) -> None:
         record = self._record
         if after.mode != before.mode:
-            why = f" ({record.mode.origin})" if record.mode else ""
+            why = f" ({record.origins['mode']})" if record.mode else ""
             logger.info("shaper mode: %s -> %s%s", before.mode, after.mode, why)
         if after.budget != before.budget:
-            origin = record.budget.origin if record.budget else None
-            if after.taken_sequence != before.taken_sequence:
-                origin = origin or record.cleared
+            origin = record.origins.get("budget")
+            if record.budget is None and after.taken_sequence == before.taken_sequence:
+                origin = None
             because = [after.source.value, *self._entries, *([str(origin)] if origin else [])]
             logger.info(
                 "shaper budget: %s -> %s (%s)",

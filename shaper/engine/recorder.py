@@ -116,7 +116,7 @@ class Recorder:
             if self._job is not None and not self._always:
                 self._job.stop()
             return
-        self._sequence = order.origin.sequence
+        self._sequence = order.sequence
         first = RecordingState(self._sequence)
         if order.until_monotonic_seconds <= now_seconds:
             self._refused = first  # this engine started when it was over

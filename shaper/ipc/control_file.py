@@ -21,9 +21,9 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from shaper.config.budget import Frozen, TermsConfig, first_line
 from shaper.core.budget import BudgetChange, Source
@@ -34,6 +34,7 @@ from shaper.ipc.status_block import control_paths, read_statuses
 logger = logging.getLogger(__name__)
 
 Mode = Literal["on", "shadow", "off"]
+Part = Literal["budget", "mode", "record"]
 MODES: tuple[Mode, ...] = ("on", "shadow", "off")
 _SOURCES = tuple(Source)
 # Some ten times what the longest request that is accepted takes.
@@ -61,7 +62,6 @@ class ChangeRecord(Frozen):
     until_wall_seconds: float | None = None
     until_monotonic_seconds: float | None = None
     fallback: TermsConfig | None = None
-    origin: Origin
 
     def change(self) -> BudgetChange:
         """The same as the core's value."""
@@ -73,32 +73,33 @@ class ChangeRecord(Frozen):
         )
 
 
-class ModeRecord(Frozen):
-    """A mode that was asked for."""
-
-    mode: Mode
-    origin: Origin
-
-
 class RecordOrder(Frozen):
     """A recording that was asked for and not ended: `shaper/server/recordings.py`."""
 
     file: str
     """Its name in the recording directory."""
     until_monotonic_seconds: float
-    origin: Origin
+    sequence: int
+    """Of the change that asked for it."""
 
 
 class ControlRecord(Frozen):
-    """All that a run's engines have been asked for."""
+    """All that a run's engines have been asked for; None: nothing, or it was taken back."""
 
     run: str
     sequence: int = Field(default=0, ge=0)
     budget: ChangeRecord | None = None
-    mode: ModeRecord | None = None
-    cleared: Origin | None = None
-    """Who cleared the last change of the budget, while there is no newer one."""
+    mode: Mode | None = None
     record: RecordOrder | None = None
+    origins: dict[Part, Origin] = Field(default_factory=dict)
+    """Who asked last for each, or took it back."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for part in get_args(Part):
+            if getattr(self, part) is not None and part not in self.origins:
+                raise ValueError(f"it does not say who asked for its {part}")
+        return self
 
 
 class ControlFile:

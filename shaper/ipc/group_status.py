@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from shaper.core.types import PowerLimit
 
@@ -108,24 +108,3 @@ class GroupStatus:
             bool(detached),
             int(errors),
         )
-
-
-def group_object(name: object, status: GroupStatus) -> dict[str, Any]:
-    """The group as JSON values, for the state route."""
-    return {
-        "name": name,
-        "limits": [
-            {"watts": limit.watts, "window_seconds": limit.window_seconds}
-            for limit in status.limits
-        ],
-        "engines": [
-            {
-                "pid": member.pid,
-                "state": member.state,
-                "floor_watts": member.floor_watts,
-                "committed_watts": member.committed_watts,
-                "waiting_seconds": member.waiting_seconds,
-            }
-            for member in status.members
-        ],
-    }

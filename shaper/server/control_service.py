@@ -1,8 +1,8 @@
-"""Takes what an operator asks of a running server, checks it, and has the engines do it.
+"""Does what an operator asks of a running server: each public method is a control route.
 
-Knows no HTTP: `shaper/server/routes.py` brings requests here and turns a `RefusedError`
-into an answer. A change is written to the control file under a lock, with the next
-sequence number, and is done when every engine of this host has acknowledged that number.
+A change is checked, written to the control file under a lock with the next sequence number,
+and done when every engine of this host has acknowledged that number. `routes.py` turns a
+`RefusedError` into an answer.
 """
 
 from __future__ import annotations
@@ -11,209 +11,153 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from fastapi import Request
 
-from shaper.config.budget import Duration, Frozen, Moment, TermsConfig, check_idle, check_pairs
+from shaper.config.budget import TermsConfig, check_idle, check_pairs
 from shaper.config.calendar_spans import iso
-from shaper.config.model import format_error
-from shaper.core.budget import BudgetTerms
+from shaper.config.model import ShaperConfig
 from shaper.errors import ConfigError, ControlError
 from shaper.ipc.control_file import (
     ChangeRecord,
     ControlFile,
     ControlRecord,
     EngineControl,
-    Mode,
-    ModeRecord,
     Origin,
+    Part,
+    RecordOrder,
 )
 from shaper.ipc.status_block import Status
+from shaper.server import recordings
+from shaper.server.requests import (
+    BudgetRequest,
+    ModeRequest,
+    OperatorRequest,
+    RecordRequest,
+    RefusedError,
+)
+from shaper.server.state import State, describe_state
 
 logger = logging.getLogger(__name__)
-
-_Request = TypeVar("_Request", bound="OperatorRequest")
 
 # A sampler ticks every 20 ms, by its slowest setting every second; a driver call that takes
 # longer than this is an engine that the operator must look at.
 ACKNOWLEDGE_SECONDS = 5.0
 _POLL_SECONDS = 0.01
-MAX_DURATION_SECONDS = 366 * 86_400.0
 
-
-class RefusedError(ControlError):
-    """A request that is not done, or not by every engine.
-
-    Args:
-        status: of HTTP.
-        code: a word for programs.
-        message: for people; says what to do.
-    """
-
-    def __init__(self, status: int, code: str, message: str) -> None:
-        super().__init__(message)
-        self.status, self.code, self.message = status, code, message
-
-
-class OperatorRequest(Frozen):
-    """Who asks, and why: as stated, for the log."""
-
-    who: str = Field(default="", max_length=100)
-    why: str = Field(default="", max_length=500)
-
-    @field_validator("who", "why")
-    @classmethod
-    def _on_one_line(cls, text: str) -> str:
-        # It goes into logs and onto terminals: no line breaks, no escape sequences.
-        return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-class BudgetRequest(TermsConfig, OperatorRequest):
-    """`PUT /v1/shaper/budget`."""
-
-    for_seconds: Duration | None = Field(default=None, alias="for")
-    until: Moment | None = None
-    fallback: TermsConfig | None = None
-
-    @model_validator(mode="after")
-    def _unambiguous(self) -> Self:
-        if self.terms() == BudgetTerms():
-            raise ValueError(
-                "the request says no limits: give limits, gpu_limits or ramp_watts_per_second"
-            )
-        if self.for_seconds is not None and self.until is not None:
-            raise ValueError("for and until both say when it ends: give one of them")
-        if self.for_seconds is not None and not 1.0 <= self.for_seconds <= MAX_DURATION_SECONDS:
-            raise ValueError(f"for={self.for_seconds:g} s is outside 1 s to 366 days")
-        if self.fallback is not None:
-            if self.for_seconds is None and self.until is None:
-                raise ValueError("fallback says what holds at the end: give for or until as well")
-            if self.fallback.terms() == BudgetTerms():
-                raise ValueError(
-                    "its fallback says no limits: leave it out to return to what is configured"
-                )
-        return self
-
-
-class ModeRequest(OperatorRequest):
-    """`PUT /v1/shaper/mode`."""
-
-    mode: Mode
-
-
-class ClearRequest(OperatorRequest):
-    """`DELETE /v1/shaper/budget`."""
+Make = Callable[[ControlRecord, int], object]
 
 
 @dataclass(frozen=True, slots=True)
 class Clocks:
-    """The two clocks of a desk; the wall's is for calendar time and logs."""
+    """The two clocks of a service; the wall's is for calendar time and logs."""
 
     monotonic: Callable[[], float]
     wall: Callable[[], float]
 
 
 class ControlService:
-    """The desk of one API server.
+    """Changes and shows what the engines of one run do.
 
     Args:
-        file: of the run.
-        read_statuses: the engines' status blocks.
+        file: the control file of the run.
+        read_statuses: returns the engines' status blocks.
         clocks: see there.
+        config: the run's settings; None where this API server can't read them.
     """
 
     def __init__(
-        self, file: ControlFile, read_statuses: Callable[[], Sequence[Status]], clocks: Clocks
+        self,
+        file: ControlFile,
+        read_statuses: Callable[[], Sequence[Status]],
+        clocks: Clocks,
+        config: ShaperConfig | None = None,
     ) -> None:
-        self.file, self.clocks = file, clocks
+        self.file, self.clocks, self.config = file, clocks, config
         self._read_statuses = read_statuses
 
-    def statuses(self) -> list[Status]:
-        """The engines of this host."""
-        return list(self._read_statuses())
+    # --- the routes; their docstrings are shown in the OpenAPI document
 
-    def engines(self) -> list[Status]:
-        """Those of them that can be controlled."""
-        return [status for status in self.statuses() if status.values.get("control")]
-
-    # --- requests; each returns the sequence number that every engine has acknowledged
-
-    async def set_budget(self, body: object, address: str) -> int:
-        """Put a change of the budget in force.
-
-        Raises:
-            RefusedError: 422 it is wrong in itself, 409 an engine can't keep it, 503 there is
-                no engine or the file can't be written, 504 an engine did not acknowledge.
-        """
-        request = parsed(BudgetRequest, body)
+    async def state(self) -> State:
+        """What was asked for, what holds, and how each engine fares."""
+        try:
+            record, problem = self.file.read(), ""
+        except ControlError as error:
+            record, problem = None, str(error)
         wall, now = self.clocks.wall(), self.clocks.monotonic()
-        until = None if request.until is None else request.until.timestamp()
+        return describe_state(record, problem, self._read_statuses(), self.config, wall, now)
+
+    async def set_budget(self, asked: BudgetRequest, request: Request) -> State:
+        """Put a budget in force; the answer comes when every engine holds it."""
+        wall, now = self.clocks.wall(), self.clocks.monotonic()
+        until = None if asked.until is None else asked.until.timestamp()
         if until is not None and until <= wall:
             raise RefusedError(
-                422, "invalid_value", f"until={request.until} is over (it is {iso(wall)})"
+                422, "invalid_value", f"until={asked.until} is over (it is {iso(wall)})"
             )
-        engines = self.some_engines()
-        self._check(request, engines)
-        said = {"limits", "gpu_limits", "ramp_watts_per_second"}
-        terms = TermsConfig(**request.model_dump(include=said))
-
-        def change(record: ControlRecord, origin: Origin) -> dict[str, Any]:
-            budget = ChangeRecord(
-                terms=terms,
-                until_wall_seconds=until,
-                until_monotonic_seconds=None
-                if request.for_seconds is None
-                else now + request.for_seconds,
-                fallback=request.fallback,
-                origin=origin,
-            )
-            return {"budget": budget, "cleared": None}
-
-        asked = request.model_dump(
+        _check_kept(asked, self._some_engines())
+        terms = {name: getattr(asked, name) for name in TermsConfig.model_fields}
+        change = ChangeRecord(
+            terms=TermsConfig.model_construct(**terms),
+            until_wall_seconds=until,
+            until_monotonic_seconds=None if asked.for_seconds is None else now + asked.for_seconds,
+            fallback=asked.fallback,
+        )
+        words = asked.model_dump(
             mode="json", by_alias=True, exclude_none=True, exclude={"who", "why"}
         )
-        return await self.make(change, request, address, f"budget {asked}", engines)
+        return await self._change("budget", lambda *_: change, asked, request, f"budget {words}")
 
-    async def clear_budget(self, body: object, address: str) -> int:
-        """Back to the configured and scheduled budget.
+    async def clear_budget(self, asked: OperatorRequest, request: Request) -> State:
+        """Return to the configured and scheduled budget."""
+        return await self._change("budget", lambda *_: None, asked, request, "budget cleared")
 
-        Raises:
-            RefusedError: as for `set_budget`.
-        """
-        request = parsed(ClearRequest, body)
-        return await self.make(
-            lambda record, origin: {"budget": None, "cleared": origin},
-            request,
-            address,
-            "budget cleared",
-            self.some_engines(),
+    async def set_mode(self, asked: ModeRequest, request: Request) -> State:
+        """Switch the shaper on, to shadow, or off."""
+        return await self._change(
+            "mode", lambda *_: asked.mode, asked, request, f"mode {asked.mode}"
         )
 
-    async def set_mode(self, body: object, address: str) -> int:
-        """Switch the shaper on, to shadow, or off.
+    async def start_recording(self, asked: RecordRequest, request: Request) -> State:
+        """Have every engine record; the answer comes when each has made its file."""
+        engines = self._some_engines()
+        if self.config is not None:
+            recordings.check_files(self.config.recording_directory, asked.file, engines)
+        now = self.clocks.monotonic()
 
-        Raises:
-            RefusedError: as for `set_budget`.
-        """
-        request = parsed(ModeRequest, body)
-        return await self.make(
-            lambda record, origin: {"mode": ModeRecord(mode=request.mode, origin=origin)},
-            request,
-            address,
-            f"mode {request.mode}",
-            self.some_engines(),
-        )
+        def order(record: ControlRecord, sequence: int) -> RecordOrder:
+            recordings.check_idle(record.record, self._engines(), now)
+            until = now + asked.for_seconds
+            return RecordOrder(file=asked.file, until_monotonic_seconds=until, sequence=sequence)
+
+        what = f"record {asked.file} for {asked.for_seconds:g} s"
+        sequence = await self._write_and_wait("record", order, asked, _address(request), what)
+        try:
+            await self._wait(
+                lambda: recordings.not_begun(self._engines(), sequence, asked.file),
+                "not_begun",
+                "engine {} did not begin to record",
+            )
+        except RefusedError:
+            withdrawn = OperatorRequest(why="it could not be begun")
+            await self._write_and_wait(
+                "record", lambda *_: None, withdrawn, "server", "recording ended"
+            )
+            raise
+        return await self._answer(sequence)
+
+    async def stop_recording(self, asked: OperatorRequest, request: Request) -> State:
+        """End a recording before its time; its files are finished."""
+        return await self._change("record", lambda *_: None, asked, request, "recording ended")
 
     # --- how
 
-    def some_engines(self) -> list[Status]:
-        """The same, at least one.
+    def _engines(self) -> list[Status]:
+        """The engines of this host that can be controlled."""
+        return [status for status in self._read_statuses() if status.values.get("control")]
 
-        Raises:
-            RefusedError: 503 there is none.
-        """
-        engines = self.engines()
+    def _some_engines(self) -> list[Status]:
+        engines = self._engines()
         if not engines:
             raise RefusedError(
                 503,
@@ -222,60 +166,68 @@ class ControlService:
             )
         return engines
 
-    def _check(self, request: BudgetRequest, engines: Sequence[Status]) -> None:
-        for status in engines:
-            why = status.info.get("passes_through")
-            if why and not status.info.get("unshaped_ok"):
-                raise RefusedError(409, "unkept", f"nobody would keep the budget: {why}")
-            gpu_count = int(str(status.info["gpu_count"]))
-            idle_watts = float(str(status.info["idle_watts"]))
-            try:
-                check_pairs(request.terms(), gpu_count, "budget")
-                check_idle(request.terms(), gpu_count, idle_watts, "budget")
-                if request.fallback is not None:
-                    check_pairs(request.fallback.terms(), gpu_count, "fallback")
-                    check_idle(request.fallback.terms(), gpu_count, idle_watts, "fallback")
-            except ConfigError as error:
-                raise RefusedError(409, "infeasible", str(error)) from error
+    async def _change(
+        self, part: Part, make: Make, asked: OperatorRequest, request: Request, what: str
+    ) -> State:
+        """`_write_and_wait`, and the state after it."""
+        sequence = await self._write_and_wait(part, make, asked, _address(request), what)
+        return await self._answer(sequence)
 
-    async def make(
-        self,
-        change: Callable[[ControlRecord, Origin], dict[str, Any]],
-        signed: OperatorRequest,
-        address: str,
-        what: str,
-        engines: Sequence[Status],
+    async def _answer(self, sequence: int) -> State:
+        return (await self.state()).model_copy(update={"sequence": sequence})
+
+    async def _write_and_wait(
+        self, part: Part, make: Make, asked: OperatorRequest, address: str, what: str
     ) -> int:
-        """Write a change to the control file and wait until every engine has acknowledged it.
+        """Change one part of the control file and wait until every engine has acknowledged it.
 
         Args:
-            change: the fields of the control file that become others.
-            signed: who asks, and why.
+            part: the part of the control file.
+            make: its new value, from the control file and the sequence number of the change.
+            asked: who asks, and why.
             address: of who asks.
             what: is asked, for the log.
-            engines: of this host.
+
+        Returns:
+            The sequence number of the change.
 
         Raises:
-            RefusedError: 503 the file can't be written, 504 an engine did not acknowledge.
+            RefusedError: 503 there is no engine or the file can't be written, 504 an engine did
+                not acknowledge, 409 an engine refused.
         """
-        who = f"{signed.who or 'unnamed'} ({address})"
+        engines = self._some_engines()
+        who = f"{asked.who or 'unnamed'} ({address})"
         try:
-            sequence = await asyncio.to_thread(self._write, change, who, signed.why, engines)
+            sequence = await asyncio.to_thread(self._write, part, make, who, asked.why, engines)
         except OSError as error:
             raise RefusedError(
                 503, "not_written", f"the control file can't be written: {error.strerror}"
             ) from error
-        logger.info("change %d by %s: %s; why: %s", sequence, who, what, signed.why or "not said")
-        await self._acknowledged(sequence)
+        logger.info("change %d by %s: %s; why: %s", sequence, who, what, asked.why or "not said")
+        await self._wait(
+            lambda: [
+                name
+                for name, control in _controls(self._engines()).items()
+                if control.seen_sequence < sequence
+            ],
+            "not_acknowledged",
+            f"engine {{}} did not acknowledge within {ACKNOWLEDGE_SECONDS:g} s; the change stands "
+            "and is taken when its sampler runs again (shaper_heartbeat_age_seconds); DELETE "
+            "takes it back",
+        )
+        # A later change may have replaced this one before every engine saw it.
+        refused = [
+            name
+            for name, control in _controls(self._engines()).items()
+            if control.seen_sequence == sequence and control.taken_sequence < sequence
+        ]
+        if refused:
+            raise RefusedError(
+                409, "refused", f"engine {', '.join(refused)} refused the change; its log says why"
+            )
         return sequence
 
-    def _write(
-        self,
-        change: Callable[[ControlRecord, Origin], dict[str, Any]],
-        who: str,
-        why: str,
-        engines: Sequence[Status],
-    ) -> int:
+    def _write(self, part: Part, make: Make, who: str, why: str, engines: Sequence[Status]) -> int:
         with self.file.locked():
             try:
                 record = self.file.read()
@@ -283,55 +235,56 @@ class ControlService:
                 # Whoever spoilt the file: what is asked for now is whole, and goes on from there.
                 logger.error("the control file is replaced: %s", error)
                 record = ControlRecord(run=self.file.run)
-            seen = [_control(status).seen_sequence for status in engines]
+            seen = [control.seen_sequence for control in _controls(engines).values()]
             sequence = 1 + max([record.sequence, *seen])
-            at = iso(self.clocks.wall())
-            origin = Origin(sequence=sequence, who=who, why=why, at=at)
-            changed = {"sequence": sequence, **change(record, origin)}
-            self.file.write(record.model_copy(update=changed))
+            origin = Origin(sequence=sequence, who=who, why=why, at=iso(self.clocks.wall()))
+            changed = {part: make(record, sequence), "origins": record.origins | {part: origin}}
+            self.file.write(record.model_copy(update={"sequence": sequence, **changed}))
         return sequence
 
-    async def _acknowledged(self, sequence: int) -> None:
+    async def _wait(self, waiting: Callable[[], list[str]], code: str, problem: str) -> None:
+        """Until no engine is waited for.
+
+        Raises:
+            RefusedError: 504 it took too long.
+        """
         deadline = self.clocks.monotonic() + ACKNOWLEDGE_SECONDS
-        while True:
-            controls = {str(s.info["engine"]): _control(s) for s in self.engines()}
-            waiting = [name for name, c in controls.items() if c.seen_sequence < sequence]
-            if not waiting:
-                break
+        while names := waiting():
             if self.clocks.monotonic() >= deadline:
-                raise RefusedError(
-                    504,
-                    "not_acknowledged",
-                    f"engine {', '.join(waiting)} did not acknowledge within "
-                    f"{ACKNOWLEDGE_SECONDS:g} s; the change stands and is taken when its sampler "
-                    "runs again (shaper_heartbeat_age_seconds); DELETE takes it back",
-                )
+                raise RefusedError(504, code, problem.format(", ".join(names)))
             await asyncio.sleep(_POLL_SECONDS)
-        # A later change may have replaced this one before every engine saw it.
-        refused = [
-            name
-            for name, c in controls.items()
-            if c.seen_sequence == sequence and c.taken_sequence < sequence
-        ]
-        if refused:
-            raise RefusedError(
-                409, "refused", f"engine {', '.join(refused)} refused the change; its log says why"
-            )
 
 
-def _control(status: Status) -> EngineControl:
-    control = EngineControl.from_values(status.values["control"])
-    assert control is not None  # `engines` has left out those without
-    return control
+def _address(request: Request) -> str:
+    return "?" if request.client is None else request.client.host
 
 
-def parsed(kind: type[_Request], body: object) -> _Request:
-    """A request's body as what it should be.
+def _controls(engines: Sequence[Status]) -> dict[str, EngineControl]:
+    """By the engine's name."""
+    found = {}
+    for status in engines:
+        control = EngineControl.from_values(status.values["control"])
+        if control is not None:
+            found[str(status.info["engine"])] = control
+    return found
+
+
+def _check_kept(asked: BudgetRequest, engines: Sequence[Status]) -> None:
+    """Every engine can keep the change.
 
     Raises:
-        RefusedError: 422 it is wrong.
+        RefusedError: 409 one can't.
     """
-    try:
-        return kind.model_validate({} if body is None else body)
-    except ValidationError as error:
-        raise RefusedError(422, "invalid_value", format_error(error, kind)) from error
+    for status in engines:
+        why = status.info.get("passes_through")
+        if why and not status.info.get("unshaped_ok"):
+            raise RefusedError(409, "unkept", f"nobody would keep the budget: {why}")
+        gpu_count = int(str(status.info["gpu_count"]))
+        idle_watts = float(str(status.info["idle_watts"]))
+        try:
+            for terms, where in ((asked, "budget"), (asked.fallback, "fallback")):
+                if terms is not None:
+                    check_pairs(terms.terms(), gpu_count, where)
+                    check_idle(terms.terms(), gpu_count, idle_watts, where)
+        except ConfigError as error:
+            raise RefusedError(409, "infeasible", str(error)) from error

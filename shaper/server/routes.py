@@ -1,14 +1,15 @@
-"""The control routes, as a layer around vLLM's API server.
+"""The control routes: a FastAPI application, and the layer around vLLM's API server that has it.
 
-    PUT     /v1/shaper/budget    put a budget in force, for a time or until it is cleared
-    DELETE  /v1/shaper/budget    back to the configured and scheduled one
-    PUT     /v1/shaper/mode      on, shadow, off
-    PUT     /v1/shaper/record    have the engines write a recording; DELETE ends it
-    GET     /v1/shaper/state     what was asked for, what holds, how each engine fares
+    PUT     /v1/shaper/budget        put a budget in force, for a time or until it is cleared
+    DELETE  /v1/shaper/budget        back to the configured and scheduled one
+    PUT     /v1/shaper/mode          on, shadow, off
+    PUT     /v1/shaper/record        have the engines write a recording; DELETE ends it
+    GET     /v1/shaper/state         what was asked for, what holds, how each engine fares
+    GET     /v1/shaper/openapi.json  this table for programs
 
-They exist only where `SHAPER_ADMIN_KEY` is set, and want that key as a bearer token. A
-request is looked at in this order: path, key, method, size, content. Whatever has no
-business here goes on to vLLM untouched. vLLM's own keys open nothing here.
+The routes exist only where `SHAPER_ADMIN_KEY` is set, and every request must give that key as a
+bearer token. A request is checked in this order: path, key, method, size, content. All other
+paths go on to vLLM untouched. vLLM's own keys open no control route.
 """
 
 from __future__ import annotations
@@ -20,183 +21,237 @@ import json
 import logging
 import os
 import time
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, get_type_hints
 
-from shaper.config.model import ShaperConfig
-from shaper.config.sources import admin_key, given_settings, load_config
-from shaper.errors import ConfigError
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+import shaper
+from shaper.config.sources import admin_key
 from shaper.ipc.control_file import ControlFile
 from shaper.ipc.logs import share_log_handlers
 from shaper.ipc.status_block import read_statuses, run_id
 from shaper.ipc.wall_clock import wall_seconds
-from shaper.server.asgi import App, Header, Receive, Scope, Send, openai_error, send_json
-from shaper.server.control_service import Clocks, ControlService, RefusedError
-from shaper.server.recordings import start_recording, stop_recording
-from shaper.server.state import describe_state
+from shaper.server.asgi import (
+    App,
+    LogLimit,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    openai_error,
+    route_path,
+    server_config,
+)
+from shaper.server.control_service import Clocks, ControlService
+from shaper.server.requests import ErrorAnswer, RefusedError, parsed
+from shaper.server.state import State
 
 logger = logging.getLogger(__name__)
 
 PREFIX = "/v1/shaper"
-METHODS = {
-    f"{PREFIX}/budget": ("PUT", "DELETE"),
-    f"{PREFIX}/mode": ("PUT",),
-    f"{PREFIX}/record": ("PUT", "DELETE"),
-    f"{PREFIX}/state": ("GET",),
-}
 # The longest request that makes sense has some tens of limits.
 MAX_BODY_BYTES = 64 * 1024
 BODY_SECONDS = 10.0
-_LOG_AGAIN_SECONDS = 60.0
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer} for status in (400, 401, 408, 409, 413, 422, 503, 504)
+}
 
 
 class ControlRoutes:
-    """ASGI middleware; vLLM makes one in every API server.
+    """ASGI middleware that serves the control routes; vLLM makes one in every API server.
 
     Args:
         app: what is inside.
         key: the admin key; by default from the environment. None: no routes.
-        desk: takes the requests; by default that of this run.
+        service: does what is asked; by default made for this run with the first request.
     """
 
     def __init__(
-        self, app: App, *, key: str | None = None, desk: ControlService | None = None
+        self, app: App, *, key: str | None = None, service: ControlService | None = None
     ) -> None:
         share_log_handlers()
         self.app = app
-        key = key or admin_key(os.environ)
-        self._digest = None if key is None else _digest(key.encode())
-        if desk is None:
-            run = run_id()
-            clocks = Clocks(time.monotonic, wall_seconds)
-            desk = ControlService(ControlFile(run), lambda: read_statuses(run), clocks)
-        self._desk = desk
-        self._denied = 0
-        self._denied_logged_seconds: float | None = None
+        self._key = key or admin_key(os.environ)
+        self._service = service
+        self._control: FastAPI | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer what is ours; pass on the rest."""
-        path = ""
-        if scope["type"] == "http" and self._digest is not None:
-            path = scope["path"].removeprefix(scope.get("root_path", ""))
+        """Hand control requests to the control application and all others to vLLM."""
+        path = route_path(scope) if scope["type"] == "http" and self._key else ""
         if path != PREFIX and not path.startswith(f"{PREFIX}/"):
             await self.app(scope, receive, send)
             return
-        headers: list[Header] = []
-        try:
-            status, answer = 200, await self._answer(scope, path, receive)
-        except RefusedError as error:
-            status, answer = error.status, _error(error)
-            if status == 401:
-                headers.append((b"www-authenticate", b"Bearer"))
-            if status == 405:
-                headers.append((b"allow", ", ".join(METHODS[path]).encode()))
-        except Exception:
-            # The boundary: a mistake in here is an answer, not a broken connection.
-            logger.exception("a control request failed")
-            status, answer = 500, _error(RefusedError(500, "internal", "see the server's log"))
-        await send_json(send, status, answer, [*headers, (b"cache-control", b"no-store")])
+        if self._control is None:
+            # The settings are in the state of vLLM's application, which a request brings.
+            self._control = control_app(self._service or _service_of_run(scope), self._key or "")
+        await self._control(dict(scope), receive, send)
 
-    async def _answer(self, scope: Scope, path: str, receive: Receive) -> dict[str, Any]:
-        self._authorise(scope)
-        if path not in METHODS:
-            routes = ", ".join(METHODS)
-            raise RefusedError(404, "not_found", f"there is no {path}; there are {routes}")
-        method = scope["method"]
-        if method not in METHODS[path]:
-            allowed = " and ".join(METHODS[path])
-            raise RefusedError(405, "method_not_allowed", f"{path} takes {allowed}, not {method}")
-        body = await _json_body(scope, receive)
-        if method == "GET":
-            return describe_state(self._desk, _config(scope))
-        address = str((scope.get("client") or ("?",))[0])
-        if path.endswith("/mode"):
-            sequence = await self._desk.set_mode(body, address)
-        elif path.endswith("/record") and method == "PUT":
-            config = _config(scope)
-            directory = None if config is None else config.recording_directory
-            sequence = await start_recording(self._desk, body, address, directory)
-        elif path.endswith("/record"):
-            sequence = await stop_recording(self._desk, body, address)
-        elif method == "PUT":
-            sequence = await self._desk.set_budget(body, address)
-        else:
-            sequence = await self._desk.clear_budget(body, address)
-        return {"sequence": sequence, **describe_state(self._desk, _config(scope))}
 
-    def _authorise(self, scope: Scope) -> None:
-        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
-        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
-        # Digests, so that not even the key's length shows in the time that this takes.
-        right = hmac.compare_digest(_digest(token.strip()), self._digest or b"")
-        if right and scheme.lower() == b"bearer":
+def _service_of_run(scope: Scope) -> ControlService:
+    run = run_id()
+    return ControlService(
+        ControlFile(run),
+        lambda: read_statuses(run),
+        Clocks(time.monotonic, wall_seconds),
+        server_config(scope),
+    )
+
+
+def control_app(service: ControlService, key: str) -> FastAPI:
+    """The control routes as an application of their own.
+
+    Args:
+        service: does what is asked.
+        key: the admin key that every request must give.
+    """
+    app = FastAPI(
+        title="vLLM shaper",
+        version=shaper.__version__,
+        openapi_url=f"{PREFIX}/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    # `AdminKey` checks the key. This dependency is how OpenAPI says that there is one.
+    router = APIRouter(
+        prefix=PREFIX,
+        route_class=ControlRoute,
+        dependencies=[Depends(HTTPBearer(auto_error=False))],
+        responses=_ERRORS,
+    )
+    for method, path, endpoint in (
+        ("PUT", "/budget", service.set_budget),
+        ("DELETE", "/budget", service.clear_budget),
+        ("PUT", "/mode", service.set_mode),
+        ("PUT", "/record", service.start_recording),
+        ("DELETE", "/record", service.stop_recording),
+        ("GET", "/state", service.state),
+    ):
+        router.add_api_route(
+            path,
+            endpoint,
+            methods=[method],
+            response_model=State,
+            response_model_exclude_unset=True,
+        )
+    app.include_router(router)
+    app.add_exception_handler(HTTPException, _no_route)
+    app.add_exception_handler(RefusedError, _refused)
+    app.add_middleware(AdminKey, key=key)
+    return app
+
+
+class AdminKey:
+    """ASGI middleware that lets requests with the admin key pass, and answers others with 401."""
+
+    def __init__(self, app: App, key: str) -> None:
+        self.app = app
+        self._digest = _digest(key.encode())
+        self._denied = 0
+        self._log = LogLimit()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check the key of an HTTP request; no answer may be stored by a cache."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def uncached(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = [*message["headers"], (b"cache-control", b"no-store")]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        if self._right(scope):
+            await self.app(scope, receive, uncached)
             return
         self._denied += 1
-        now, logged = time.monotonic(), self._denied_logged_seconds
-        if logged is None or now - logged > _LOG_AGAIN_SECONDS:
-            self._denied_logged_seconds = now
+        if self._log.due():
             address = str((scope.get("client") or ("?",))[0])
             logger.warning(
                 "control request from %s without the admin key (%d so far)", address, self._denied
             )
-        raise RefusedError(
-            401, "invalid_admin_key", "give the server's SHAPER_ADMIN_KEY as a bearer token"
-        )
+        message = "give the server's SHAPER_ADMIN_KEY as a bearer token"
+        answer = _error(401, "invalid_admin_key", message, {"www-authenticate": "Bearer"})
+        await answer(scope, receive, uncached)
+
+    def _right(self, scope: Scope) -> bool:
+        given = [value for name, value in scope["headers"] if name.lower() == b"authorization"]
+        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+        # Digests, so that not even the key's length shows in the time that this takes.
+        right = hmac.compare_digest(_digest(token.strip()), self._digest)
+        return right and scheme.lower() == b"bearer"
 
 
 def _digest(text: bytes) -> bytes:
     return hashlib.sha256(text).digest()
 
 
-def _error(error: RefusedError) -> dict[str, Any]:
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
-    return openai_error(error.message, kind, error.code)
+class ControlRoute(APIRoute):
+    """Reads a JSON body, whatever its type is said to be, and says in words what is wrong."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's own, with the body checked before and errors put in words after."""
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(await _with_json(request))
+            except RefusedError:
+                raise
+            except RequestValidationError as error:
+                parsed(get_type_hints(self.endpoint)["asked"], error.body)
+                raise
+            except Exception as error:
+                # The boundary: a mistake in here is an answer, not a broken connection.
+                logger.exception("a control request failed")
+                raise RefusedError(500, "internal", "see the server's log") from error
+
+        return handler
 
 
-def _config(scope: Scope) -> ShaperConfig | None:
-    """What this run is configured with, as far as an API server can see it."""
-    state = getattr(scope.get("app"), "state", None)
-    additional = getattr(getattr(state, "vllm_config", None), "additional_config", None)
-    try:
-        return load_config(given_settings(additional), os.environ)
-    except ConfigError:
-        # The engines have started with it, so it is this process that sees something else.
-        return None
-
-
-async def _json_body(scope: Scope, receive: Receive) -> object:
-    """The request's body; None where there is none.
+async def _with_json(request: Request) -> Request:
+    """The request with its whole body, a JSON object; without a body, an empty one.
 
     Raises:
-        RefusedError: it is too long, too slow or no JSON object.
+        RefusedError: the body is too long, too slow or no JSON object.
     """
     try:
-        text = await asyncio.wait_for(_body(receive), BODY_SECONDS)
+        text = await asyncio.wait_for(_body(request), BODY_SECONDS)
     except TimeoutError as error:
         raise RefusedError(408, "timeout", f"no whole body within {BODY_SECONDS:g} s") from error
-    if not text.strip():
-        return None
+    except ClientDisconnect as error:
+        raise RefusedError(400, "disconnected", "the client has gone") from error
+    text = text if text.strip() else b"{}"
     try:
         body = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise RefusedError(400, "invalid_json", f"the body is not valid JSON: {error}") from error
     if not isinstance(body, dict):
         raise RefusedError(400, "invalid_json", "the body must be a JSON object")
-    return body
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": text, "more_body": False}
+
+    headers = [pair for pair in request.scope["headers"] if pair[0].lower() != b"content-type"]
+    headers.append((b"content-type", b"application/json"))
+    return Request({**request.scope, "headers": headers}, receive)
 
 
-async def _body(receive: Receive) -> bytes:
-    chunks: list[bytes] = []
-    length = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise RefusedError(400, "disconnected", "the client has gone")
-        chunks.append(message.get("body", b""))
-        length += len(chunks[-1])
-        if length > MAX_BODY_BYTES:
+async def _body(request: Request) -> bytes:
+    text = bytearray()
+    async for chunk in request.stream():
+        text += chunk
+        if len(text) > MAX_BODY_BYTES:
             raise RefusedError(413, "too_large", f"the body has more than {MAX_BODY_BYTES} bytes")
-        if not message.get("more_body"):
-            return b"".join(chunks)
+    return bytes(text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -210,3 +265,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not JSON")
+
+
+def _no_route(request: Request, error: Exception) -> Response:
+    """404 with the routes that there are, or 405 with the methods that this one takes."""
+    path = route_path(request.scope)
+    methods: dict[str, list[str]] = {}
+    for route in request.app.routes:
+        methods.setdefault(route.path, []).extend(sorted(route.methods))
+    if path not in methods:
+        routes = ", ".join(methods)
+        return _error(404, "not_found", f"there is no {path}; there are {routes}")
+    allowed = methods[path]
+    message = f"{path} takes {' and '.join(allowed)}, not {request.method}"
+    return _error(405, "method_not_allowed", message, {"allow": ", ".join(allowed)})
+
+
+def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RefusedError)
+    return _error(error.status, error.code, error.message)
+
+
+def _error(
+    status: int, code: str, message: str, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return JSONResponse(openai_error(message, kind, code), status, headers)

@@ -8,57 +8,159 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from shaper.config.budget import loose_limits
+from pydantic import BaseModel
+
+from shaper.config.budget import TermsConfig, loose_limits
 from shaper.config.calendar_spans import iso
 from shaper.config.model import ShaperConfig, loose_settings
-from shaper.core.budget import BudgetChange, BudgetTerms
-from shaper.core.types import PowerBudget
-from shaper.errors import ControlError
-from shaper.ipc.control_file import ControlRecord, EngineControl
+from shaper.core.budget import BudgetTerms
+from shaper.core.types import PowerBudget, PowerLimit
+from shaper.ipc.control_file import ControlRecord, EngineControl, Mode, Origin
 from shaper.ipc.enforcement import unkept
-from shaper.ipc.group_status import GroupStatus, group_object
+from shaper.ipc.group_status import GroupStatus, MemberStatus
 from shaper.ipc.metric_table import SAMPLER_METRICS
 from shaper.ipc.recording_state import RecordingState
 from shaper.ipc.status_block import Status
 from shaper.recording.format import path_of_rank
-from shaper.server.control_service import Clocks, ControlService
 from shaper.server.metrics import StatusCollector
 
 _ENFORCED_INDEX = [name for name, _ in SAMPLER_METRICS].index("shaper_gpu_enforced_limit_watts")
 
 
-def describe_state(desk: ControlService, config: ShaperConfig | None) -> dict[str, Any]:
-    """The whole state as JSON values.
+class AskedBudget(BaseModel):
+    """The change of the budget that was asked for; its ends only where it has some."""
+
+    terms: TermsConfig
+    fallback: TermsConfig | None = None
+    origin: Origin
+    ends_at: str | None = None
+    seconds_left: float | None = None
+
+
+class AskedMode(BaseModel):
+    """The mode that was asked for."""
+
+    mode: Mode
+    origin: Origin
+
+
+class AskedRecording(BaseModel):
+    """The recording that was asked for."""
+
+    file: str
+    seconds_left: float
+    origin: Origin
+
+
+class Asked(BaseModel):
+    """The control file; a part that was not asked for is left out."""
+
+    sequence: int | None = None
+    budget: AskedBudget | None = None
+    mode: AskedMode | None = None
+    cleared: Origin | None = None
+    """Who cleared the last change of the budget, while there is no newer one."""
+    record: AskedRecording | None = None
+    error: str | None = None
+    """Why the control file is not believed; it is then left out."""
+
+
+class GroupState(BaseModel):
+    """The power group of an engine, as that engine sees it."""
+
+    name: str | None
+    limits: tuple[PowerLimit, ...]
+    engines: tuple[MemberStatus, ...]
+
+
+class LastRecording(BaseModel):
+    """How the engine's last recording goes; the file's name while it is asked for."""
+
+    sequence: int
+    phase: str
+    rows: int
+    bytes: int
+    dropped: int
+    error: str | None = None
+    file: str | None = None
+
+
+class EngineState(BaseModel):
+    """One engine. What it has not said yet is left out."""
+
+    engine: int
+    gpu: str | None
+    gpu_count: int | None
+    model: str | None
+    policy: str | None
+    idle_watts: float | None
+    passes_through: str | None
+    """Why this engine is vLLM's alone, whatever mode is asked for."""
+    limit_unkept: str | None
+    mode: Mode | None = None
+    budget: PowerBudget | None = None
+    source: str | None = None
+    acknowledged_sequence: int | None = None
+    followed_sequence: int | None = None
+    next_change_in_seconds: float | None = None
+    group: GroupState | None = None
+    metrics: dict[str, float | dict[str, float]]
+    recording: LastRecording | None = None
+
+
+class State(BaseModel):
+    """What was asked for, what holds, and how each engine fares."""
+
+    sequence: int | None = None
+    """Of the change that this answers; only in the answer to one."""
+    asked: Asked
+    warnings: list[str]
+    """Of limits that can never bind."""
+    configured: dict[str, Any] | None
+    """The settings; null where this API server can't read them."""
+    engines: list[EngineState]
+
+
+def describe_state(
+    record: ControlRecord | None,
+    problem: str,
+    statuses: Sequence[Status],
+    config: ShaperConfig | None,
+    wall_seconds: float,
+    now_seconds: float,
+) -> State:
+    """The whole state. Fields that are not set are left out of the answer.
 
     Args:
-        desk: of this API server.
+        record: the control file; None where it is not believed.
+        problem: why it is not.
+        statuses: of the engines of this host.
         config: what is configured; None where this API server can't know it.
+        wall_seconds: since 1970.
+        now_seconds: of the monotonic clock.
     """
-    change: BudgetChange | None = None
-    try:
-        record = desk.file.read()
-        change = None if record.budget is None else record.budget.change()
-        asked: dict[str, Any] = _asked(record, desk.clocks)
-    except ControlError as error:
-        asked = {"error": str(error)}
-    statuses = desk.statuses()
-    if change is not None and change.expired(desk.clocks.wall(), desk.clocks.monotonic()):
-        change = replace(change, terms=BudgetTerms())
-    return {
-        "asked": asked,
-        "warnings": _warnings(change, config, statuses),
-        "configured": None if config is None else _configured(config),
-        "engines": [
-            _engine(status, statuses, desk.clocks) | _recording(status, asked, config)
-            for status in statuses
-        ],
-    }
+    asked = Asked(error=problem)
+    if record is not None:
+        asked = _asked(record, wall_seconds, now_seconds)
+    return State(
+        asked=asked,
+        warnings=_warnings(record, config, statuses, wall_seconds, now_seconds),
+        configured=None if config is None else _configured(config),
+        engines=[_engine(status, asked, config, now_seconds) for status in statuses],
+    )
 
 
 def _warnings(
-    change: BudgetChange | None, config: ShaperConfig | None, statuses: Sequence[Status]
+    record: ControlRecord | None,
+    config: ShaperConfig | None,
+    statuses: Sequence[Status],
+    wall_seconds: float,
+    now_seconds: float,
 ) -> list[str]:
     """The limits that can never bind on the engines' GPUs, as their enforced limits are now."""
+    change = None if record is None or record.budget is None else record.budget.change()
+    if change is not None and change.expired(wall_seconds, now_seconds):
+        change = replace(change, terms=BudgetTerms())
     found: list[str] = []
     for status in statuses:
         sampled = status.values.get("sampler", ())
@@ -75,48 +177,36 @@ def _warnings(
     return list(dict.fromkeys(found))
 
 
-def _asked(record: ControlRecord, clocks: Clocks) -> dict[str, Any]:
+def _asked(record: ControlRecord, wall_seconds: float, now_seconds: float) -> Asked:
     """The control file, with its ends as people read them."""
-    found = record.model_dump(mode="json", exclude_none=True, exclude={"run"})
-    change = record.budget
-    if change is not None:
-        budget = found["budget"]
-        wall, now = clocks.wall(), clocks.monotonic()
+    found: dict[str, Any] = {"sequence": record.sequence}
+    budget, origins = record.budget, record.origins
+    if budget is not None:
+        ends: dict[str, Any] = {}
         left = math.inf
-        if change.until_wall_seconds is not None:
-            left = change.until_wall_seconds - wall
-        if change.until_monotonic_seconds is not None:
-            left = change.until_monotonic_seconds - now
-        for key in ("until_wall_seconds", "until_monotonic_seconds"):
-            budget.pop(key, None)
+        if budget.until_wall_seconds is not None:
+            left = budget.until_wall_seconds - wall_seconds
+        if budget.until_monotonic_seconds is not None:
+            left = budget.until_monotonic_seconds - now_seconds
         if math.isfinite(left):
-            budget |= {"ends_at": iso(wall + left), "seconds_left": round(max(0.0, left), 3)}
+            ends = {"ends_at": iso(wall_seconds + left), "seconds_left": _left(left)}
+        if budget.fallback is not None:
+            ends["fallback"] = budget.fallback
+        found["budget"] = AskedBudget(terms=budget.terms, origin=origins["budget"], **ends)
+    elif "budget" in origins:
+        found["cleared"] = origins["budget"]
+    if record.mode is not None:
+        found["mode"] = AskedMode(mode=record.mode, origin=origins["mode"])
     if record.record is not None:
-        until = found["record"].pop("until_monotonic_seconds")
-        found["record"]["seconds_left"] = round(max(0.0, until - clocks.monotonic()), 3)
-    return found
+        left = _left(record.record.until_monotonic_seconds - now_seconds)
+        found["record"] = AskedRecording(
+            file=record.record.file, seconds_left=left, origin=origins["record"]
+        )
+    return Asked(**found)
 
 
-def _recording(
-    status: Status, asked: dict[str, Any], config: ShaperConfig | None
-) -> dict[str, Any]:
-    """How the engine's last recording goes; the file's name while it is asked for."""
-    state = RecordingState.from_values(status.values.get("recording", ()))
-    if not state.sequence:
-        return {}
-    found = {
-        "sequence": state.sequence,
-        "phase": state.phase.name.lower(),
-        "rows": state.rows,
-        "bytes": state.bytes,
-        "dropped": state.dropped,
-    }
-    if state.error_number:
-        found["error"] = os.strerror(state.error_number)
-    if "record" in asked:
-        path = path_of_rank(asked["record"]["file"], int(str(status.info["engine"])))
-        found["file"] = str(path if config is None else config.recording_directory / path)
-    return {"recording": found}
+def _left(seconds: float) -> float:
+    return round(max(0.0, seconds), 3)
 
 
 def _configured(config: ShaperConfig) -> dict[str, Any]:
@@ -125,38 +215,49 @@ def _configured(config: ShaperConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", include=said, exclude_none=True)
 
 
-def budget_object(budget: PowerBudget) -> dict[str, Any]:
-    """A budget in force, as JSON values."""
-    return {
-        "limits": [
-            {"watts": limit.watts, "window_seconds": limit.window_seconds}
-            for limit in budget.limits
-        ],
-        "ramp_watts_per_second": budget.ramp_watts_per_second,
-    }
-
-
-def _engine(status: Status, statuses: Sequence[Status], clocks: Clocks) -> dict[str, Any]:
-    found: dict[str, Any] = {key: status.info.get(key) for key in ("engine", "gpu", "gpu_count")}
-    found |= {key: status.info.get(key) for key in ("model", "policy", "idle_watts")}
-    # Why this engine is vLLM's alone, whatever mode is asked for.
-    found["passes_through"] = status.info.get("passes_through")
-    found["limit_unkept"] = unkept(status)
+def _engine(
+    status: Status, asked: Asked, config: ShaperConfig | None, now_seconds: float
+) -> EngineState:
+    info = ("engine", "gpu", "gpu_count", "model", "policy", "idle_watts", "passes_through")
+    found: dict[str, Any] = {key: status.info.get(key) for key in info}
     control = EngineControl.from_values(status.values.get("control", ()))
     if control is not None:
-        left = control.next_change_seconds - clocks.monotonic()
+        left = control.next_change_seconds - now_seconds
         found |= {
             "mode": control.mode,
-            "budget": budget_object(control.budget),
+            "budget": control.budget,
             "source": control.source.value,
             "acknowledged_sequence": control.seen_sequence,
             "followed_sequence": control.taken_sequence,
-            "next_change_in_seconds": round(max(0.0, left), 3) if math.isfinite(left) else None,
+            "next_change_in_seconds": _left(left) if math.isfinite(left) else None,
         }
     group = GroupStatus.from_values(status.values.get("group", ()))
     if group is not None:
-        found["group"] = group_object(status.info.get("group"), group)
-    return found | {"metrics": _metrics(status)}
+        name = status.info.get("group")
+        found["group"] = {"name": name, "limits": group.limits, "engines": group.members}
+    recording = RecordingState.from_values(status.values.get("recording", ()))
+    if recording.sequence:
+        found["recording"] = _recording(recording, int(str(status.info["engine"])), asked, config)
+    return EngineState(limit_unkept=unkept(status), metrics=_metrics(status), **found)
+
+
+def _recording(
+    state: RecordingState, rank: int, asked: Asked, config: ShaperConfig | None
+) -> LastRecording:
+    found: dict[str, Any] = {}
+    if state.error_number:
+        found["error"] = os.strerror(state.error_number)
+    if asked.record is not None:
+        path = path_of_rank(asked.record.file, rank)
+        found["file"] = str(path if config is None else config.recording_directory / path)
+    return LastRecording(
+        sequence=state.sequence,
+        phase=state.phase.name.lower(),
+        rows=state.rows,
+        bytes=state.bytes,
+        dropped=state.dropped,
+        **found,
+    )
 
 
 def _metrics(status: Status) -> dict[str, Any]:

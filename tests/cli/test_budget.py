@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shaper.cli import main
-from shaper.server.control_service import BudgetRequest
+from shaper.server.requests import BudgetRequest
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from shaper.cli import main
-from shaper.server.control_service import BudgetRequest, RefusedError, parsed
-from shaper.server.recordings import RecordRequest
+from shaper.server.requests import BudgetRequest, RecordRequest, RefusedError, parsed
 from tests.cli.test_cli import EMULATED, refused
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from shaper.config.model import build_config
 from shaper.engine import build, shapeable
 from shaper.engine.protocols import PassThrough
 from shaper.engine.runtime import LiveShaper
-from shaper.ipc.control_file import ControlFile, ControlRecord, ModeRecord
+from shaper.ipc.control_file import ControlFile, ControlRecord, Mode
 from shaper.ipc.enforcement import unkept
 from shaper.ipc.status_block import read_statuses, run_id
 from tests.controlled import ORIGIN, engine, record, run, watts
@@ -34,9 +34,9 @@ def test_it_is_off_whatever_is_asked(run, caplog):
     the operator has said that nobody need keep it."""
     control, file = engine(run, passes_through=WHY, unshaped_ok=True), ControlFile(run)
     assert control.state.mode == "off"
-    on, shadow = ModeRecord(mode="on", origin=ORIGIN), ModeRecord(mode="shadow", origin=ORIGIN)
-    for sequence, wish in ((1, on), (2, shadow)):
-        file.write(ControlRecord(run=run, sequence=sequence, mode=wish))
+    wishes: tuple[tuple[int, Mode], ...] = ((1, "on"), (2, "shadow"))
+    for sequence, wish in wishes:
+        file.write(ControlRecord(run=run, sequence=sequence, mode=wish, origins={"mode": ORIGIN}))
         control.tick(0.02 * sequence)
         assert control.state.mode == "off"
         assert (control.state.refused, control.state.taken_sequence) == (sequence, 0)
@@ -44,8 +44,7 @@ def test_it_is_off_whatever_is_asked(run, caplog):
     file.write(record(run, 3))
     assert control.tick(0.1)
     assert (control.state.mode, watts(control)) == ("off", 400.0)
-    off = ModeRecord(mode="off", origin=ORIGIN)
-    file.write(ControlRecord(run=run, sequence=4, mode=off))
+    file.write(ControlRecord(run=run, sequence=4, mode="off", origins={"mode": ORIGIN}))
     control.tick(0.2)
     assert control.state.taken_sequence == 4
 

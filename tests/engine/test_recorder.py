@@ -13,7 +13,7 @@ import pytest
 from shaper.core.types import GpuSample, StepBatch
 from shaper.engine import recorder as module
 from shaper.engine.recorder import Recorder
-from shaper.ipc.control_file import Origin, RecordOrder
+from shaper.ipc.control_file import RecordOrder
 from shaper.ipc.recording_state import RecordingPhase, RecordingState
 from shaper.recording.format import RecordedStep, RecordingWriter, read_recording
 
@@ -34,9 +34,8 @@ class Reader:
 
 
 def order(sequence: int, file: str = "run.csv", seconds: float = 60.0) -> RecordOrder:
-    origin = Origin(sequence=sequence, who="a", why="", at="")
     until = time.monotonic() + seconds
-    return RecordOrder(file=file, until_monotonic_seconds=until, origin=origin)
+    return RecordOrder(file=file, until_monotonic_seconds=until, sequence=sequence)
 
 
 def wait(condition: Callable[[], bool]) -> None:

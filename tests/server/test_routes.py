@@ -2,115 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
+from shaper.config.model import build_config
 from shaper.ipc.control_file import ControlFile
 from shaper.ipc.metric_table import SAMPLER_METRICS
-from shaper.ipc.status_block import StatusWriter, read_statuses
-from shaper.server.control_service import Clocks, ControlService
 from shaper.server.routes import MAX_BODY_BYTES, ControlRoutes
-from tests.controlled import Walls, engine, run, watts
+from tests.controlled import run, watts
+from tests.server.served import KEY, Served, served
 
-__all__ = ["run"]
-
-KEY = "an-admin-key-of-a-test"
-
-
-class Served:
-    """Routes over engines whose samplers tick in the same loop."""
-
-    def __init__(self, run: str, **options: Any) -> None:
-        self.run = run
-        self.engines = [engine(run, now_seconds=0.0) for _ in range(options.pop("engines", 2))]
-        self.ticking = options.pop("ticking", True)
-        self.writers = [
-            StatusWriter(run, rank, {"gpu_count": 1, "idle_watts": 115.0})
-            for rank in range(len(self.engines))
-        ]
-        for engine_, writer in zip(self.engines, self.writers, strict=True):
-            writer.write("control", engine_.state.values())
-        self.seconds = 0.0
-        self.wall = Walls()
-        self.passed: list[str] = []
-        desk = ControlService(
-            ControlFile(run), lambda: read_statuses(run), Clocks(self.clock, self.wall)
-        )
-        self.routes = ControlRoutes(self.inner, key=options.pop("key", KEY), desk=desk)
-
-    def clock(self) -> float:
-        self.seconds += 0.02
-        return self.seconds
-
-    async def inner(self, scope: Any, receive: Any, send: Any) -> None:
-        self.passed.append(scope.get("path", scope["type"]))
-        await send({"type": "http.response.start", "status": 299, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
-
-    async def _tick(self) -> None:
-        while True:
-            if self.ticking:
-                for control, writer in zip(self.engines, self.writers, strict=True):
-                    control.tick(self.clock())
-                    writer.write("control", control.state.values())
-            await asyncio.sleep(0)
-
-    def ask(self, method: str, path: str, body: Any = None, **scope: Any) -> tuple[int, Any]:
-        """Status and answer; `body` is sent as JSON, or as it is when it is bytes."""
-        sent: list[Any] = []
-        text = (
-            body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
-        )
-        parts = [text[i : i + 1000] for i in range(0, len(text), 1000)] or [b""]
-
-        async def receive() -> dict[str, Any]:
-            part = parts.pop(0)
-            return {"type": "http.request", "body": part, "more_body": bool(parts)}
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        async def both() -> None:
-            ticks = asyncio.create_task(self._tick())
-            await self.routes(
-                {
-                    "type": "http",
-                    "method": method,
-                    "path": path,
-                    "headers": [(b"authorization", f"Bearer {KEY}".encode())],
-                    "client": ("192.0.2.7", 1234),
-                }
-                | scope,
-                receive,
-                send,
-            )
-            ticks.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await ticks
-
-        asyncio.run(both())
-        self.headers = dict(sent[0]["headers"])
-        return sent[0]["status"], json.loads(sent[1]["body"])
-
-    def budget(self, body: Any) -> tuple[int, Any]:
-        return self.ask("PUT", "/v1/shaper/budget", body)
-
-
-@pytest.fixture
-def served(run) -> Iterator[Served]:
-    made = Served(run)
-    yield made
-    for writer in made.writers:
-        writer.close()
+__all__ = ["run", "served"]
 
 
 def test_a_change_is_answered_when_every_engine_holds_it(served, caplog):
@@ -224,6 +131,31 @@ def test_wrong_methods_and_paths(served):
     assert "/v1/shaper/state" in answer["error"]["message"]
 
 
+def test_the_settings_come_from_vllms_application(monkeypatch, run):
+    """Where the routes make their service themselves."""
+    monkeypatch.setenv("_SHAPER_RUN_ID", run)
+    served = Served(run, engines=0)
+    served.routes = ControlRoutes(served.inner, key=KEY)
+    settings = {"power_shaper": {"limits": ["560W@1s"]}}
+    state = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=settings))
+    found = served.ask("GET", "/v1/shaper/state", app=SimpleNamespace(state=state))[1]
+    assert found["configured"]["limits"] == [{"watts": 560.0, "window_seconds": 1.0}]
+
+
+def test_the_openapi_document_has_every_route_and_wants_the_key(served):
+    """It is the same application that answers."""
+    path = "/v1/shaper/openapi.json"
+    assert served.ask("GET", path, headers=[])[0] == 401
+    status, document = served.ask("GET", path)
+    assert status == 200
+    methods = {f"{m.upper()} {p}" for p, found in document["paths"].items() for m in found}
+    assert methods == {
+        *("PUT /v1/shaper/budget", "DELETE /v1/shaper/budget", "PUT /v1/shaper/mode"),
+        *("PUT /v1/shaper/record", "DELETE /v1/shaper/record", "GET /v1/shaper/state"),
+    }
+    assert {"BudgetRequest", "State", "ErrorAnswer"} <= set(document["components"]["schemas"])
+
+
 def test_everything_else_is_passed_on(served, run):
     """Other paths, other protocols, paths under a root; all of them where there is no key."""
     for path in ("/v1/models", "/v1/shaperx", "/"):
@@ -329,9 +261,8 @@ def test_a_limit_that_can_never_bind_is_answered_with_a_warning(served):
     assert fallback.startswith("fallback: ")
     assert served.budget({"limits": ["600W@1s", "900W@10ms"]})[1]["warnings"] == []
     enforced(500.0)
-    settings = {"power_shaper": {"limits": ["560W@1s", "600W@100ms"]}}
-    state = SimpleNamespace(vllm_config=SimpleNamespace(additional_config=settings))
-    found = served.ask("GET", "/v1/shaper/state", app=SimpleNamespace(state=state))[1]
+    served.service.config = build_config({"limits": ["560W@1s", "600W@100ms"]})
+    found = served.ask("GET", "/v1/shaper/state")[1]
     assert [warning.split(" can ")[0] for warning in found["warnings"]] == [
         "budget: power limit 600 W over 1 s",
         "budget: power limit 900 W over 0.01 s",

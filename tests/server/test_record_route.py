@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,8 @@ import pytest
 from shaper.config.model import build_config
 from shaper.ipc.control_file import ControlFile
 from shaper.ipc.recording_state import RecordingPhase, RecordingState
-from shaper.server import routes
 from tests.controlled import run
-from tests.server.test_routes import Served
+from tests.server.served import Served
 
 __all__ = ["run"]
 
@@ -30,31 +30,30 @@ class Recording(Served):
         for control, writer, phase in zip(self.engines, self.writers, self.says, strict=True):
             order = control.record_order
             if order is not None:
-                number = order.origin.sequence
+                number = order.sequence
                 state = RecordingState(number, phase, error_number=self.number)
                 writer.write("recording", state.values())
         return super().clock()
 
 
 @pytest.fixture
-def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The server's recording directory."""
-    config = build_config({"record_directory": str(tmp_path)})
-    monkeypatch.setattr(routes, "_config", lambda scope: config)
-    return tmp_path
+def served(run: str, tmp_path: Path) -> Iterator[Recording]:
+    """With `tmp_path` as the server's recording directory."""
+    made = Recording(run, config=build_config({"record_directory": str(tmp_path)}))
+    yield made
+    made.close()
 
 
 def code(answer: tuple[int, Any]) -> tuple[int, str]:
     return answer[0], answer[1]["error"]["code"]
 
 
-def test_one_recording_at_a_time(run: str, directory: Path) -> None:
+def test_one_recording_at_a_time(served: Recording, tmp_path: Path) -> None:
     """The answer has each engine's file; a second waits; after the end there is room again."""
-    served = Recording(run)
     status, answer = served.ask("PUT", RECORD, {"file": "run.csv", "for": "30s"})
     assert status == 200, answer
     files = [engine["recording"]["file"] for engine in answer["engines"]]
-    assert files == [str(directory / "run.csv"), str(directory / "run.rank1.csv")]
+    assert files == [str(tmp_path / "run.csv"), str(tmp_path / "run.rank1.csv")]
     assert 0 < answer["asked"]["record"]["seconds_left"] <= 30
     assert code(served.ask("PUT", RECORD, {"file": "other.csv"})) == (409, "busy")
     served.says = (RecordingPhase.ENDED,) * 2
@@ -69,10 +68,9 @@ def test_one_recording_at_a_time(run: str, directory: Path) -> None:
     ("number", "says"), [(errno.ENOSPC, "No space"), (errno.EBUSY, "--record")]
 )
 def test_what_one_engine_can_not_do_none_does(
-    run: str, directory: Path, number: int, says: str
+    run: str, served: Recording, number: int, says: str
 ) -> None:
     """The order is withdrawn, with the reason to who asked."""
-    served = Recording(run)
     served.says, served.number = (RecordingPhase.RECORDING, RecordingPhase.FAILED), number
     status, answer = served.ask("PUT", RECORD, {"file": "run.csv"})
     assert (status, answer["error"]["code"]) == (409, "not_recorded")
@@ -80,9 +78,8 @@ def test_what_one_engine_can_not_do_none_does(
     assert ControlFile(run).read().record is None
 
 
-def test_a_recording_changes_no_budget(run: str, directory: Path) -> None:
+def test_a_recording_changes_no_budget(run: str, served: Recording) -> None:
     """A budget stands through a recording, and one that comes later does not end it."""
-    served = Recording(run)
     assert served.ask("PUT", "/v1/shaper/budget", {"limits": ["400W@1s"]})[0] == 200
     assert served.ask("PUT", RECORD, {"file": "run.csv"})[0] == 200
     assert served.ask("PUT", "/v1/shaper/budget", {"limits": ["410W@1s"]})[0] == 200
@@ -99,31 +96,28 @@ def test_a_recording_changes_no_budget(run: str, directory: Path) -> None:
         *("a.CSV", "x" * 300 + ".csv", "a.partial.csv", "-rf.csv", "~.csv", "a b.csv", "", None, 7),
     ],
 )
-def test_a_name_is_all_that_can_be_said(run: str, directory: Path, file: object) -> None:
+def test_a_name_is_all_that_can_be_said(run: str, served: Recording, file: object) -> None:
     """No path, no hidden file, no other ending."""
-    assert code(Recording(run).ask("PUT", RECORD, {"file": file})) == (422, "invalid_value")
+    assert code(served.ask("PUT", RECORD, {"file": file})) == (422, "invalid_value")
     assert ControlFile(run).read().record is None
 
 
 def test_where_it_can_not_be_written_is_said_before(
-    run: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+    run: str, served: Recording, tmp_path: Path
 ) -> None:
     """With what to do; nothing reaches the engines."""
-    served = Recording(run)
-    (directory / "run.rank1.parquet").write_text("mine")
-    (directory / "old.partial.csv").write_text("mine")
+    (tmp_path / "run.rank1.parquet").write_text("mine")
+    (tmp_path / "old.partial.csv").write_text("mine")
     for name in ("run.parquet", "old.parquet"):
         assert code(served.ask("PUT", RECORD, {"file": name})) == (409, "exists")
-    gone = build_config({"record_directory": str(directory / "gone")})
-    monkeypatch.setattr(routes, "_config", lambda scope: gone)
+    served.service.config = build_config({"record_directory": str(tmp_path / "gone")})
     status, answer = served.ask("PUT", RECORD, {"file": "run.csv"})
     assert (status, answer["error"]["code"]) == (409, "not_writable")
     assert "SHAPER_RECORD_DIRECTORY" in answer["error"]["message"]
     assert ControlFile(run).read().record is None
 
 
-def test_without_the_key_nothing_is_recorded(run: str, directory: Path) -> None:
+def test_without_the_key_nothing_is_recorded(served: Recording) -> None:
     """Nor said."""
-    served = Recording(run)
     answer = served.ask("PUT", RECORD, {"file": "run.csv"}, headers=[])
     assert code(answer) == (401, "invalid_admin_key")
