@@ -7,11 +7,11 @@ from typing import Any
 
 from bench.acceptance.signals import over_budget
 from bench.acceptance.traffic import conversation
+from bench.baselines.latency_chunk import LatencyChunk
+from bench.baselines.reactive import ReactiveConcurrency
+from bench.baselines.static import StaticCaps
 from bench.harness.aims import Column, Job, Section, cases
 from bench.harness.virtual import RunFigures, Setup, VirtualRun
-from shaper.core.policy.latency_chunk import LatencyChunk
-from shaper.core.policy.reactive import ReactiveConcurrency
-from shaper.core.policy.static import StaticCaps
 from shaper.core.types import PowerLimit
 from shaper.gpu.profiles import load_profile
 

@@ -53,8 +53,8 @@ def new_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--policy",
-        choices=_choices("policy"),
-        help="predictive (default) is the shaper; the others are for comparison",
+        metavar="{predictive,fixed}",
+        help="predictive (default) is the shaper; fixed leaves vLLM alone",
     )
     group.add_argument(
         "--shadow",

@@ -15,6 +15,7 @@ from shaper.config.suggest import suggest
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 from shaper.simulate.arrivals import check_count
+from shaper.simulate.policies import POLICY_NAMES
 from shaper.simulate.router import ROUTERS
 from shaper.simulate.setup import NO_ERRORS, Errors, RackSetup
 from shaper.traffic.synthetic import load_summary, synthesise
@@ -181,9 +182,9 @@ def _add_power(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument(
         "--policy",
-        type=_one_of("policy", choices("policy")),
+        type=_one_of("policy", POLICY_NAMES),
         default="predictive",
-        help=f"{', '.join(choices('policy'))}; fixed leaves vLLM alone",
+        help=f"{', '.join(POLICY_NAMES)}; fixed leaves vLLM alone; those after it need a clone",
     )
     group.add_argument(
         "--objective", type=_one_of("objective", choices("objective")), default="latency"

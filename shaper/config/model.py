@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from shaper.config.budget import (
     Duration,
@@ -34,15 +34,6 @@ from shaper.config.schedule import ScheduleEntry, check_schedule
 from shaper.config.suggest import suggest
 from shaper.core.budget import BudgetPlan, BudgetTerms, Constraints, resolve
 from shaper.errors import ConfigError
-
-
-class StaticCapsConfig(Frozen):
-    """What `policy = "static"` holds; a cap that is left out is none."""
-
-    prefill_tokens: int | None = Field(default=None, ge=1)
-    """Prompt tokens of each step."""
-    running_requests: int | None = Field(default=None, ge=1)
-    """Requests that run at once."""
 
 
 class ShaperConfig(Frozen):
@@ -87,13 +78,8 @@ class ShaperConfig(Frozen):
     shadow: bool = False
     """Predict, decide, record and expose everything, but apply nothing."""
 
-    policy: Literal["predictive", "fixed", "static", "reactive", "latency-chunk"] = "predictive"
-    """`predictive` is the windowed-energy planner, `fixed` leaves vLLM alone. The others are for
-    comparison: `static` caps, a `reactive` loop on concurrency by the meter, and chunks by the
-    ITL target alone (`latency-chunk`)."""
-
-    static_caps: StaticCapsConfig = StaticCapsConfig()
-    """For `policy = "static"`."""
+    policy: Literal["predictive", "fixed"] = "predictive"
+    """`predictive` is the windowed-energy planner; `fixed` leaves vLLM alone."""
 
     force_version: bool = False
     """Shape under a version of vLLM that was not tried."""
@@ -139,6 +125,13 @@ class ShaperConfig(Frozen):
     record_directory: str | None = None
     """Directory of recordings that are asked for over HTTP. None: the working directory."""
 
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _no_baseline(cls, value: object) -> object:
+        if value in ("static", "reactive", "latency-chunk"):
+            raise ValueError(f"{value!r} is for comparisons: shaper simulate --policy {value}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for name, low, high in (
@@ -160,14 +153,6 @@ class ShaperConfig(Frozen):
                 "objective 'efficiency' spends the ITL target and none is given: "
                 "set itl_target_seconds (--itl-target 50ms)"
             )
-        if self.policy == "static" and self.static_caps == StaticCapsConfig():
-            raise ValueError(
-                "policy 'static' has no cap: set prefill_tokens or running_requests in static_caps"
-            )
-        if self.policy == "reactive" and not (self.limits or self.gpu_limits):
-            raise ValueError("policy 'reactive' has no limit to react to: set limits")
-        if self.policy == "latency-chunk" and self.itl_target_seconds is None:
-            raise ValueError("policy 'latency-chunk' has no target: set itl_target_seconds")
         check_limits("limits", self.limits)
         check_limits("gpu_limits", self.gpu_limits)
         check_schedule(self.schedule)
@@ -233,7 +218,6 @@ _KEYS_INSIDE: dict[str, type[Frozen]] = {
     "gpu_limits": LimitConfig,
     "group_limits": LimitConfig,
     "schedule": ScheduleEntry,
-    "static_caps": StaticCapsConfig,
     "fallback": TermsConfig,
 }
 

@@ -223,7 +223,7 @@ def _new_controller(
     def make(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
         return Controller(
             model,
-            POLICIES[config.policy](config),
+            POLICIES[config.policy](),
             budget,
             now_seconds,
             targets=targets,

@@ -20,8 +20,6 @@ UnkeptReason = Literal["passes_through", "off", "shadow", "policy"]
 UNKEPT_REASONS: tuple[UnkeptReason, ...] = get_args(UnkeptReason)
 """Why nobody keeps a limit: the engine can't be shaped; its mode is off, or shadow; or its
 policy goes by no limit."""
-# They are for comparison: vLLM alone, fixed caps, and chunks by a latency target.
-_POLICIES_WITHOUT_LIMITS = frozenset({"fixed", "static", "latency-chunk"})
 _HEAT_INDEX = [name for name, _ in STANDING_METRICS].index("shaper_thermal_limit_watts")
 
 
@@ -52,4 +50,4 @@ def unkept(status: Status) -> UnkeptReason | None:
         return "passes_through"
     if control is not None and control.mode != "on":
         return control.mode
-    return "policy" if status.info.get("policy") in _POLICIES_WITHOUT_LIMITS else None
+    return "policy" if status.info.get("policy") == "fixed" else None

@@ -12,6 +12,7 @@ from shaper.emulator.clocks import check_power_cap
 from shaper.emulator.shapes import load_shape
 from shaper.errors import ConfigError
 from shaper.gpu.profiles import load_profile
+from shaper.simulate.policies import new_policy
 from shaper.simulate.setup import RackSetup
 
 # An engine's tables take some tens of megabytes.
@@ -25,7 +26,6 @@ def shaper_config(setup: RackSetup) -> ShaperConfig:
         ConfigError: as of a live engine.
     """
     settings: dict[str, Any] = {
-        "policy": setup.policy,
         "objective": setup.objective,
         "limits": [{"watts": x.watts, "window_seconds": x.window_seconds} for x in setup.limits],
         "itl_target_seconds": setup.itl_target_seconds,
@@ -33,12 +33,6 @@ def shaper_config(setup: RackSetup) -> ShaperConfig:
         "margin_ratio": setup.margin_ratio,
         "max_pause_seconds": setup.max_pause_seconds,
     }
-    caps = {
-        "prefill_tokens": setup.prefill_tokens_cap,
-        "running_requests": setup.running_requests_cap,
-    }
-    if any(cap is not None for cap in caps.values()):
-        settings["static_caps"] = caps
     return build_config(settings, "shaper simulate")
 
 
@@ -75,6 +69,7 @@ def check_setup(setup: RackSetup) -> None:
             f"{clocks.sm_min_hertz / 1e6:g} to {clocks.sm_max_hertz / 1e6:g} MHz"
         )
     shaper_config(setup)
+    new_policy(setup)
     _check_floor(setup)
 
 

@@ -13,11 +13,10 @@ from shaper.core.ledger.shared import PowerGroup
 from shaper.core.model.power_model import StepModel
 from shaper.core.types import ClockEventReasons, Decision, StepBatch
 from shaper.emulator.silicon import EmulatedGpus
-from shaper.engine.policies import POLICIES
 from shaper.gpu.profiles import load_profile
 from shaper.simulate import true_gpu
-from shaper.simulate.checks import shaper_config
 from shaper.simulate.engine import VirtualEngine, VirtualRequest
+from shaper.simulate.policies import new_policy
 from shaper.simulate.setup import EngineResult, Errors, FloatArray, RackSetup
 from shaper.traffic.figures import GRID_SECONDS
 
@@ -52,7 +51,6 @@ class SimulatedEngine:
             else setup.plant(model, index)
         )
         late = random.Random(f"host {seed} {index}")
-        settings = shaper_config(setup)
         self.reasons: Counter[str] = Counter()
         self.kv_sum = self.kv_peak = 0.0
         self.preemptions = 0
@@ -61,7 +59,7 @@ class SimulatedEngine:
             config,
             setup.gpu,
             setup.limits if setup.shaped else None,
-            policy=lambda: POLICIES[setup.policy](settings),
+            policy=lambda: new_policy(setup),
             kv_blocks=None,
             itl_target_seconds=setup.itl_target_seconds,
             ttft_target_seconds=setup.ttft_target_seconds,

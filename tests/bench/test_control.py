@@ -16,9 +16,9 @@ from bench import control
 from bench.acceptance import policy_comparison, slack, step
 from bench.acceptance.signals import cycle_watts, limits_text, over_budget, peak_to_peak_watts
 from bench.acceptance.traffic import conversation, even_lengths
+from bench.baselines.static import StaticCaps
 from bench.harness.aims import Case, Column, Job, Section, aligned, cases, verdicts
 from bench.harness.virtual import Setup, VirtualRun
-from shaper.core.policy.static import StaticCaps
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 from shaper.traffic.figures import PowerGrid

@@ -17,10 +17,10 @@ os.environ["SHAPER_EMULATE"] = "h200-sxm"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from bench.acceptance import cost, recovery, slack, step
+from bench.baselines.reactive import ReactiveConcurrency
 from bench.harness.aims import Section, verdicts
 from bench.harness.virtual import Setup
 from shaper.core.policy import Plan, PlanInput
-from shaper.core.policy.reactive import ReactiveConcurrency
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import PowerLimit, Reason, StepLimits
 

@@ -77,14 +77,8 @@ def test_bad_limits_say_what_to_write(text, says):
         ({"ramp_watts_per_second": "200MW/s"}, "unit 'MW/s'"),
         ({"ramp_watts_per_second": -1}, "outside 1 to 1,000,000"),
         ({"ttft_target_seconds": 1000}, "milliseconds, write 1"),
-        ({"policy": "static"}, "static_caps"),
-        (
-            {"policy": "static", "static_caps": {"prefil_tokens": 9}},
-            "did you mean 'prefill_tokens'",
-        ),
-        ({"policy": "static", "static_caps": {"prefill_tokens": 0}}, "greater than or equal to 1"),
-        ({"policy": "reactive"}, "no limit to react to"),
-        ({"policy": "latency-chunk"}, "set itl_target_seconds"),
+        ({"policy": "static"}, "shaper simulate --policy static"),
+        ({"policy": "fixed", "static_caps": {"prefill_tokens": 9}}, "static_caps"),
         ({"flex_max_wait_seconds": "0s"}, "outside 1 s to a day"),
         ({"flex_on_timeout": "drop"}, "'run' or 'refuse'"),
         ({"api_key_classes": {"k": "flexible"}}, "'interactive' or 'flex'"),
@@ -286,14 +280,11 @@ def test_objects_may_stand_in_variables():
     """As JSON."""
     environ = {
         "SHAPER_SCHEDULE": json.dumps([NIGHT]),
-        "SHAPER_POLICY": "static",
-        "SHAPER_STATIC_CAPS": '{"prefill_tokens": 512}',
         "SHAPER_RAMP_WATTS_PER_SECOND": "200W/s",
         "SHAPER_TTFT_TARGET": "1s",
         "SHAPER_ADMIN_KEY": "not a setting",
     }
     config = load_config(None, environ)
-    assert config.static_caps.prefill_tokens == 512
     assert config.ramp_watts_per_second == 200.0
     assert config.ttft_target_seconds == 1.0
     assert len(config.schedule) == 1

@@ -91,7 +91,6 @@ def test_the_gpus_and_the_rest_never_draw_more_than_the_wall(
         ({**RACK, "group_limits": "4000W@100ms,3900W@100ms"}, "keep one of them"),
         ({**RACK, "group_limits": [{"watt": 4000}]}, "did you mean 'watts'"),
         ({"power_grup": "rack-1"}, "did you mean 'power_group'"),
-        ({**RACK, "policy": "static", "static_caps": {"prefill_tokens": 9}}, "no shared limit"),
         ({**RACK, "sample_interval_seconds": 0.2}, "would take this engine for a hung one"),
         ({**RACK, "policy": "fixed"}, "leave policy or power_group out"),
     ],

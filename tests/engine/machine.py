@@ -26,11 +26,11 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from bench.baselines.latency_chunk import LatencyChunk
+from bench.baselines.reactive import ReactiveConcurrency
+from bench.baselines.static import StaticCaps
 from shaper.core.policy import Policy
 from shaper.core.policy.fixed import FixedPolicy
-from shaper.core.policy.latency_chunk import LatencyChunk
-from shaper.core.policy.reactive import ReactiveConcurrency
-from shaper.core.policy.static import StaticCaps
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.supervise.admission import FlexRules
 from shaper.core.supervise.status import AdmissionState

@@ -113,7 +113,7 @@ def main() -> None:
             policies.append(RandomLevers())
             return policies[-1]
 
-        build.POLICIES["predictive"] = lambda config: policy()  # type: ignore[attr-defined]
+        build.POLICIES["predictive"] = policy  # type: ignore[attr-defined]
         settings = {
             "limits": [{"watts": 500, "window_seconds": 1.0}],
             "sensor": "none",

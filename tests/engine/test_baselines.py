@@ -7,10 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from bench.baselines.latency_chunk import LatencyChunk
+from bench.baselines.reactive import ReactiveConcurrency
+from bench.baselines.static import StaticCaps
 from shaper.core.policy.fixed import FixedPolicy
-from shaper.core.policy.latency_chunk import LatencyChunk
-from shaper.core.policy.reactive import ReactiveConcurrency
-from shaper.core.policy.static import StaticCaps
 from shaper.core.types import PowerLimit, Reason
 
 LIMITS = (PowerLimit(500.0, 0.1),)

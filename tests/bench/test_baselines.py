@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.baselines.latency_chunk import LatencyChunk
+from bench.baselines.reactive import ReactiveConcurrency
+from bench.baselines.static import StaticCaps
 from shaper.core.ledger.ledger import Ledger
 from shaper.core.policy import PlanInput
 from shaper.core.policy.fixed import FixedPolicy
-from shaper.core.policy.latency_chunk import LatencyChunk
-from shaper.core.policy.reactive import ReactiveConcurrency
-from shaper.core.policy.static import StaticCaps
 from shaper.core.types import (
     UNLIMITED,
     EngineLoad,
