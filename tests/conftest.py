@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 _skipped_shared: list[str] = []
+
+# HYPOTHESIS_SCALE=20 draws twenty times as many examples; on a busy machine one may take long.
+SCALE = float(os.environ.get("HYPOTHESIS_SCALE", "1"))
+settings.register_profile("house", max_examples=max(1, round(60 * SCALE)), deadline=None)
+settings.load_profile("house")
 
 # A logger that somebody has set up keeps its own level, whatever vLLM's is in this process.
 logging.getLogger("shaper").addHandler(logging.NullHandler())

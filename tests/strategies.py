@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import math
-import os
 
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from shaper.core.ledger.ledger import Ledger
 from shaper.core.supervise.admission import Strain
 from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
 from shaper.gpu.nvml_errors import ERRORS
 from shaper.ipc.group_status import MEMBER_STATES, GroupStatus, MemberStatus
+from tests.conftest import SCALE
 from tests.gpu.fake_faults import Fault
-
-SCALE = float(os.environ.get("HYPOTHESIS_SCALE", "1"))
 
 
 def examples(count: int, steps: int = 50) -> settings:
-    """For tests whose examples take long: HYPOTHESIS_SCALE=20 draws twenty times as many."""
-    most = max(1, round(count * SCALE))
-    return settings(max_examples=most, stateful_step_count=steps, deadline=None)
+    """For tests whose examples take long, or are many: a count at HYPOTHESIS_SCALE=1."""
+    return settings(max_examples=max(1, round(count * SCALE)), stateful_step_count=steps)
 
 
 watts = st.floats(min_value=1.0, max_value=900.0)
@@ -29,6 +27,16 @@ gap_seconds = st.sampled_from([0.0, 0.0, 0.001, 0.01, 0.3])
 
 runs = st.lists(st.tuples(gap_seconds, step_seconds, watts), max_size=40)
 """Steps as (gap before, seconds, watts)."""
+
+
+def ledger_of(runs, *limits: PowerLimit, ramp: float | None = None, idle: float = 100.0) -> Ledger:
+    """A ledger in which such runs are spent."""
+    ledger = Ledger(PowerBudget(limits, ramp), idle, 0.0)
+    for gap, seconds, watts in runs:
+        start = ledger.end_seconds + gap
+        ledger.spend(start, start + seconds, watts * seconds)
+    return ledger
+
 
 limits = st.lists(
     st.builds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.ledger.curve import EnergyCurve
@@ -11,7 +11,6 @@ from shaper.core.ledger.curve import EnergyCurve
 LENGTHS = st.lists(st.floats(0.0005, 0.05), min_size=1, max_size=60)
 
 
-@settings(deadline=None)
 @given(start=st.floats(0.0, 1e5), lengths=LENGTHS, window=st.sampled_from([0.05, 0.1, 1.0]))
 def test_any_corners_may_be_taken_over(start, lengths, window):
     """Whatever rounding does to the grid, the curve begins and ends where they do."""
@@ -31,7 +30,6 @@ def test_a_grid_that_ends_just_behind_the_last_corner():
     assert curve.count == 3
 
 
-@settings(deadline=None)
 @given(lengths=LENGTHS, spacing=st.sampled_from([0.0, 0.001, 0.01]))
 def test_what_is_kept_of_the_end_is_the_end(lengths, spacing):
     """The floats beside the arrays follow every append, merged or compacted."""

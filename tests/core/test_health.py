@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.supervise.health import Health
@@ -190,18 +190,14 @@ def test_steps_slower_than_the_model_at_a_good_clock_are_the_throughputs(warm: W
     assert "recovered" in warm.lines[-1][1]
 
 
-@pytest.mark.parametrize("gain", [0.8, 0.9, 1.1, 1.2])
+@pytest.mark.parametrize("gain", [0.8, 1.2])
 def test_a_profile_that_is_off_from_the_start_is_no_fault_of_the_gpu(gain: float) -> None:
-    """A new model, or a GPU that the profile describes badly: the reference follows."""
+    """A new model, or a GPU that the profile describes badly: the reference follows, so far."""
     watch = Watch()
-    assert watch.run(300.0, gain=gain) == ()
-
-
-def test_a_gpu_that_is_slow_from_the_start_is_found() -> None:
-    """The reference follows only so far."""
-    watch = Watch()
-    watch.run(60.0, gain=1.4)
-    assert watch.causes == [Cause.THROUGHPUT]
+    assert watch.run(200.0, gain=gain) == ()
+    slow = Watch()
+    slow.run(60.0, gain=1.4)
+    assert slow.causes == [Cause.THROUGHPUT]
 
 
 def test_a_fault_that_grows_is_not_learned_as_normal(warm: Watch) -> None:
@@ -258,9 +254,8 @@ def test_a_clock_at_the_edge_does_not_flap(warm: Watch) -> None:
 
 def test_the_board_s_own_highest_clock_goes_before_the_profile_s() -> None:
     """A board that is made for 1.7 GHz gives all it has there."""
-    gpus = (GpuIdentity(0, "x", "u", max_sm_clock_hertz=1.7e9),)
-    watch = Watch(Health(PROFILE, gpus))
-    assert watch.run(120.0, sm_clock_hertz=1.7e9) == ()
+    watch = Watch(Health(PROFILE, (GpuIdentity(0, "x", "u", max_sm_clock_hertz=1.7e9),)))
+    assert watch.run(60.0, sm_clock_hertz=1.7e9) == ()
 
 
 def test_a_stalled_sampler_is_not_a_minute_of_evidence(warm: Watch) -> None:
@@ -283,7 +278,6 @@ def test_a_stalled_sampler_is_not_a_minute_of_evidence(warm: Watch) -> None:
         max_size=60,
     )
 )
-@settings(max_examples=200, deadline=None)
 def test_whatever_comes_in_ratios_stay_ratios_and_lines_alternate(
     ticks: list[tuple[bool, float | None, int, float | None, float, float]],
 ) -> None:

@@ -12,18 +12,10 @@ from shaper.core.ledger.headroom import Headroom
 from shaper.core.ledger.ledger import Ledger
 from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from tests import strategies
+from tests.strategies import ledger_of
 
 IDLE = 100.0
 STEP = StepPrediction(0.02, 14.0)
-LIMIT = [PowerLimit(450.0, 0.1)]
-
-
-def ledger_of(runs, limits, ramp=None) -> Ledger:
-    ledger = Ledger(PowerBudget(tuple(limits), ramp), IDLE, 0.0)
-    for gap, seconds, watts in runs:
-        start = ledger.end_seconds + gap
-        ledger.spend(start, start + seconds, watts * seconds)
-    return ledger
 
 
 # What leaves every window too full for most steps.
@@ -42,7 +34,7 @@ def test_a_refused_step_fits_at_no_moment_before_its_date(
     runs, limits, seconds, watts, floor, shares
 ):
     """With nothing else launched: asked at any time before, the ledger refuses it still."""
-    ledger = ledger_of(runs, limits)
+    ledger = ledger_of(runs, *limits)
     step, start = StepPrediction(seconds, watts * seconds), ledger.end_seconds
     headroom = ledger.ask(start, floor)
     # By more than rounding.
@@ -65,7 +57,7 @@ def test_a_step_that_an_empty_window_holds_has_its_date_when_it_fits(
     runs, limit, window, seconds, over
 ):
     """One window, nothing after the step but idle power: at the date it fits, to a microsecond."""
-    ledger = ledger_of(runs, [PowerLimit(limit, window)])
+    ledger = ledger_of(runs, PowerLimit(limit, window))
     empty = Ledger(PowerBudget((PowerLimit(limit, window),)), IDLE, 0.0).ask(0.0, IDLE)
     most = empty.max_watts(seconds)
     step = StepPrediction(seconds, min(limit * over, most) * seconds * (1.0 - 1e-6))
@@ -90,9 +82,9 @@ def test_by_hand():
 def test_what_fits_has_no_date_and_the_longest_of_several_counts():
     """A step waits for each of its windows."""
     short, long = PowerLimit(400.0, 0.1), PowerLimit(350.0, 1.0)
-    ledger = ledger_of([(0.0, 0.5, 600.0)], [short, long])
+    ledger = ledger_of([(0.0, 0.5, 600.0)], short, long)
     waits = [
-        ledger_of([(0.0, 0.5, 600.0)], [limit]).ask(0.5, IDLE).wait_seconds(STEP, IDLE)
+        ledger_of([(0.0, 0.5, 600.0)], limit).ask(0.5, IDLE).wait_seconds(STEP, IDLE)
         for limit in (short, long)
     ]
     assert 0.0 < waits[0] < waits[1]
@@ -101,14 +93,10 @@ def test_what_fits_has_no_date_and_the_longest_of_several_counts():
     assert Headroom(()).wait_seconds(STEP, IDLE) == 0.0
 
 
-def test_of_a_ramp_nothing_is_known():
-    """Its limit rises while a step waits."""
-    headroom = ledger_of([(0.0, 0.5, 300.0)], [], ramp=50.0).ask(0.5, IDLE)
+def test_of_a_ramp_nothing_is_known_and_the_search_ends():
+    """A ramp's limit rises while a step waits; a step of no number has a date in the window."""
+    headroom = ledger_of([(0.0, 0.5, 300.0)], ramp=50.0).ask(0.5, IDLE)
     assert not headroom.fits(STEP)
     assert headroom.wait_seconds(STEP, IDLE) == 0.0
-
-
-def test_a_step_of_no_number_has_a_date_within_the_window():
-    """The search for a date ends, whatever it is asked."""
-    headroom = ledger_of([(0.0, 0.5, 300.0)], LIMIT).ask(0.5, IDLE)
+    headroom = ledger_of([(0.0, 0.5, 300.0)], PowerLimit(450.0, 0.1)).ask(0.5, IDLE)
     assert 0.0 <= headroom.wait_seconds(StepPrediction(0.02, math.nan), IDLE) <= 0.1

@@ -56,16 +56,35 @@ PROMPTS = EngineLoad(prefills=(PrefillDemand(4000, 0),))
 DECODES = EngineLoad(8, 8, 8000)
 
 
-def test_nothing_to_run_is_idle():
-    """An empty engine is left alone."""
-    assert WindowedPlanner().plan(view(EngineLoad())).reason is Reason.IDLE
+# A window that the past has nearly filled, and one that it has filled.
+FULL = [(0.0, 0.094, 506.0)], PowerLimit(500.0, 0.1)
+OVER = [(0.0, 0.1, 300.0)], PowerLimit(300.0, 0.1)
+EASY_SECONDS = DEFAULT_DECODE_INTERVAL * predict(BOTH.batch(0)).seconds
 
 
-def test_what_fits_is_not_limited():
-    """A loose budget gives what the engine wants."""
-    plan = WindowedPlanner().plan(view(BOTH, [PowerLimit(900.0, 0.1)]))
-    assert plan.reason is Reason.UNCONSTRAINED
-    assert not plan.limits.binding
+@pytest.mark.parametrize(
+    ("load", "past", "asked", "reason", "runs"),
+    [
+        (EngineLoad(), None, {}, Reason.IDLE, True),
+        (BOTH, ([], PowerLimit(900.0, 0.1)), {}, Reason.UNCONSTRAINED, True),
+        # A prompt alone is not cut for a target of decodes.
+        (PROMPTS, None, {"itl": 0.04}, Reason.UNCONSTRAINED, True),
+        # Decodes make way for a prompt within an easy pace, and run alone after it.
+        (BOTH, FULL, {}, Reason.DECODE_PACING, False),
+        (BOTH, FULL, {"since": EASY_SECONDS}, Reason.DECODE_ONLY, True),
+        # In its turn a prompt that does not fit yet holds the decodes, too.
+        (BOTH, FULL, {"turn": True}, Reason.PREFILL_OVERDUE, False),
+        (DECODES, OVER, {}, Reason.PAUSE, False),
+    ],
+)
+def test_each_reason_comes_where_it_should(load, past, asked, reason, runs):
+    """What fits is not limited; what does not waits, cut to what the window and the turn allow."""
+    ledger = past and strategies.ledger_of(*past)
+    plan = WindowedPlanner().plan(view(load, ledger=ledger, **asked))
+    assert plan.reason is reason
+    assert plan.limits.run is runs
+    assert plan.limits.binding is (reason not in (Reason.IDLE, Reason.UNCONSTRAINED))
+    assert plan.limits.prefill_tokens == (0 if reason is Reason.DECODE_ONLY else None) or not runs
 
 
 def test_a_prompt_is_cut_to_what_the_window_holds():
@@ -80,43 +99,6 @@ def test_a_prompt_is_cut_to_what_the_window_holds():
     larger = predict(BOTH.batch(chunk + 512))
     assert fits.watts <= headroom.max_watts(fits.seconds)
     assert larger.watts > headroom.max_watts(larger.seconds)
-
-
-def test_decodes_run_alone_when_no_efficient_chunk_fits():
-    """A window that the past has nearly filled leaves the decodes."""
-    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
-    ledger.spend(0.0, 0.094, 0.094 * 506.0)
-    easy = DEFAULT_DECODE_INTERVAL * predict(BOTH.batch(0)).seconds
-    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, since=easy))
-    assert plan.reason is Reason.DECODE_ONLY
-    assert plan.limits.prefill_tokens == 0
-
-
-def test_decodes_make_way_for_a_prompt_within_an_easy_pace():
-    """Without a target they leave the headroom to a prompt that waits, for a step's time."""
-    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
-    ledger.spend(0.0, 0.094, 0.094 * 506.0)
-    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger))
-    assert plan.reason is Reason.DECODE_PACING
-    assert not plan.limits.run
-
-
-def test_it_pauses_when_nothing_fits():
-    """A full window stops even the decodes."""
-    ledger = Ledger(PowerBudget((PowerLimit(300.0, 0.1),)), IDLE, 0.0)
-    ledger.spend(0.0, 0.1, 30.0)
-    plan = WindowedPlanner().plan(view(DECODES, ledger=ledger))
-    assert plan.reason is Reason.PAUSE
-    assert not plan.limits.run
-
-
-def test_a_turn_makes_decodes_wait_for_the_prompt():
-    """In its turn a prompt that does not fit yet holds the decodes, too."""
-    ledger = Ledger(PowerBudget((PowerLimit(500.0, 0.1),)), IDLE, 0.0)
-    ledger.spend(0.0, 0.094, 0.094 * 506.0)
-    plan = WindowedPlanner().plan(view(BOTH, ledger=ledger, turn=True))
-    assert plan.reason is Reason.PREFILL_OVERDUE
-    assert not plan.limits.run
 
 
 def test_the_itl_target_bounds_the_chunks_step():
@@ -138,11 +120,6 @@ def test_without_a_target_a_cut_chunk_is_still_short():
         <= SOFT_STEP_CAP * 0.006
         < predict(BOTH.batch(free)).seconds
     )
-
-
-def test_the_itl_target_is_for_decodes_only():
-    """A prompt alone in the engine is not cut for nobody's sake."""
-    assert WindowedPlanner().plan(view(PROMPTS, itl=0.04)).reason is Reason.UNCONSTRAINED
 
 
 def test_chunks_without_decodes_are_efficient_ones():
@@ -270,10 +247,7 @@ def test_the_search_finds_the_largest_size_that_fits(sizes, most, last):
 )
 def test_what_is_allowed_always_fits(load, limits, itl, turn, runs):
     """Whatever the load, the past and the limits: a step that is allowed to run fits them all."""
-    ledger = Ledger(PowerBudget(tuple(limits)), IDLE, 0.0)
-    for gap, seconds, watts in runs:
-        start = ledger.end_seconds + gap
-        ledger.spend(start, start + seconds, watts * seconds)
+    ledger = strategies.ledger_of(runs, *limits)
     seen = view(load, itl=itl, turn=turn, ledger=ledger)
     plan = WindowedPlanner().plan(seen)
     batch = load.batch(plan.limits.prefill_tokens)
@@ -290,9 +264,8 @@ def planned_after(
     load: EngineLoad, seconds: float = 0.0, *, watts=480.0, limit=450.0, **more
 ) -> Plan:
     """The plan after 100 ms at these watts and so many seconds of idle power."""
-    ledger = Ledger(PowerBudget((PowerLimit(limit, 0.1),)), IDLE, 0.0)
-    ledger.spend(0.0, 0.1, 0.1 * watts)
-    ledger.spend(0.1, 0.1 + seconds, IDLE * seconds)
+    runs = [(0.0, 0.1, watts), (0.0, seconds, IDLE)]
+    ledger = strategies.ledger_of(runs, PowerLimit(limit, 0.1))
     return WindowedPlanner().plan(view(load, ledger=ledger, now_seconds=0.1 + seconds, **more))
 
 
@@ -326,27 +299,16 @@ def test_a_prompt_that_cannot_be_split_is_asked_about_at_every_poll():
     assert plan.until_seconds is None
 
 
-def test_in_a_group_another_may_make_room_at_any_time():
-    """So a refusal there has no date of its own, but that of the next look."""
-    alone = planned_after(DECODES)
-    grouped = planned_after(DECODES, group=GroupView(()))
-    assert grouped.reason is alone.reason is Reason.PAUSE
-    assert grouped.until_seconds is not None
-    assert alone.until_seconds is not None
-    assert grouped.until_seconds < alone.until_seconds
-
-
-def test_in_a_group_a_refusal_costs_no_further_prediction():
-    """An engine of a group is refused most of the time."""
-    asked = []
-
-    def counted(batch: StepBatch) -> StepPrediction:
-        asked.append(batch)
-        return predict(batch)
-
-    counts = []
+def test_in_a_group_a_refusal_is_short_and_costs_no_further_prediction():
+    """Another engine may make room at any time, and a member is refused most of the time."""
+    counts, dates = [], []
     for group in (None, GroupView(())):
-        asked.clear()
-        assert not planned_after(BOTH, since=0.1, predict=counted, group=group).limits.run
+        asked: list[StepBatch] = []
+        plan = planned_after(
+            BOTH, since=0.1, predict=lambda b, a=asked: a.append(b) or predict(b), group=group
+        )
+        assert plan.reason is Reason.PAUSE
         counts.append(len(asked))
+        dates.append(plan.until_seconds or 0.0)
     assert counts[1] < counts[0]
+    assert 0.1 < dates[1] < dates[0]

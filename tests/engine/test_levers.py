@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.policy import Plan
@@ -36,7 +36,6 @@ def longest_waits(turns: list[tuple[list[Any], set[str]]]) -> dict[str, int]:
     return longest
 
 
-@settings(deadline=None)
 @given(count=st.integers(2, 80), cap=st.integers(1, 79))
 def test_a_rotation_is_fair(count, cap):
     """None waits longer than the others' turns take, and turns come in blocks."""
