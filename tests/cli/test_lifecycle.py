@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Linux's process
 # A server of two processes: each leaves its number in a file. `{act}` is what it does.
 SERVER = """
 import os, signal, socket, subprocess, sys, time
-from shaper.engine import lifecycle
+from shaper.cli import lifecycle
 from shaper.ipc.processes import lives
 lifecycle.START_END_SECONDS, lifecycle.END_SECONDS, lifecycle.LEFTOVER_SECONDS = 0.5, 0.5, 0.5
 lifecycle._SAME_STOP_SECONDS = 0.2

@@ -123,7 +123,7 @@ def test_a_full_disk_keeps_the_rows_before_it(tmp_path, name):
     limit = f"import resource; resource.setrlimit({resource.RLIMIT_FSIZE}, (20000, 20000)); "
     arguments = ["record", str(tmp_path / name), "--emulate", "h200-sxm", "--interval", "5ms"]
     done = subprocess.run(
-        [sys.executable, "-c", f"{limit}from shaper import cli; exit(main.main({arguments}))"],
+        [sys.executable, "-c", f"{limit}from shaper.cli import main; exit(main.main({arguments}))"],
         capture_output=True,
         text=True,
         check=False,
