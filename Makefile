@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export VENV PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rack test test-versions check format lock clean
+.PHONY: help setup demo demo-rack test test-studies test-versions check format lock clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -23,6 +23,9 @@ demo-rack: setup ## two servers in one power group and the same unshaped, with n
 
 test: setup ## every test; ARGS='-k sampler' picks some, ARGS=-n0 runs one at a time
 	@"$(PY)" -m pytest --numprocesses 2 --dist loadscope --durations=20 $(ARGS)
+
+test-studies: setup ## the tests of bench/studies, which `make test` leaves out
+	@"$(PY)" -m pytest --numprocesses 2 --dist loadscope --durations=20 tests/studies $(ARGS)
 
 test-versions: setup ## the scheduler's suites over other vLLMs; VERSIONS="0.23.0 0.33.0" picks
 	@"$(PY)" scripts/test-versions $(VERSIONS) $(ARGS)

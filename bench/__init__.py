@@ -1,8 +1,7 @@
 """Load tests and comparisons; each is one command that writes data and a report.
 
 python -m bench.demo       one server unshaped, then shaped, on the same traffic
-python -m bench.load       latency of a server that already runs
-python -m bench.summarise  the numbers that synthetic traffic is drawn from
+python -m bench.studies.X  what is run once a GPU, a trace or a published file
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ HEADER = """# The controller's figures
 vLLM's real scheduler, the shaper and one emulated H200 SXM that serves Llama-3.1-8B's shape,
 in virtual time: no figure depends on how fast the machine is or what else it does.
 Prediction is perfect here, the model that predicts is the emulated GPU's own; what becomes of
-budgets where it is not, `python -m bench.learning` prints. No real GPU was measured.
+budgets where it is not, `python -m bench.studies.learning` prints. No real GPU was measured.
 
 Power is true power on a grid of 1 ms; a limit is judged at every window that begins at a
 millisecond. "Unshaped" is vLLM with 8,192 batched tokens and 1,024 sequences, asynchronous

@@ -19,11 +19,12 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.calibrate import LAWS, PRIORS
 from bench.fidelity_plot import plot
 from bench.harness.options import one_line
-from bench.meter_check import check_meter
-from bench.published import (
+from bench.steady_state import ServingPoint
+from bench.studies.calibrate import LAWS, PRIORS
+from bench.studies.meter_check import check_meter
+from bench.studies.published import (
     DATA,
     KERNEL_FILES,
     ServingRow,
@@ -31,8 +32,7 @@ from bench.published import (
     meter_recording,
     serving_rows,
 )
-from bench.serving_fit import Assumptions, fit_serving, predict_rows, replaced
-from bench.steady_state import ServingPoint
+from bench.studies.serving_fit import Assumptions, fit_serving, predict_rows, replaced
 from shaper.cli.arguments import Parser
 from shaper.core.model.profile import GpuProfile
 from shaper.emulator.shapes import load_shape

@@ -6,7 +6,7 @@ output length by inverting that of the recorded prompts of about that length.
 Arrivals: a Poisson process whose rate fluctuates. The relative rate is a
 product of log-normal factors, one per time scale, each the exponential of an
 Ornstein-Uhlenbeck process with the variance and correlation time that
-`bench.summarise` found. What is slower than the run itself can't show in it:
+`bench.studies.summarise` found. What is slower than the run itself can't show in it:
 the mean rate over the run is the one asked for.
 
 Not kept: the weak correlation of successive requests' lengths (about 0.1).
@@ -34,7 +34,7 @@ _GRID_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class ConversationSummary:
-    """What `bench.summarise` keeps of a trace; see there for the meaning."""
+    """What `bench.studies.summarise` keeps of a trace; see there for the meaning."""
 
     source: str
     rate_hertz: float

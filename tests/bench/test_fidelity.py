@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bench import fidelity
-from bench.published import kernel_times, meter_recording, serving_rows
-from bench.serving_fit import Assumptions, Prior, fit_serving, predict_rows, replaced
 from bench.steady_state import POINTS, ServingLoad, batches, steady_state
+from bench.studies.published import kernel_times, meter_recording, serving_rows
+from bench.studies.serving_fit import Assumptions, Prior, fit_serving, predict_rows, replaced
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import StepBatch
@@ -81,7 +81,7 @@ def test_no_parameter_belongs_to_one_model() -> None:
 @pytest.mark.needs_shared
 def test_the_recorded_card_is_followed(shared_data: Path) -> None:
     """The emulated meter, heat and clock stay close to those of the recorded A100."""
-    from bench.meter_check import check_meter
+    from bench.studies.meter_check import check_meter
 
     found = check_meter(meter_recording(shared_data), load_profile("a100-sxm-80gb"))
     assert abs(found.gain - 1.0) < 0.05
@@ -96,7 +96,7 @@ def test_the_recorded_card_is_followed(shared_data: Path) -> None:
 @pytest.mark.needs_shared
 def test_kernel_laws_are_those_of_the_step_model() -> None:
     """The arrays of the calibration and the step model's own GEMM give the same seconds."""
-    from bench.calibrate import gemm_seconds
+    from bench.studies.calibrate import gemm_seconds
 
     step_model = model()
     for gemm in step_model.coefficients.gemms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench import learning
+from bench.studies import learning
 from shaper.core.types import PowerLimit
 
 # Metered, after the first ten seconds, with the default margin.

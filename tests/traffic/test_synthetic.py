@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy.stats import ks_2samp, spearmanr
 
-from bench.summarise import correlation_share, rate_variance, summarise
+from bench.studies.summarise import correlation_share, rate_variance, summarise
 from shaper.traffic.synthetic import SUMMARY_PATH, load_summary, synthesise
 from shaper.traffic.traces import load_trace
 from shaper.traffic.workload import TimedRequest, Workload
@@ -93,7 +93,7 @@ def test_summarise_of_constant_lengths() -> None:
 
 @pytest.mark.needs_shared
 def test_the_committed_summary_is_that_of_the_trace(shared_data: Path) -> None:
-    """`python -m bench.summarise` on the trace gives what is committed."""
+    """`python -m bench.studies.summarise` on the trace gives what is committed."""
     summary = summarise(load_trace(shared_data / "traces" / "azure2023_llm_conv.csv"))
     committed = json.loads(SUMMARY_PATH.read_text())
     assert json.loads(json.dumps(summary)) == {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.harness.options import recorded_workload
-from bench.summarise import main as summarise_main
+from bench.studies.summarise import main as summarise_main
 from shaper.cli import main
 from shaper.errors import TraceError
 from shaper.traffic import traces

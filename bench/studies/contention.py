@@ -1,6 +1,6 @@
 """What sharing costs: microseconds of a look, a claim and an entry in a power group.
 
-    python -m bench.contention [--engines 1,2,8,32] [--steps 300] [--json FILE]
+    python -m bench.studies.contention [--engines 1,2,8,32] [--steps 300] [--json FILE]
 
 For each number of engines: so many processes join one group in shared memory, each takes a
 step about every 15 ms as a serving engine does, and looks twice, claims and enters for it.
@@ -175,7 +175,7 @@ def member(folder: Path, engines: int, windows: int, seed: int, steps: int) -> d
 def in_processes(engines: int, windows: int, steps: int) -> Cost:
     """So many processes in one group."""
     with tempfile.TemporaryDirectory(dir=group_directory().parent) as folder:
-        command = [sys.executable, "-m", "bench.contention", "--member", folder]
+        command = [sys.executable, "-m", "bench.studies.contention", "--member", folder]
         counts = [str(engines), str(windows), str(steps)]
         environ = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         processes = [
@@ -282,11 +282,11 @@ def _counts(text: str) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns 0, or 2 for wrong input."""
-    return one_line("bench.contention", lambda: _main(argv))
+    return one_line("bench.studies.contention", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = Parser(prog="python -m bench.contention", description=__doc__)
+    parser = Parser(prog="python -m bench.studies.contention", description=__doc__)
     parser.add_argument("--engines", default="1,2,8,32", help="numbers of engines")
     parser.add_argument("--steps", type=int, default=300, help="steps of each engine")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the costs here, too")

@@ -1,4 +1,4 @@
-"""What the estimator makes of GPUs that its model can't represent: `python -m bench.learning`.
+"""GPUs that the estimator's model can't represent: `python -m bench.studies.learning`.
 
 Each row is one plant (`shaper.simulate.true_gpu`) under one budget: vLLM's real scheduler and
 the shaper in virtual time, a meter with its own gain error whose energy counter moves each
@@ -246,11 +246,11 @@ def _numbers(text: str) -> list[float]:
 
 def main() -> int:
     """Print the table; 0, or 2 for wrong input."""
-    return one_line("bench.learning", _main)
+    return one_line("bench.studies.learning", _main)
 
 
 def _main() -> int:
-    parser = Parser(prog="python -m bench.learning", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.studies.learning", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=seconds, default=30.0, help="of traffic (default: 30)")
     parser.add_argument("--seed", type=int, default=1, help="of the traffic (default: 1)")
     parser.add_argument("--terms", type=int, default=8, help="combinations of signs, of 128")

@@ -1,6 +1,6 @@
 """Fits the profiles of H100, H200 and B200 to the published measurements.
 
-    python -m bench.calibrate h100-sxm [--leave-out qwen3-8b]
+    python -m bench.studies.calibrate h100-sxm [--leave-out qwen3-8b]
 
 Kernels first (GEMM, decode and prefill attention: H100 and H200), then serving power
 and latency with what the kernels gave held fixed (H100 and B200). Prints each parameter
@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.harness.options import one_line
-from bench.published import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
-from bench.serving_fit import Prior, fit_serving, predict_rows, replaced
+from bench.studies.published import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
+from bench.studies.serving_fit import Prior, fit_serving, predict_rows, replaced
 from shaper.cli.arguments import Parser
 from shaper.core.model.profile import GpuProfile
 from shaper.gpu.profiles import load_profile
@@ -155,11 +155,11 @@ PRIORS = {"h100-sxm": H100_PRIORS, "b200-sxm": B200_PRIORS}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the fits of one GPU."""
-    return one_line("bench.calibrate", lambda: _main(argv))
+    return one_line("bench.studies.calibrate", lambda: _main(argv))
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    parser = Parser(prog="python -m bench.calibrate", description=__doc__)
+    parser = Parser(prog="python -m bench.studies.calibrate", description=__doc__)
     parser.add_argument("gpu", choices=sorted({*PRIORS, *KERNEL_FILES}))
     parser.add_argument("--leave-out", metavar="MODEL", help="don't show this model to the fit")
     parser.add_argument("--data", type=Path, default=DATA)

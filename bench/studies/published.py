@@ -19,7 +19,7 @@ from shaper.core.model.work import WorkCoefficients
 from shaper.emulator.shapes import known_models, load_shape
 from shaper.errors import TraceError
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 PROFILE_OF = {
     "A100": "a100-sxm-80gb",
     "B200": "b200-sxm",

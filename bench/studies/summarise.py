@@ -1,4 +1,4 @@
-"""`python -m bench.summarise TRACE`: the numbers behind the synthetic traffic.
+"""`python -m bench.studies.summarise TRACE`: the numbers behind the synthetic traffic.
 
 Reads a recorded trace and prints the JSON that `shaper.traffic.synthetic` draws from:
 
@@ -135,14 +135,16 @@ def summarise(workload: Workload) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the summary of a trace. Returns the exit code."""
-    parser = Parser(prog="python -m bench.summarise", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog="python -m bench.studies.summarise", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("trace", type=Path)
     parser.add_argument("--format", choices=TRACE_FORMATS, default="auto", help="of the trace")
     try:
         options = parser.parse_args(argv)
         summary = summarise(load_trace(options.trace, options.format))
     except ShaperError as error:
-        print(f"bench.summarise: error: {error}", file=sys.stderr)
+        print(f"bench.studies.summarise: error: {error}", file=sys.stderr)
         return 2
     print(as_json({"source": f"quantiles and rate statistics of {options.trace.name}"} | summary))
     return 0

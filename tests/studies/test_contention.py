@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from bench import contention
+from bench.studies import contention
 
 
 def test_one_process_and_many_take_the_same_steps(tmp_path, capsys):
@@ -20,8 +20,8 @@ def test_one_process_and_many_take_the_same_steps(tmp_path, capsys):
         *((1, True, 1), (2, True, 1)),
     ]
     for cost in costs:
-        assert cost["look_p99_microseconds"] >= cost["look_microseconds"] > 0.0
-        assert cost["claim_microseconds"] > 0.0
+        assert cost["query_p99_microseconds"] >= cost["query_microseconds"] > 0.0
+        assert cost["reserve_microseconds"] > 0.0
         assert 0.0 <= cost["static_ratio"] <= 1.0
         if not cost["processes"]:
             assert cost["lock_wait_microseconds"] == 0.0
