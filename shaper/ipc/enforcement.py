@@ -1,11 +1,13 @@
-"""What limits an engine's power now, and whether anybody keeps it, by its status block.
+"""What limits an engine's power now, and whether the engine keeps it, by its status block.
 
-The one answer for all who ask from outside the engine: admission, state and metrics.
+This is the one answer outside the engine: admission, control routes, state and metrics use it.
+Inside the engine `Constraints.budgeted` is the same question.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from shaper.core.budget import Constraints
@@ -23,31 +25,41 @@ policy goes by no limit."""
 _HEAT_INDEX = [name for name, _ in STANDING_METRICS].index("shaper_thermal_limit_watts")
 
 
-def constraints_of(status: Status) -> Constraints:
-    """What limits this engine. A section that was not written yet says nothing."""
+@dataclass(frozen=True, slots=True)
+class Enforcement:
+    """What limits one engine, and whether the engine keeps it."""
+
+    control: EngineControl | None
+    """None: the engine has written none yet, or can't even be watched."""
+    constraints: Constraints
+    unkept: UnkeptReason | None
+    """Why nobody keeps an operator's limits; None: they are kept, or there are none now."""
+
+    @property
+    def shapes(self) -> bool:
+        """Whether the engine is to shape its work by a limit now."""
+        on = self.control is not None and self.control.mode == "on"
+        return on and self.constraints.budgeted
+
+
+def enforcement_of(status: Status) -> Enforcement:
+    """By the engine's block. A section that was not written yet says nothing."""
     control = EngineControl.from_values(status.values.get("control", ()))
     group = GroupStatus.from_values(status.values.get("group", ()))
     standing = status.values.get("standing", ())
     heat_watts = standing[_HEAT_INDEX] if len(standing) > _HEAT_INDEX else math.nan
-    return Constraints(
+    constraints = Constraints(
         PowerBudget() if control is None else control.budget,
         () if math.isnan(heat_watts) else (PowerLimit(heat_watts, LIMIT_WINDOW_SECONDS),),
         () if group is None else group.limits,
     )
-
-
-def unkept(status: Status) -> UnkeptReason | None:
-    """Why nobody keeps the limits of an operator on this engine; None: they are kept, or
-    there are none now."""
-    control = EngineControl.from_values(status.values.get("control", ()))
-    asked = constraints_of(status).asked
-    if control is None:
-        # An engine that can't even be watched writes its reason, and nothing else.
-        asked = bool(status.info.get("limits_power"))
-    if not asked:
-        return None
-    if status.info.get("passes_through"):
-        return "passes_through"
-    if control is not None and control.mode != "on":
-        return control.mode
-    return "policy" if status.info.get("policy") == "fixed" else None
+    # An engine that can't even be watched writes its reason, and nothing else.
+    asked = constraints.asked if control is not None else bool(status.info.get("limits_power"))
+    unkept: UnkeptReason | None = None
+    if asked and status.info.get("passes_through"):
+        unkept = "passes_through"
+    elif asked and control is not None and control.mode != "on":
+        unkept = control.mode
+    elif asked and status.info.get("policy") == "fixed":
+        unkept = "policy"
+    return Enforcement(control, constraints, unkept)

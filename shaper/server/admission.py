@@ -1,7 +1,7 @@
-"""Admission at the door: flex requests are marked for the engine, or refused with 429.
+"""Admission at the API server: flex requests are marked for the engine, or refused with 429.
 
-A layer around vLLM's API server, made in each of its processes. It reads how the run's
-engines stand from their status blocks, a few times a second at most:
+A layer around vLLM's API server, made in each of its processes. It reads the admission state of
+the run's engines from their status blocks, a few times a second at most:
 
     no engine shapes a budget   every request passes untouched
     open, shaped, defer         a flex request is marked (`request_class.py`) and passes
@@ -9,25 +9,21 @@ engines stand from their status blocks, a few times a second at most:
 
 With several engines the most open one counts: vLLM's router may choose it. A block that is
 missing or silent says nothing, and nothing is refused for it. Interactive requests always
-pass. Nothing raises from here into a request: it then goes on as it came.
+pass. No error here reaches a request: it then goes on as it came.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shaper.config.sources import given_settings, load_config
 from shaper.core.supervise.status import AdmissionState
-from shaper.errors import ConfigError
-from shaper.ipc.control_file import EngineControl
-from shaper.ipc.enforcement import constraints_of
+from shaper.ipc.enforcement import enforcement_of
 from shaper.ipc.flex import FLEX, STALE_SECONDS
 from shaper.ipc.metric_table import HEARTBEAT_INDEX, STANDING_METRICS
 from shaper.ipc.refused_requests import POWER, THERMAL, UNKNOWN_CLASS, RefusalCounts
@@ -35,12 +31,15 @@ from shaper.ipc.status_block import Status, read_statuses, run_id
 from shaper.server.asgi import (
     App,
     Header,
+    LogLimit,
     Message,
     Receive,
     Scope,
     Send,
     openai_error,
+    route_path,
     send_json,
+    server_config,
 )
 from shaper.server.request_class import KeyClasses, UnknownClassError, classify
 
@@ -57,16 +56,18 @@ MAX_RETRY_SECONDS = 120
 _JITTER_RATIO = 0.2
 # The blocks change every 20 ms, the state some times a second at most.
 _READ_AGAIN_SECONDS = 0.05
-_LOG_AGAIN_SECONDS = 60.0
 _STATES = tuple(AdmissionState)
 _NAMES = [name for name, _ in STANDING_METRICS]
 _STATE_INDEX = _NAMES.index("shaper_admission_state")
 _RECOVERY_INDEX = _NAMES.index("shaper_recovery_hint_seconds")
 
+Refusal = tuple[int, dict[str, Any], Sequence[Header]]
+"""Status, body and headers of the answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class AdmissionGate:
-    """How the most open engine of a run stands."""
+    """What the most open engine of a run admits."""
 
     state: AdmissionState
     recovery_seconds: float | None
@@ -79,35 +80,34 @@ def most_open(statuses: Sequence[Status], now_seconds: float) -> AdmissionGate |
 
     An engine that is silent, off, in shadow or without a budget admits everything.
     """
-    doors = [_door(status, now_seconds) for status in statuses]
-    if all(door is None for door in doors):
+    gates = [_gate(status, now_seconds) for status in statuses]
+    if all(gate is None for gate in gates):
         return None
     return min(
-        (door or AdmissionGate(AdmissionState.OPEN, None) for door in doors),
-        key=lambda door: (_STATES.index(door.state), door.recovery_seconds or 0.0),
+        (gate or AdmissionGate(AdmissionState.OPEN, None) for gate in gates),
+        key=lambda gate: (_STATES.index(gate.state), gate.recovery_seconds or 0.0),
     )
 
 
-def _door(status: Status, now_seconds: float) -> AdmissionGate | None:
+def _gate(status: Status, now_seconds: float) -> AdmissionGate | None:
     sampler, standing = status.values["sampler"], status.values["standing"]
-    control = EngineControl.from_values(status.values["control"])
-    if len(sampler) <= HEARTBEAT_INDEX or len(standing) <= _RECOVERY_INDEX or control is None:
+    if len(sampler) <= HEARTBEAT_INDEX or len(standing) <= _RECOVERY_INDEX:
         return None
+    enforcement = enforcement_of(status)
     silent = now_seconds - sampler[HEARTBEAT_INDEX] > STALE_SECONDS
-    constraints = constraints_of(status)
-    if silent or control.mode != "on" or not constraints.budgeted:
+    if silent or not enforcement.shapes:
         return None
     recovery = standing[_RECOVERY_INDEX]
     state = _STATES[int(standing[_STATE_INDEX])]
-    thermal = bool(constraints.heat_limits)
+    thermal = bool(enforcement.constraints.heat_limits)
     return AdmissionGate(state, None if math.isnan(recovery) else recovery, thermal)
 
 
-class AdmissionGates:
-    """Reads the blocks now and then. A failure to read is a door that is open.
+class GateReader:
+    """Reads the gate now and then. A failure to read opens it.
 
     Args:
-        read: returns the blocks.
+        read: returns the engines' status blocks.
         clock: monotonic seconds, the engines' own.
     """
 
@@ -115,22 +115,22 @@ class AdmissionGates:
         self, read: Callable[[], Sequence[Status]], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._read, self._clock = read, clock
-        self._door: AdmissionGate | None = None
-        self._read_seconds = self._logged_seconds = -math.inf
+        self._gate: AdmissionGate | None = None
+        self._read_seconds = -math.inf
+        self._log = LogLimit()
 
-    def look(self) -> AdmissionGate | None:
+    def gate(self) -> AdmissionGate | None:
         """As `most_open`, at most `_READ_AGAIN_SECONDS` ago."""
         now = self._clock()
         if now - self._read_seconds >= _READ_AGAIN_SECONDS:
             self._read_seconds = now
             try:
-                self._door = most_open(self._read(), now)
+                self._gate = most_open(self._read(), now)
             except Exception:
-                self._door = None
-                if now - self._logged_seconds > _LOG_AGAIN_SECONDS:
-                    self._logged_seconds = now
+                self._gate = None
+                if self._log.due():
                     logger.exception("the engines' status can't be read; all requests pass")
-        return self._door
+        return self._gate
 
 
 class AdmissionMiddleware:
@@ -138,7 +138,7 @@ class AdmissionMiddleware:
 
     Args:
         app: what is inside.
-        keeper: says how the engines stand; by default from this run's blocks.
+        gates: says what the engines admit; by default from this run's blocks.
         keys: classes of API keys; by default of this run's configuration.
         counts: of refusals; by default for this run's metrics.
     """
@@ -147,161 +147,121 @@ class AdmissionMiddleware:
         self,
         app: App,
         *,
-        keeper: AdmissionGates | None = None,
+        gates: GateReader | None = None,
         keys: KeyClasses | None = None,
         counts: RefusalCounts | None = None,
     ) -> None:
         self.app = app
-        self._keeper = keeper or AdmissionGates(lambda: read_statuses(run_id()))
+        self._gates = gates or GateReader(lambda: read_statuses(run_id()))
         self._keys = keys
         self._counts = counts or RefusalCounts(run_id())
         self._shed = 0
-        self._logged_seconds = -math.inf
+        self._log = LogLimit()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, mark or refuse."""
-        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if path not in ROUTES or scope["type"] != "http" or scope["method"] != "POST":
+        enters = scope["type"] == "http" and scope["method"] == "POST"
+        gate = self._gates.gate() if enters and route_path(scope) in ROUTES else None
+        if gate is None:
             await self.app(scope, receive, send)
             return
-        door = self._keeper.look()
-        if door is None:
-            await self.app(scope, receive, send)
-            return
-        request = _Request(scope, receive)
-        answer = None
+        body = _Body(receive)
+        refusal = marked = None
         try:
-            answer = await self._judge(request, door)
+            refusal, marked = await self._judge(scope, body, gate)
         # The boundary: a mistake in here must not cost a request.
         except Exception:
-            if self._may_log():
+            if self._log.due():
                 logger.exception("admission failed for a request; it passes as it came")
-            request.restore()
-        if answer is not None:
-            await send_json(send, answer.status, answer.error, answer.headers)
+        if refusal is not None:
+            await send_json(send, *refusal)
             return
-        await self.app(request.scope, request.receive, _with_state(send, door.state))
+        if marked is not None:
+            scope = body.replace(scope, marked)
+        await self.app(scope, body.receive, _with_state(send, gate.state))
 
-    async def _judge(self, request: _Request, door: AdmissionGate) -> _Answer | None:
-        """The refusal, or None for a request that passes, marked where it has to be."""
-        headers = request.scope["headers"]
+    async def _judge(
+        self, scope: Scope, body: _Body, gate: AdmissionGate
+    ) -> tuple[Refusal | None, bytes | None]:
+        """The refusal, or None for a request that passes; and its body, where it is marked."""
         if self._keys is None:
-            self._keys = _configured_keys(request.scope)
+            config = server_config(scope)
+            self._keys = KeyClasses({} if config is None else config.api_key_classes)
+        headers = scope["headers"]
         kind = bound = self._keys.of(headers)
-        body = await request.body()
-        if body is not None:
+        marked = None
+        text = await body.read(headers)
+        if text is not None:
             try:
-                kind, marked = classify(body, headers, bound)
+                kind, found = classify(text, headers, bound)
             except UnknownClassError as error:
                 self._counts.count(UNKNOWN_CLASS)
                 wrong = "invalid_request_error"
-                return _Answer(400, openai_error(str(error), wrong, "unknown_class"))
-            if marked is not body:
-                request.replace(marked)
-        if kind != FLEX or door.state is not AdmissionState.SHED:
-            return None
+                return (400, openai_error(str(error), wrong, "unknown_class"), ()), None
+            marked = None if found is text else found
+        if kind != FLEX or gate.state is not AdmissionState.SHED:
+            return None, marked
         self._shed += 1
-        if self._may_log():
+        if self._log.due():
             logger.warning("flex requests are refused: %d so far by this API server", self._shed)
-        answer = _refusal(door)
-        self._counts.count(THERMAL if door.thermal else POWER)
-        return answer
-
-    def _may_log(self) -> bool:
-        now = time.monotonic()
-        due = now - self._logged_seconds > _LOG_AGAIN_SECONDS
-        if due:
-            self._logged_seconds = now
-        return due
+        refusal = _refusal(gate)
+        self._counts.count(THERMAL if gate.thermal else POWER)
+        return refusal, None
 
 
-class _Request:
-    """A request whose body can be read here and by vLLM once more."""
+class _Body:
+    """The body of a request, which is read here and by vLLM once more."""
 
-    def __init__(self, scope: Scope, receive: Receive) -> None:
-        self.scope = scope
-        self._given = scope
+    def __init__(self, receive: Receive) -> None:
         self._receive = receive
-        self._seen: list[Message] = []
         self._replay: list[Message] = []
 
-    async def body(self) -> bytes | None:
+    async def read(self, headers: Sequence[Header]) -> bytes | None:
         """The whole body; None where it is too long, packed or cut off."""
-        headers = dict(self.scope["headers"])
-        if b"content-encoding" in headers or _number(headers.get(b"content-length")) > (
-            MAX_BODY_BYTES
-        ):
+        named = dict(headers)
+        length = named.get(b"content-length", b"")
+        if b"content-encoding" in named or (length.isdigit() and int(length) > MAX_BODY_BYTES):
             return None
-        length = 0
+        text = bytearray()
         while True:
             message = await self._receive()
-            self._seen.append(message)
             self._replay.append(message)
-            if message["type"] != "http.request":
-                return None
-            length += len(message.get("body", b""))
-            if length > MAX_BODY_BYTES:
+            text += message.get("body", b"")
+            if message["type"] != "http.request" or len(text) > MAX_BODY_BYTES:
                 return None
             if not message.get("more_body", False):
-                return b"".join(each.get("body", b"") for each in self._seen)
+                return bytes(text)
 
-    def replace(self, body: bytes) -> None:
-        """Let vLLM read this body in place of the client's."""
+    def replace(self, scope: Scope, body: bytes) -> Scope:
+        """Let vLLM read this body in place of the client's; the scope that says so."""
         self._replay = [{"type": "http.request", "body": body, "more_body": False}]
         headers = [
             (name, str(len(body)).encode() if name == b"content-length" else value)
-            for name, value in self._given["headers"]
+            for name, value in scope["headers"]
         ]
-        self.scope = {**self._given, "headers": headers}
-
-    def restore(self) -> None:
-        """Let vLLM read what the client sent."""
-        self._replay = list(self._seen)
-        self.scope = self._given
+        return {**scope, "headers": headers}
 
     async def receive(self) -> Message:
         """What was read here, then what comes after it."""
         return self._replay.pop(0) if self._replay else await self._receive()
 
 
-def _number(text: bytes | None) -> int:
-    return int(text) if text is not None and text.isdigit() else 0
-
-
-def _configured_keys(scope: Scope) -> KeyClasses:
-    state = getattr(scope.get("app"), "state", None)
-    additional = getattr(getattr(state, "vllm_config", None), "additional_config", None)
-    try:
-        return KeyClasses(load_config(given_settings(additional), os.environ).api_key_classes)
-    except ConfigError as error:
-        # The engines have started with it, so it is this process that sees something else.
-        logger.warning("no class is bound to an API key here: %s", error)
-        return KeyClasses({})
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    status: int
-    error: dict[str, Any]
-    headers: Sequence[Header] = ()
-
-
-def _refusal(door: AdmissionGate) -> _Answer:
+def _refusal(gate: AdmissionGate) -> Refusal:
     jitter = 1.0 + _JITTER_RATIO * (2.0 * secrets.randbelow(1001) / 1000.0 - 1.0)
-    wait = min(float(MAX_RETRY_SECONDS), max(1.0, (door.recovery_seconds or 1.0) * jitter))
+    wait = min(float(MAX_RETRY_SECONDS), max(1.0, (gate.recovery_seconds or 1.0) * jitter))
     seconds = math.ceil(wait)
     message = (
         "this server is at its power budget and takes no flex work now; "
         f"try again in {seconds} s, or send it without the class flex"
     )
-    return _Answer(
+    return (
         429,
         openai_error(message, "rate_limit_error", "resource_unavailable"),
         [
             (b"retry-after", str(seconds).encode()),
             # The OpenAI client reads this one first; whole seconds alone would lose the jitter.
             (b"retry-after-ms", str(round(1000 * wait)).encode()),
-            (STATE_HEADER, door.state.value.encode()),
+            (STATE_HEADER, gate.state.value.encode()),
         ],
     )
 

@@ -27,6 +27,7 @@ from shaper.ipc.control_file import (
     Part,
     RecordOrder,
 )
+from shaper.ipc.enforcement import enforcement_of
 from shaper.ipc.status_block import Status
 from shaper.server import recordings
 from shaper.server.requests import (
@@ -261,12 +262,8 @@ def _address(request: Request) -> str:
 
 def _controls(engines: Sequence[Status]) -> dict[str, EngineControl]:
     """By the engine's name."""
-    found = {}
-    for status in engines:
-        control = EngineControl.from_values(status.values["control"])
-        if control is not None:
-            found[str(status.info["engine"])] = control
-    return found
+    found = {str(status.info["engine"]): enforcement_of(status).control for status in engines}
+    return {name: control for name, control in found.items() if control is not None}
 
 
 def _check_kept(asked: BudgetRequest, engines: Sequence[Status]) -> None:

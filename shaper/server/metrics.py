@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 from shaper.core.budget import Source
 from shaper.gpu.parts import PARTS
 from shaper.ipc.control_file import MODES, EngineControl
-from shaper.ipc.enforcement import UNKEPT_REASONS, unkept
+from shaper.ipc.enforcement import UNKEPT_REASONS, enforcement_of
 from shaper.ipc.flex import RELEASED
 from shaper.ipc.group_status import GROUP_METRICS, MEMBER_STATES, GroupStatus
 from shaper.ipc.metric_table import (
@@ -193,7 +193,7 @@ def _unkept(statuses: Sequence[Status]) -> Metric:
         labels=("engine", "reason"),
     )
     for status in statuses:
-        why = unkept(status)
+        why = enforcement_of(status).unkept
         for reason in UNKEPT_REASONS:
             family.add_metric([_engine(status), reason], float(reason == why))
     return family

@@ -15,8 +15,8 @@ from shaper.config.calendar_spans import iso
 from shaper.config.model import ShaperConfig, loose_settings
 from shaper.core.budget import BudgetTerms
 from shaper.core.types import PowerBudget, PowerLimit
-from shaper.ipc.control_file import ControlRecord, EngineControl, Mode, Origin
-from shaper.ipc.enforcement import unkept
+from shaper.ipc.control_file import ControlRecord, Mode, Origin
+from shaper.ipc.enforcement import enforcement_of
 from shaper.ipc.group_status import GroupStatus, MemberStatus
 from shaper.ipc.metric_table import SAMPLER_METRICS
 from shaper.ipc.recording_state import RecordingState
@@ -220,7 +220,8 @@ def _engine(
 ) -> EngineState:
     info = ("engine", "gpu", "gpu_count", "model", "policy", "idle_watts", "passes_through")
     found: dict[str, Any] = {key: status.info.get(key) for key in info}
-    control = EngineControl.from_values(status.values.get("control", ()))
+    enforcement = enforcement_of(status)
+    control = enforcement.control
     if control is not None:
         left = control.next_change_seconds - now_seconds
         found |= {
@@ -238,7 +239,7 @@ def _engine(
     recording = RecordingState.from_values(status.values.get("recording", ()))
     if recording.sequence:
         found["recording"] = _recording(recording, int(str(status.info["engine"])), asked, config)
-    return EngineState(limit_unkept=unkept(status), metrics=_metrics(status), **found)
+    return EngineState(limit_unkept=enforcement.unkept, metrics=_metrics(status), **found)
 
 
 def _recording(

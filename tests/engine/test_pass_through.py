@@ -17,7 +17,7 @@ from shaper.engine import build, shapeable
 from shaper.engine.protocols import PassThrough
 from shaper.engine.runtime import LiveShaper
 from shaper.ipc.control_file import ControlFile, ControlRecord, Mode
-from shaper.ipc.enforcement import unkept
+from shaper.ipc.enforcement import enforcement_of
 from shaper.ipc.status_block import read_statuses, run_id
 from tests.controlled import ORIGIN, engine, record, run, watts
 from tests.engine.conftest import plain
@@ -113,7 +113,7 @@ def test_under_an_untried_version_vllm_schedules_alone(served, random_traffic, m
     assert "0.23 to 0.33" in caplog.text
     (status,) = [each for each in read_statuses(run_id()) if each.info["passes_through"]]
     assert WHY in str(status.info["passes_through"])
-    assert unkept(status) == "passes_through"
+    assert enforcement_of(status).unkept == "passes_through"
     assert outputs == served(traffic, False)[1]
 
 
@@ -134,7 +134,7 @@ def test_a_vllm_that_has_nothing_of_what_we_know_is_served_on(monkeypatch, caplo
     assert found.schedule(lambda: "vLLM's own") == "vLLM's own"
     assert "0.99.0" in caplog.text
     (status,) = [each for each in read_statuses(run_id()) if each.info["passes_through"]]
-    assert unkept(status) == "passes_through"
+    assert enforcement_of(status).unkept == "passes_through"
     found.close()
     assert status.info["engine"] not in {each.info["engine"] for each in read_statuses(run_id())}
 

@@ -18,7 +18,7 @@ from shaper.ipc.status_block import StatusWriter, control_paths, read_statuses
 from shaper.server.admission import AdmissionGate
 from shaper.server.metrics import StatusCollector
 from tests.controlled import run
-from tests.engine.door import DEFER, OPEN, SHED, Exchange, Fixed
+from tests.server.exchange import DEFER, OPEN, SHED, Exchange, Fixed
 
 __all__ = ["run"]
 
@@ -26,14 +26,14 @@ FLEX: dict[str, Any] = {"service_tier": "flex"}
 NONE = dict.fromkeys(KINDS, 0)
 
 
-def exchange(counts: RefusalCounts, body: dict[str, Any], door: AdmissionGate) -> int:
-    """The status of one request at a door that stands so."""
+def exchange(counts: RefusalCounts, body: dict[str, Any], gate: AdmissionGate) -> int:
+    """The status of one request at this gate."""
     request = Exchange(body)
-    request.app._keeper, request.app._counts = Fixed(door), counts
+    request.app._gates, request.app._counts = Fixed(gate), counts
     return request.go().status
 
 
-def test_each_refusal_at_the_door_is_counted_once(run: str) -> None:
+def test_each_refusal_is_counted_once(run: str) -> None:
     """429 by what the limit is for, 400 for a class that there is not; what passes is not."""
     counts, shed = RefusalCounts(run), AdmissionGate(SHED, 5.0)
     assert read(run) == NONE

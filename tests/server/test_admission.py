@@ -1,4 +1,4 @@
-"""Admission at the door of the API server: classes, marks, refusals, and what passes untouched."""
+"""Admission at the API server: classes, marks, refusals, and what passes untouched."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from shaper.core.supervise.status import AdmissionState
 from shaper.server import admission
 from shaper.server.admission import MAX_BODY_BYTES, AdmissionMiddleware
 from shaper.server.request_class import UnknownClassError, classify
-from tests.engine.door import DEFER, MARK, OPEN, ROUTE, SHAPED, SHED, Exchange, Fixed
+from tests.server.exchange import DEFER, MARK, OPEN, ROUTE, SHAPED, SHED, Exchange, Fixed
 
 FLEX_BODIES = [
     {"service_tier": "flex"},
@@ -296,7 +296,7 @@ def test_the_lifespan_passes() -> None:
     async def inside(scope: Any, receive: Any, send: Any) -> None:
         seen.append(scope)
 
-    app = AdmissionMiddleware(inside, keeper=Fixed(None))
+    app = AdmissionMiddleware(inside, gates=Fixed(None))
     asyncio.run(app({"type": "lifespan"}, Exchange().receive, Exchange().send))
     assert seen == [{"type": "lifespan"}]
 
@@ -309,7 +309,7 @@ def test_without_a_budget_nothing_is_read() -> None:
     assert not done.marked
 
 
-@pytest.mark.parametrize("what", ["classify", "_refusal", "_configured_keys"])
+@pytest.mark.parametrize("what", ["classify", "_refusal", "server_config"])
 def test_a_mistake_in_here_costs_no_request(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """It passes as it came, whole, once."""
 
@@ -318,7 +318,7 @@ def test_a_mistake_in_here_costs_no_request(monkeypatch: pytest.MonkeyPatch, wha
 
     monkeypatch.setattr(admission, what, broken)
     done = Exchange({"service_tier": "flex"}, state=SHED, chunk=5)
-    if what == "_configured_keys":
+    if what == "server_config":
         done.app._keys = None
     done.go()
     assert done.status == 200

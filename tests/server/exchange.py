@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from shaper.core.supervise.status import AdmissionState
-from shaper.server.admission import AdmissionGate, AdmissionGates, AdmissionMiddleware
+from shaper.server.admission import AdmissionGate, AdmissionMiddleware, GateReader
 from shaper.server.request_class import KeyClasses
 
 OPEN, SHAPED = AdmissionState.OPEN, AdmissionState.SHAPED
@@ -16,15 +16,15 @@ MARK = {"shaper_class": "flex"}
 ROUTE = "/v1/chat/completions"
 
 
-class Fixed(AdmissionGates):
-    """A door that stands as the test says."""
+class Fixed(GateReader):
+    """A gate that the test sets."""
 
-    def __init__(self, door: AdmissionGate | None) -> None:
+    def __init__(self, gate: AdmissionGate | None) -> None:
         super().__init__(list)
-        self.door = door
+        self.fixed = gate
 
-    def look(self) -> AdmissionGate | None:
-        return self.door
+    def gate(self) -> AdmissionGate | None:
+        return self.fixed
 
 
 class Inside:
@@ -81,8 +81,8 @@ class Exchange:
         self.scope = {"type": type_, "path": path, "method": method, "headers": list(given.items())}
         self.received = 0
         self.out: list[Any] = []
-        door = None if state is None else AdmissionGate(state, recovery)
-        self.app = AdmissionMiddleware(self.inside, keeper=Fixed(door), keys=KeyClasses(keys or {}))
+        gate = None if state is None else AdmissionGate(state, recovery)
+        self.app = AdmissionMiddleware(self.inside, gates=Fixed(gate), keys=KeyClasses(keys or {}))
 
     def go(self) -> Exchange:
         asyncio.run(self.app(self.scope, self.receive, self.send))

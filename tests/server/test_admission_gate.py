@@ -13,8 +13,8 @@ from shaper.ipc.control_file import EngineControl, Mode
 from shaper.ipc.group_status import GroupStatus
 from shaper.ipc.metric_table import HEARTBEAT_INDEX, standing_values
 from shaper.ipc.status_block import Status
-from shaper.server.admission import AdmissionGate, AdmissionGates, most_open
-from tests.engine.door import DEFER, OPEN, SHED
+from shaper.server.admission import AdmissionGate, GateReader, most_open
+from tests.server.exchange import DEFER, OPEN, SHED
 
 LIMITED = PowerBudget((PowerLimit(500.0, 1.0),))
 
@@ -49,7 +49,7 @@ NOTHING = PowerBudget()
 
 
 @pytest.mark.parametrize(
-    ("statuses", "door"),
+    ("statuses", "gate"),
     [
         ([], None),
         ([status(SHED, 30.0)], AdmissionGate(SHED, 30.0)),
@@ -81,13 +81,13 @@ NOTHING = PowerBudget()
         ),
     ],
 )
-def test_the_most_open_engine_counts(statuses: list[Status], door: AdmissionGate | None) -> None:
+def test_the_most_open_engine_counts(statuses: list[Status], gate: AdmissionGate | None) -> None:
     """From the blocks, two seconds of silence allowed."""
-    assert most_open(statuses, 100.0) == door
+    assert most_open(statuses, 100.0) == gate
 
 
 def test_the_blocks_are_read_now_and_then() -> None:
-    """Not at every request; one that can't be read is an open door, and it is tried again."""
+    """Not at every request; one that can't be read opens the gate, and it is tried again."""
     now, calls, found = 100.0, 0, [status(SHED, 30.0)]
 
     def read() -> list[Status]:
@@ -97,11 +97,11 @@ def test_the_blocks_are_read_now_and_then() -> None:
             raise OSError("no space")
         return found
 
-    keeper = AdmissionGates(read, lambda: now)
+    gates = GateReader(read, lambda: now)
     for _ in range(50):
-        assert keeper.look() == AdmissionGate(SHED, 30.0)
+        assert gates.gate() == AdmissionGate(SHED, 30.0)
     assert calls == 1
     now = 100.06
-    assert keeper.look() is None
+    assert gates.gate() is None
     now = 100.12
-    assert keeper.look() == AdmissionGate(SHED, 30.0)
+    assert gates.gate() == AdmissionGate(SHED, 30.0)

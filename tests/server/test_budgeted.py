@@ -17,7 +17,7 @@ from shaper.core.types import PowerBudget, PowerLimit
 from shaper.engine import build
 from shaper.engine.meter_windows import Usage, usage
 from shaper.ipc.control_file import ControlFile
-from shaper.ipc.enforcement import constraints_of, unkept
+from shaper.ipc.enforcement import Enforcement, enforcement_of
 from shaper.ipc.status_block import Status, control_paths, read_statuses, run_id
 from shaper.server.admission import most_open
 from tests.controlled import record
@@ -95,7 +95,7 @@ def until(what: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def door() -> AdmissionState | None:
+def gate() -> AdmissionState | None:
     found = most_open(read_statuses(run_id()), time.monotonic())
     return None if found is None else found.state
 
@@ -105,15 +105,15 @@ def reason(shaper: Any) -> str | None:
 
 
 def test_a_group_alone_is_a_budget_for_all_who_ask(started: Callable[..., Any]) -> None:
-    """As README's own command gives it: admission acts in the engine and at the door, and
+    """As README's own command gives it: admission acts in the engine and at the API server, and
     pressure and headroom are shown."""
     shaper = started(power_group=f"budgeted-{uuid.uuid4().hex[:8]}", group_limits="4000W@100ms")
     assert shaper.constraints.budgeted
     assert shaper.budget.empty
-    until(lambda: reason(shaper) == AdmissionReason.ROOM and door() is AdmissionState.OPEN)
+    until(lambda: reason(shaper) == AdmissionReason.ROOM and gate() is AdmissionState.OPEN)
     (status,) = read_statuses(run_id())
-    assert constraints_of(status).shared_limits == (PowerLimit(4000.0, 0.1),)
-    assert unkept(status) is None
+    assert enforcement_of(status).constraints.shared_limits == (PowerLimit(4000.0, 0.1),)
+    assert enforcement_of(status).unkept is None
     sampler = dict(enumerate(status.values["sampler"]))
     assert 3500.0 < sampler[7] < 4000.0  # headroom
     assert 0.0 <= sampler[8] < 0.1  # use
@@ -122,25 +122,26 @@ def test_a_group_alone_is_a_budget_for_all_who_ask(started: Callable[..., Any]) 
 def test_a_budget_that_comes_later_is_one_for_all_who_ask(started: Callable[..., Any]) -> None:
     """By PUT, to an engine that was started without any; and no more once it is taken back."""
     shaper = started()
-    until(lambda: reason(shaper) == AdmissionReason.NO_BUDGET and door() is None)
+    until(lambda: reason(shaper) == AdmissionReason.NO_BUDGET and gate() is None)
     file = ControlFile(run_id())
     file.write(record(run_id(), 1))
-    until(lambda: reason(shaper) == AdmissionReason.ROOM and door() is AdmissionState.OPEN)
+    until(lambda: reason(shaper) == AdmissionReason.ROOM and gate() is AdmissionState.OPEN)
     file.write(record(run_id(), 2).model_copy(update={"budget": None}))
-    until(lambda: reason(shaper) == AdmissionReason.NO_BUDGET and door() is None)
+    until(lambda: reason(shaper) == AdmissionReason.NO_BUDGET and gate() is None)
 
 
-def blocked(values: dict[str, tuple[float, ...]] | None = None, **info: Any) -> Status:
-    return Status(info={"engine": 0, **info}, values=values or {})
+def blocked(**info: Any) -> Enforcement:
+    status = Status(info={"engine": 0, "passes_through": "why", **info}, values={})
+    return enforcement_of(status)
 
 
 def test_what_nobody_keeps_is_told(started: Callable[..., Any]) -> None:
     """By its mode, its policy, and where not even a block is written but the reason."""
     shaper = started(limits="500W@1s", shadow=True)
-    until(lambda: unkept(read_statuses(run_id())[0]) == "shadow")
+    until(lambda: enforcement_of(read_statuses(run_id())[0]).unkept == "shadow")
     shaper.close()
     shaper = started(limits="500W@1s", policy="fixed")
-    until(lambda: unkept(read_statuses(run_id())[0]) == "policy")
+    until(lambda: enforcement_of(read_statuses(run_id())[0]).unkept == "policy")
     shaper.close()
-    assert unkept(blocked(limits_power=True, passes_through="why")) == "passes_through"
-    assert unkept(blocked(limits_power=False, passes_through="why")) is None
+    assert blocked(limits_power=True).unkept == "passes_through"
+    assert blocked(limits_power=False).unkept is None
