@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export VENV PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-rack test test-studies test-versions check format lock clean
+.PHONY: help setup demo test test-studies test-versions check format lock clean
 .NOTPARALLEL:
 
 help: ## this list
@@ -15,11 +15,8 @@ help: ## this list
 setup: ## make .venv, or bring it up to date
 	@scripts/setup
 
-demo: setup ## the main job with no GPU: a shaped and an unshaped run, a table, an HTML report
+demo: setup ## a shaped and an unshaped run with no GPU, a table, an HTML report; ARGS='--servers 2'
 	@"$(PY)" -m bench.demo $(ARGS)
-
-demo-rack: setup ## two servers in one power group and the same unshaped, with no GPU
-	@"$(PY)" -m bench.demo_rack $(ARGS)
 
 test: setup ## every test; ARGS='-k sampler' picks some, ARGS=-n0 runs one at a time
 	@"$(PY)" -m pytest --numprocesses 2 --dist loadscope --durations=20 $(ARGS)

@@ -33,14 +33,14 @@ class MachineProbe:
     server_cpu_seconds: float
 
 
-def probe(process_group: int | None) -> MachineProbe | None:
-    """CPU seconds until now of the machine and of one process group; None without `/proc`."""
+def probe(*process_groups: int) -> MachineProbe | None:
+    """CPU seconds until now of the machine and of process groups; None without `/proc`."""
     try:
         busy = _busy_cpu_seconds()
     except (OSError, ValueError, IndexError):
         return None
-    server = 0.0 if process_group is None else group_cpu_seconds(process_group)
-    return MachineProbe(time.monotonic(), busy, server)
+    servers = sum(map(group_cpu_seconds, process_groups))
+    return MachineProbe(time.monotonic(), busy, servers)
 
 
 def use_between(

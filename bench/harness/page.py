@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.harness import latency
-from bench.harness.live import Comparison, RunResult
+from bench.harness.live import Comparison, LiveRun
 from bench.harness.tables import comparison_checks, comparison_table
 from shaper.emulator.selfcheck import SelfCheck
 from shaper.gpu.profiles import load_profile
@@ -17,6 +17,7 @@ from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
 from shaper.report.picture import power_picture
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
+from shaper.report.stacked import StackedPower, stacked_power
 from shaper.report.table import to_html
 from shaper.traffic.figures import GRID_SECONDS, window_means
 
@@ -30,9 +31,8 @@ def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str
         comparison: what was run.
         about: settings, versions and the like, as name and value.
     """
-    limit = comparison.limit
-    settings = comparison.settings
-    window = f"{limit.window_seconds * 1e3:g} ms"
+    limit, settings, last = comparison.limit, comparison.settings, comparison.runs[-1]
+    alone = settings.servers == 1
     sections = [
         Section(
             "What it shows",
@@ -41,23 +41,56 @@ def comparison_page(comparison: Comparison, about: list[tuple[str, str]]) -> str
                 Block(to_html(comparison_table(comparison))),
                 paragraph(
                     "Latencies are as the client saw them over HTTP. Watts and joules are the "
-                    "emulated GPU's true power. The ratio is shaped to unshaped; where it is worse "
-                    "by over 1%, it is marked.",
+                    "emulated GPUs' true power, added up where there are several. The ratio is "
+                    f"{last.name} to unshaped; where it is worse by over 1%, it is marked.",
                     "note",
                 ),
             ),
         ),
-        Section("Power", _power_plots(comparison)),
+        Section("Power", _power_plots(comparison) if alone else _stacked_plots(comparison)),
         Section("Latency", _latency_plots(comparison)),
-        Section("What the shaper decided", _decision_parts(comparison.shaped)),
+        *([Section("What the shaper decided", _decision_parts(last))] if alone else []),
         Section("How it was run", (definitions([*about, *_machine_lines(comparison)]),)),
     ]
+    served = (
+        f"replayed at {settings.model} on an emulated {settings.gpu}: once unshaped, once with"
+        if alone
+        else f"dealt in turn to {settings.servers} servers of {settings.model}, each on an "
+        f"emulated {settings.gpu}: unshaped, and as one power group with"
+    )
     lead = (
-        f"{settings.workload.name}, replayed at {settings.model} on an emulated {settings.gpu}: "
-        f"once unshaped, once with {limit.watts:.1f} W over {window}, "
-        f"{settings.limit_ratio:.0%} of the unshaped run's highest 100 ms mean power."
+        f"{settings.workload.name}, {served} {limit.watts:.1f} W over "
+        f"{limit.window_seconds * 1e3:g} ms, {settings.limit_ratio:.0%} of the unshaped run's "
+        "highest 100 ms mean power."
     )
     return render("Shaper: unshaped and shaped under the same traffic", lead, sections)
+
+
+def _stacked_plots(comparison: Comparison) -> tuple[Plot, ...]:
+    limit = comparison.limit
+    window = f"{limit.window_seconds * 1e3:g} ms"
+    names = [run.name for run in comparison.runs]
+    totals = [window_means(run.total, limit.window_seconds) for run in comparison.runs]
+    stacks = []
+    for run in comparison.runs:
+        watts = np.array([window_means(grid, limit.window_seconds) for grid in run.grids])
+        first = round(limit.window_seconds / GRID_SECONDS)
+        times = (np.arange(watts.shape[1]) + first) * GRID_SECONDS
+        servers = tuple(f"server {index}" for index in range(len(watts)))
+        stacks.append(StackedPower(run.name, servers, times, watts))
+    return (
+        Plot(
+            f"Mean power over {window}, one server on top of the other",
+            stacked_power(stacks, [LimitLine(f"limit {limit.watts:.1f} W", limit.watts)]),
+            "The upper edge is the sum, which the group's limit bounds. Of each short "
+            "span the window with the highest sum is drawn.",
+            300 * len(names),
+        ),
+        Plot(
+            f"How often which power: {window} windows of the sum",
+            distribution(names, totals, "power of all GPUs (W)", logarithmic=False),
+        ),
+    )
 
 
 def comparison_picture(comparison: Comparison) -> str:
@@ -68,15 +101,15 @@ def comparison_picture(comparison: Comparison) -> str:
     return power_picture(series, LimitLine(f"limit {limit.watts:.0f} W, {window}", limit.watts))
 
 
-def _power_series(run: RunResult, gpu: str, window_seconds: float) -> PowerSeries:
-    means = window_means(run.grid, window_seconds)
+def _power_series(run: LiveRun, gpu: str, window_seconds: float) -> PowerSeries:
+    means = window_means(run.total, window_seconds)
     first = round(window_seconds / GRID_SECONDS)
     times = np.asarray((np.arange(len(means)) + first) * GRID_SECONDS, dtype=np.float64)
     meter_times, meter_watts = meter_series(run, gpu)
-    return PowerSeries(run.name, times, means, run.grid.watts, meter_times, meter_watts)
+    return PowerSeries(run.name, times, means, run.total.watts, meter_times, meter_watts)
 
 
-def meter_series(run: RunResult, gpu: str) -> tuple[FloatArray, FloatArray]:
+def meter_series(run: LiveRun, gpu: str) -> tuple[FloatArray, FloatArray]:
     """What the GPU's power meter said, by seconds since the run's start.
 
     From the decision log where there is one; else the true power as that
@@ -88,9 +121,9 @@ def meter_series(run: RunResult, gpu: str) -> tuple[FloatArray, FloatArray]:
         watts = log.meter_watts[keep]
         # The meter holds a value until it refreshes: one point per new value.
         new = np.concatenate(([True], np.diff(watts) != 0.0))
-        return log.times[keep][new] - run.grid.start_seconds, watts[new]
+        return log.times[keep][new] - run.total.start_seconds, watts[new]
     meter = load_profile(gpu).meter
-    means = window_means(run.grid, meter.instant_window_seconds)
+    means = window_means(run.total, meter.instant_window_seconds)
     width = round(meter.instant_window_seconds / GRID_SECONDS)
     every = max(1, round(meter.instant_refresh_seconds / GRID_SECONDS))
     places = np.arange(0, len(means), every)
@@ -188,11 +221,11 @@ def _latency_plots(comparison: Comparison) -> tuple[Plot, ...]:
     )
 
 
-def _decision_parts(run: RunResult) -> tuple[Plot | Block, ...]:
+def _decision_parts(run: LiveRun) -> tuple[Plot | Block, ...]:
     log = run.decisions
     if log is None or not len(log.times):
         return (paragraph("The server wrote no decision log.", "note"),)
-    times = log.times - run.grid.start_seconds
+    times = log.times - run.total.start_seconds
     return (
         Plot(
             "Decisions by reason",

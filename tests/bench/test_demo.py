@@ -16,6 +16,7 @@ import pytest
 from bench import demo
 from bench.harness import live
 from bench.harness.machine import group_members
+from shaper.core.types import PowerLimit
 from tests.bench import fake_server
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def test_the_comparison_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     assert unshaped["decisions"] is None
     assert set(shaped["decisions"]) == {"chunk_power"}
 
-    assert "[1/7] starting the unshaped server" in printed
+    assert "[1/7] starting server, unshaped" in printed
     assert "peak 100 ms power" in printed
     assert str(tmp_path / "report.html") in printed
     page = (tmp_path / "report.html").read_text()
@@ -78,12 +79,73 @@ def test_the_comparison_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
         assert word in page
 
 
+@pytest.mark.usefixtures("fake_shaper")
+def test_a_group_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All three runs are made, summed, judged by one limit, printed and written."""
+    assert run_demo(tmp_path, "--servers", "2", "--rate", "12", "--divided") == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    unshaped, divided, shared = figures["runs"]
+    # Both burst at the same time: twice 40 ms of 700 W in 100 ms of 400 W; limited, of 500 W.
+    assert unshaped["power"]["peak_watts"] == pytest.approx(1040.0, rel=0.01)
+    assert shared["power"]["peak_watts"] == pytest.approx(880.0, rel=0.01)
+    limit = figures["limit"]["watts"]
+    assert limit == pytest.approx(0.7 * unshaped["power"]["peak_watts"], abs=0.1)
+    target = ["--itl-target", "100ms"]
+    assert divided["flags"] == ["--power-limit", f"{limit / 2:.1f}W@100ms", *target]
+    assert shared["flags"][0] == "--power-group"
+    assert shared["flags"][2:] == ["--group-limit", f"{limit:.1f}W@100ms", *target]
+    for run in figures["runs"]:
+        assert run["latency"]["requests_failed"] == 0
+        assert run["latency"]["requests_finished"] == unshaped["latency"]["requests_finished"] > 5
+    # The fakes keep no limit, and the command says so.
+    assert figures["checks"][0]["holds"] is False
+    assert "DOES NOT HOLD: shared: no window of all GPUs together is above" in printed
+    assert "[1/10] starting 2 servers, unshaped" in printed
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"https?://(?!www\.w3\.org/)", page)
+    assert "server 1" in page
+
+
+def test_the_target_can_be_left_out(tmp_path: Path) -> None:
+    """Decodes then wait only as the limit asks."""
+    limit = PowerLimit(900.0, 0.1)
+    for word, flags in (("none", []), ("50ms", ["--itl-target", "50ms"])):
+        line = ["--itl-target", word, "--servers", "3", "--out", str(tmp_path)]
+        settings = demo.settings_of(line)
+        assert live.shaping(settings, live.DIVIDED, limit) == (
+            *("--power-limit", "300.0W@100ms"),
+            *flags,
+        )
+
+
+@pytest.mark.usefixtures("fake_shaper")
+def test_one_server_that_does_not_start_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Code 2, its log's end, and no server is left."""
+    started: list[int] = []
+
+    def serve(arguments: Sequence[str]) -> tuple[str, ...]:
+        started.append(1)
+        crash = ["crash"] * (len(started) == 2)
+        return (sys.executable, str(fake_server.__file__), *crash, *arguments)
+
+    monkeypatch.setattr(live, "shaper_serve", serve)
+    assert run_demo(tmp_path, "--servers", "2") == 2
+    assert "no luck today" in capsys.readouterr().err
+    log = (tmp_path / "unshaped-0.server.log").read_text()
+    pid = int(log.split()[2]) if log else None
+    assert pid is None or not Path(f"/proc/{pid}").exists()
+
+
 INTERRUPTED_DEMO = """
 import sys
 from bench import demo
-from bench.harness import live as compare
+from bench.harness import live
+from shaper.core.types import PowerLimit
 from tests.bench import fake_server
-compare.shaper_serve = lambda arguments: (sys.executable, fake_server.__file__, *arguments)
+live.shaper_serve = lambda arguments: (sys.executable, fake_server.__file__, *arguments)
 sys.exit(demo.main(["--duration", "60s", "--no-self-check", "--out", sys.argv[1]]))
 """
 
@@ -160,6 +222,10 @@ def test_a_server_that_does_not_start_is_one_error(
         (["--trace", "no-such-file.csv"], "no-such-file.csv"),
         (["--nonsense"], "--nonsense"),
         (["--out", "/dev/null/x"], "--out"),
+        (["--servers", "9"], "--servers 9 is not 1 to 8"),
+        (["--servers", "two"], "--servers"),
+        (["--divided"], "--servers 2 or more"),
+        (["--duration", "1s", "--rate", "1", "--servers", "8"], "too few for 8 servers"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.live_rack import sum_power
+from bench.harness.live import sum_power
 from shaper.core.types import PowerLimit
 from shaper.emulator.trace import PowerTrace, read_power_trace
 from shaper.group.shared_file import group_directory
