@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import getpass
-import http.client
 import json
-import os
-import socket
 import sys
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from shaper.cli.arguments import Parser
+from shaper.cli.control_client import DEFAULT_URL, ask, signed
 from shaper.config.budget import parse_power_limit
 from shaper.config.schedule import ScheduleEntry
-from shaper.config.sources import ADMIN_KEY_VARIABLE, admin_key
+from shaper.config.sources import ADMIN_KEY_VARIABLE
 from shaper.core.budget import describe, resolve
 from shaper.core.types import PowerBudget, PowerLimit
-from shaper.errors import ConfigError, ControlError
+from shaper.errors import ConfigError
 from shaper.ipc.control_file import MODES
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-# The server waits 5 s for its engines; the rest is for a busy host.
-_ANSWER_SECONDS = 20.0
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The key is for the server that was named, not for where that one points."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 def budget_main(argv: Sequence[str]) -> int:
@@ -139,75 +122,6 @@ def _set_request(options: argparse.Namespace) -> dict[str, Any]:
     if options.fallback:
         request["fallback"] = {"limits": _limits(options.fallback)}
     return request
-
-
-def signed(options: argparse.Namespace) -> dict[str, Any]:
-    """Who asks, and why (`options.why`)."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):
-        user = f"uid {os.getuid()}"
-    return {"who": f"{user}@{socket.gethostname()}"[:100], "why": options.why}
-
-
-def ask(
-    options: argparse.Namespace, method: str, route: str, body: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """One request to the server's control routes; its answer.
-
-    Raises:
-        ConfigError: there is no key, or `options.url` is none.
-        ControlError: the server is not there, or refuses.
-    """
-    key = admin_key(os.environ)
-    if key is None:
-        raise ConfigError(f"set {ADMIN_KEY_VARIABLE} to the key that the server was started with")
-    base = options.url.rstrip("/").removesuffix("/v1")
-    if urllib.parse.urlsplit(base).scheme not in ("http", "https"):
-        raise ConfigError(f"--url {options.url!r} is no URL of a server; write {DEFAULT_URL}")
-    request = urllib.request.Request(
-        f"{base}/v1/shaper/{route}",
-        data=None if body is None else json.dumps(body).encode(),
-        headers={"Authorization": f"Bearer {key}", "Content-Type": "application/json"},
-        method=method,
-    )
-    # No proxy of the environment either: the key would pass through it.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect)
-    try:
-        with opener.open(request, timeout=_ANSWER_SECONDS) as answer:
-            found = json.load(answer)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise ControlError(_refusal(error, base)) from error
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        raise ControlError(
-            f"no server answers at {base} ({reason}): is it up? Give its address with --url"
-        ) from error
-    except ValueError as error:
-        raise ControlError(f"{base} answers, but not as this server would: {error}") from error
-    if not isinstance(found, dict) or "engines" not in found:
-        raise ControlError(f"{base} answers, but not as this server would")
-    return found
-
-
-def _refusal(error: urllib.error.HTTPError, base: str) -> str:
-    try:
-        answer = json.loads(error.read(65_536))
-    except ValueError:
-        answer = None
-    detail = answer.get("error") if isinstance(answer, dict) else None
-    code = detail.get("code") if isinstance(detail, dict) else None
-    if error.code == 401 and code == "invalid_admin_key":
-        return f"{base} refuses the key: {ADMIN_KEY_VARIABLE} is not what it was started with"
-    if isinstance(detail, dict) and isinstance(code, str) and error.code != 404:
-        return f"{base} says: {detail.get('message')}"
-    if error.code in (401, 404):
-        return (
-            f"{base} has no control routes: start the server with {ADMIN_KEY_VARIABLE} set and "
-            "with the shaper in it"
-        )
-    return f"{base} answers with {error.code}: {error.reason}"
 
 
 def _show(options: argparse.Namespace, state: dict[str, Any]) -> None:

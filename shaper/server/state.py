@@ -104,7 +104,7 @@ class EngineState(BaseModel):
     followed_sequence: int | None = None
     next_change_in_seconds: float | None = None
     group: GroupState | None = None
-    metrics: dict[str, float | dict[str, float]]
+    metrics: dict[str, int | float | dict[str, int | float]]
     recording: LastRecording | None = None
 
 

@@ -126,6 +126,8 @@ def test_wrong_methods_and_paths(served):
     for method in ("GET", "POST", "HEAD", "OPTIONS"):
         assert served.ask(method, "/v1/shaper/budget")[0] == 405
         assert served.headers[b"allow"] == b"PUT, DELETE"
+    for path in ("", "/", "/state/", "//state", "/state\n", "/docs"):
+        assert served.ask("GET", f"/v1/shaper{path}")[0] == 404, path
     status, answer = served.ask("GET", "/v1/shaper/budgets")
     assert status == 404
     assert "/v1/shaper/state" in answer["error"]["message"]
@@ -153,7 +155,9 @@ def test_the_openapi_document_has_every_route_and_wants_the_key(served):
         *("PUT /v1/shaper/budget", "DELETE /v1/shaper/budget", "PUT /v1/shaper/mode"),
         *("PUT /v1/shaper/record", "DELETE /v1/shaper/record", "GET /v1/shaper/state"),
     }
-    assert {"BudgetRequest", "State", "ErrorAnswer"} <= set(document["components"]["schemas"])
+    schemas = document["components"]["schemas"]
+    assert {"BudgetRequest", "State", "ErrorAnswer"} <= set(schemas)
+    assert {"type": "string"} in schemas["BudgetRequest"]["properties"]["for"]["anyOf"]
 
 
 def test_everything_else_is_passed_on(served, run):
