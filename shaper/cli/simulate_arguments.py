@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import get_args
 
-from shaper.cli.arguments import Parser
-from shaper.config.budget import LimitConfig, parse_power_limit
+from shaper.cli.arguments import Parser, add_settings
 from shaper.config.group import group_terms
 from shaper.config.model import ShaperConfig
 from shaper.config.suggest import suggest
@@ -186,35 +185,13 @@ def _add_power(group: argparse._ArgumentGroup) -> None:
         default="predictive",
         help=f"{', '.join(POLICY_NAMES)}; fixed leaves vLLM alone; those after it need a clone",
     )
-    group.add_argument(
-        "--objective", type=_one_of("objective", choices("objective")), default="latency"
+    settings = (
+        *("objective", "limits", "group_limits", "host_overhead_watts", "psu_efficiency_ratio"),
+        *("ttft_target_seconds", "itl_target_seconds"),
     )
-    group.add_argument(
-        "--power-limit",
-        action="append",
-        default=[],
-        metavar="WATTS@WINDOW",
-        help="of each engine, summed over its GPUs, like 500W@100ms; may be given several times",
-    )
-    group.add_argument(
-        "--group-limit",
-        action="append",
-        default=[],
-        metavar="WATTS@WINDOW",
-        help="of all engines together, like 4000W@100ms; may be given several times",
-    )
-    group.add_argument(
-        "--host-overhead",
-        type=_quantity(parse_watts),
-        metavar="WATTS",
-        help="group limits are of the server at the wall, and this is what it draws behind its "
-        "power supplies besides its GPUs, like 1800W; with --psu-efficiency",
-    )
-    group.add_argument(
-        "--psu-efficiency", type=_number, metavar="RATIO", help="of its power supplies, like 0.94"
-    )
-    group.add_argument("--ttft-target", type=_quantity(parse_seconds), metavar="TIME")
-    group.add_argument("--itl-target", type=_quantity(parse_seconds), metavar="TIME")
+    add_settings(group, *settings)
+    group.set_defaults(limits=[], group_limits=[], objective="latency")
+    group.set_defaults(**dict.fromkeys(settings[3:]))
     group.add_argument(
         "--static-prefill-tokens", type=_count, help="of each step, for --policy static"
     )
@@ -247,19 +224,14 @@ def _add_search(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _limits(texts: Sequence[str]) -> list[LimitConfig]:
-    parts = [part for text in texts for part in text.split(",") if part.strip()]
-    return [parse_power_limit(part) for part in parts]
-
-
 def _group_limits(arguments: argparse.Namespace) -> tuple[PowerLimit, ...]:
     """Of the GPUs, from what is given of them or of the server."""
-    given = _limits(arguments.group_limit)
-    wall = (arguments.host_overhead, arguments.psu_efficiency)
-    if not given and wall == (None, None):
+    limits = tuple(arguments.group_limits)
+    wall = (arguments.host_overhead_watts, arguments.psu_efficiency_ratio)
+    if not limits and wall == (None, None):
         return ()
     try:
-        terms = group_terms("rack" if given else None, given, *wall)
+        terms = group_terms("rack" if limits else None, limits, *wall)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return () if terms is None else terms.limits
@@ -274,7 +246,7 @@ def setup_of(arguments: argparse.Namespace) -> RackSetup:
     Raises:
         ConfigError: a limit is none, or limits contradict each other.
     """
-    limits = tuple(limit.as_limit() for limit in _limits(arguments.power_limit))
+    limits = tuple(arguments.limits)
     group_limits = _group_limits(arguments)
     if arguments.policy == "reactive" and not limits:
         limits = tuple(
@@ -299,8 +271,8 @@ def setup_of(arguments: argparse.Namespace) -> RackSetup:
         limits=limits,
         group_limits=group_limits,
         shared=arguments.policy == "predictive",
-        itl_target_seconds=arguments.itl_target,
-        ttft_target_seconds=arguments.ttft_target,
+        itl_target_seconds=arguments.itl_target_seconds,
+        ttft_target_seconds=arguments.ttft_target_seconds,
         objective=arguments.objective,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
         max_num_seqs=arguments.max_num_seqs,

@@ -7,12 +7,23 @@ same way and are checked alike. `shaper/core/budget.py` says how they combine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from itertools import combinations
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from shaper.core.budget import (
     BURST_SECONDS,
@@ -45,77 +56,65 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class LimitConfig(Frozen):
-    """`watts`, averaged over any `window_seconds`."""
-
-    watts: Watts
-    window_seconds: Seconds
-
-    @model_validator(mode="after")
-    def _in_range(self) -> Self:
-        if self.watts <= 0:
-            raise ValueError(f"watts={self.watts:g} must be above 0")
-        if self.watts > MAX_WATTS:
-            raise ValueError(
-                f"watts={self.watts:g} is over {MAX_WATTS:g}: if these are milliwatts, "
-                f"write {self.watts / 1000:g}"
-            )
-        if self.window_seconds > MAX_WINDOW_SECONDS:
-            raise ValueError(
-                f"window_seconds={self.window_seconds:g} is over {MAX_WINDOW_SECONDS:g}: "
-                f"if these are milliseconds, write {self.window_seconds / 1000:g}"
-            )
-        if self.window_seconds < MIN_WINDOW_SECONDS:
-            raise ValueError(
-                f"window_seconds={self.window_seconds:g} is below {MIN_WINDOW_SECONDS:g}: "
-                "a step of the engine is the smallest thing that can be shaped; "
-                "give a window of 10 ms or more"
-            )
-        return self
-
-    def as_limit(self) -> PowerLimit:
-        """The same as the core's value."""
-        return PowerLimit(self.watts, self.window_seconds)
-
-
-def parse_power_limit(text: str) -> LimitConfig:
-    """A limit from `560W@1s`.
-
-    Raises:
-        ConfigError: the text is no limit; the message says how to write one.
-    """
-    watts, at, window = text.partition("@")
-    if not at:
-        raise ConfigError(
-            f"power limit {text!r} has no window: a limit holds over a window, write 560W@1s"
+def _in_range(limit: PowerLimit) -> PowerLimit:
+    watts, window_seconds = limit.watts, limit.window_seconds
+    if watts <= 0:
+        raise ValueError(f"watts={watts:g} must be above 0")
+    if watts > MAX_WATTS:
+        raise ValueError(
+            f"watts={watts:g} is over {MAX_WATTS:g}: if these are milliwatts, "
+            f"write {watts / 1000:g}"
         )
-    try:
-        return LimitConfig.model_validate({"watts": watts, "window_seconds": window})
-    except ValidationError as error:
-        raise ConfigError(f"power limit {text!r}: {first_line(error)}") from error
-    except ValueError as error:
-        raise ConfigError(f"power limit {text!r}: {error}") from error
+    if window_seconds > MAX_WINDOW_SECONDS:
+        raise ValueError(
+            f"window_seconds={window_seconds:g} is over {MAX_WINDOW_SECONDS:g}: "
+            f"if these are milliseconds, write {window_seconds / 1000:g}"
+        )
+    if window_seconds < MIN_WINDOW_SECONDS:
+        raise ValueError(
+            f"window_seconds={window_seconds:g} is below {MIN_WINDOW_SECONDS:g}: "
+            "a step of the engine is the smallest thing that can be shaped; "
+            "give a window of 10 ms or more"
+        )
+    return limit
 
 
-def first_line(error: ValidationError) -> str:
-    """What the first of its mistakes is."""
-    detail = error.errors()[0]
-    return str(detail["msg"]).removeprefix("Value error, ")
-
-
-def _limits(value: object) -> object:
+def _limit(value: object, validate: ValidatorFunctionWrapHandler) -> PowerLimit:
+    """A limit from `560W@1s`, from an object of numbers or quantities, or as it is."""
     if isinstance(value, str):
-        value = [part for part in value.split(",") if part.strip()]
-    if isinstance(value, Iterable) and not isinstance(value, Mapping):
+        watts, at, window = value.partition("@")
+        if not at:
+            raise ValueError(
+                f"power limit {value!r} has no window: a limit holds over a window, write 560W@1s"
+            )
         try:
-            return tuple(parse_power_limit(v) if isinstance(v, str) else v for v in value)
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-    return value
+            return _limit({"watts": watts, "window_seconds": window}, validate)
+        except ValueError as error:
+            raise ValueError(f"power limit {value!r}: {first_line(error)}") from error
+    if isinstance(value, Mapping):
+        value = dict(value)
+        for key, parse in (("watts", parse_watts), ("window_seconds", parse_seconds)):
+            if key in value:
+                value[key] = parse(value[key])
+    limit: PowerLimit = validate(value)
+    return _in_range(limit)
+
+
+def first_line(error: ValueError) -> str:
+    """What the first of its mistakes is."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+
+
+def _split(value: object) -> object:
+    return [x for x in value.split(",") if x.strip()] if isinstance(value, str) else value
 
 
 def _ramp(value: object) -> object:
     value = parse_watts_per_second(value)
+    if value in ("none", math.inf):
+        return math.inf
     # Below a watt a second an engine would take minutes from idle to its first full step.
     if isinstance(value, int | float) and not 1.0 <= value <= 1e6:
         raise ValueError(f"{value:g} is outside 1 to 1,000,000 watts per second")
@@ -136,14 +135,34 @@ def _moment(value: object) -> object:
 
 
 Moment = Annotated[datetime, BeforeValidator(_moment)]
+Limit = Annotated[PowerLimit, WrapValidator(_limit)]
 Limits = Annotated[
-    tuple[LimitConfig, ...],
-    BeforeValidator(_limits, json_schema_input_type=str | tuple[LimitConfig | str, ...]),
+    tuple[Limit, ...],
+    BeforeValidator(_split, json_schema_input_type=str | tuple[PowerLimit | str, ...]),
     Field(max_length=MAX_LIMITS),
 ]
 Ramp = Annotated[
-    float | Literal["none"], BeforeValidator(_ramp, json_schema_input_type=float | str)
+    float,
+    Field(allow_inf_nan=True),
+    BeforeValidator(_ramp, json_schema_input_type=float | str),
+    PlainSerializer(
+        lambda ramp: "none" if ramp == math.inf else ramp, return_type=float | Literal["none"]
+    ),
 ]
+"""Infinity is `none`, as fast as it likes."""
+_LIMIT: TypeAdapter[PowerLimit] = TypeAdapter(Limit)
+
+
+def parse_power_limit(text: str) -> PowerLimit:
+    """A limit from `560W@1s`.
+
+    Raises:
+        ConfigError: the text is no limit; the message says how to write one.
+    """
+    try:
+        return _LIMIT.validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(first_line(error)) from error
 
 
 class TermsConfig(Frozen):
@@ -154,30 +173,17 @@ class TermsConfig(Frozen):
     ramp_watts_per_second: Ramp | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        for name, limits in (("limits", self.limits), ("gpu_limits", self.gpu_limits)):
-            check_limits(name, limits or ())
+    def _can_bind(self) -> Self:
+        check_limits("limits", self.limits or ())
+        check_limits("gpu_limits", self.gpu_limits or ())
         return self
 
     def terms(self) -> BudgetTerms:
         """The same as the core's value; all None where nothing is said."""
-        return terms_of(self.limits, self.gpu_limits, self.ramp_watts_per_second)
+        return BudgetTerms(self.limits, self.gpu_limits, self.ramp_watts_per_second)
 
 
-def terms_of(
-    limits: Sequence[LimitConfig] | None,
-    gpu_limits: Sequence[LimitConfig] | None,
-    ramp: float | Literal["none"] | None,
-) -> BudgetTerms:
-    """The core's value; None is not said, a ramp of `none` is as fast as it likes."""
-    return BudgetTerms(
-        None if limits is None else tuple(limit.as_limit() for limit in limits),
-        None if gpu_limits is None else tuple(limit.as_limit() for limit in gpu_limits),
-        float("inf") if ramp == "none" else ramp,
-    )
-
-
-def check_limits(name: str, limits: Sequence[LimitConfig]) -> None:
+def check_limits(name: str, limits: Sequence[PowerLimit]) -> None:
     """All of them can bind.
 
     Raises:
@@ -189,7 +195,7 @@ def check_limits(name: str, limits: Sequence[LimitConfig]) -> None:
                 f"{name} name the window {one.window_seconds:g} s twice "
                 f"({one.watts:g} W and {two.watts:g} W): keep one of them"
             )
-    pair = redundant_pair([limit.as_limit() for limit in limits])
+    pair = redundant_pair(limits)
     if pair is not None:
         loose, tight = pair
         raise ValueError(

@@ -13,8 +13,6 @@ from datetime import UTC, date, datetime, time, timedelta, tzinfo
 
 from shaper.core.budget import Span
 
-WEEKDAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-EVERY_DAY = frozenset(range(7))
 MINUTES_OF_DAY = 24 * 60
 
 
@@ -24,27 +22,22 @@ def dated_span(start: datetime, end: datetime) -> Callable[[float], Span | None]
     return lambda wall_seconds: span if wall_seconds < span.end_seconds else None
 
 
-def daily_spans(
-    start_minute: int, end_minute: int, weekdays: frozenset[int], zone: tzinfo
-) -> Callable[[float], Span | None]:
+def daily_spans(start_minute: int, end_minute: int, zone: tzinfo) -> Callable[[float], Span | None]:
     """The spans of a daily entry.
 
     Args:
         start_minute: of the day, 0 to 1439.
         end_minute: of the day, 0 to 1440; at or before the start, it is the next day's.
-        weekdays: on which it starts; 0 is Monday.
         zone: whose clock it goes by.
     """
     overnight = end_minute <= start_minute
 
     def next_span(wall_seconds: float) -> Span | None:
         today = datetime.fromtimestamp(wall_seconds, zone).date()
-        # From yesterday, whose night may not be over, to the same weekday of next week, and
-        # one more, for a span that a change of the clock swallows.
-        for offset in range(-1, 9):
+        # From yesterday, whose night may not be over, to tomorrow, and one day more each for a
+        # span that a change of the clock swallows and for a date that a zone leaves out.
+        for offset in range(-1, 4):
             day = today + timedelta(days=offset)
-            if day.weekday() not in weekdays:
-                continue
             start = _at(day, start_minute, zone)
             end = _at(day + timedelta(days=overnight), end_minute, zone)
             if end > start and end > wall_seconds:
@@ -60,24 +53,11 @@ def _at(day: date, minute: int, zone: tzinfo) -> float:
     return datetime.combine(day + timedelta(days=days), clock).timestamp()
 
 
-def week_minutes(
-    start_minute: int, end_minute: int, weekdays: frozenset[int]
-) -> tuple[tuple[int, int], ...]:
-    """A daily entry's spans as minutes of a week that starts on Monday; the last may reach
-    into the next week."""
-    length = (end_minute - start_minute) % MINUTES_OF_DAY or MINUTES_OF_DAY
-    starts = (day * MINUTES_OF_DAY + start_minute for day in sorted(weekdays))
-    return tuple((start, start + length) for start in starts)
-
-
-def weeks_overlap(one: tuple[tuple[int, int], ...], other: tuple[tuple[int, int], ...]) -> bool:
-    """Whether two daily entries, as `week_minutes`, ever hold at once."""
-    week = 7 * MINUTES_OF_DAY
+def days_overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two daily entries, as start and end minute of the day, ever hold at once."""
     return any(
-        a < d + shift and c + shift < b
-        for a, b in one
-        for c, d in other
-        for shift in (-week, 0, week)
+        (later - start) % MINUTES_OF_DAY < ((end - start) % MINUTES_OF_DAY or MINUTES_OF_DAY)
+        for (start, end), (later, _) in ((one, other), (other, one))
     )
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from shaper.config.budget import LimitConfig, check_limits
+from shaper.config.budget import check_limits
 from shaper.core.budget import never_binds
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
@@ -42,7 +42,7 @@ class GroupTerms:
 
 def group_terms(
     name: str | None,
-    limits: Sequence[LimitConfig],
+    limits: tuple[PowerLimit, ...],
     host_overhead_watts: float | None,
     psu_efficiency_ratio: float | None,
 ) -> GroupTerms | None:
@@ -77,10 +77,9 @@ def group_terms(
             f"power_group {name!r} has no limit: give group_limits (--group-limit 4000W@100ms)"
         )
     check_limits("group_limits", limits)
-    asked = tuple(limit.as_limit() for limit in limits)
-    if not wall:
-        return GroupTerms(name, asked)
-    return GroupTerms(name, _behind_the_wall(asked, host_overhead_watts, psu_efficiency_ratio))
+    if wall:
+        limits = _behind_the_wall(limits, host_overhead_watts, psu_efficiency_ratio)
+    return GroupTerms(name, limits)
 
 
 def _behind_the_wall(

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shaper.config.budget import (
     Duration,
     Frozen,
-    LimitConfig,
     Limits,
     Ramp,
     Seconds,
     TermsConfig,
     Watts,
     check_idle,
-    check_limits,
     check_pairs,
     loose_limits,
-    terms_of,
 )
 from shaper.config.group import (
     GroupTerms,
@@ -33,60 +32,88 @@ from shaper.config.group import (
 from shaper.config.schedule import ScheduleEntry, check_schedule
 from shaper.config.suggest import suggest
 from shaper.core.budget import BudgetPlan, BudgetTerms, Constraints, resolve
+from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 
 
-class ShaperConfig(Frozen):
+def _no_baseline(value: object) -> object:
+    if value in ("static", "reactive", "latency-chunk"):
+        raise ValueError(f"{value!r} is for comparisons: shaper simulate --policy {value}")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Flag:
+    """Marks a setting that `shaper serve` has a flag for; the setting's docstring is its help."""
+
+    name: str
+    metavar: str | None = None
+
+
+_WATTS_OVER_WINDOW = "WATTS@WINDOW"
+
+
+class ShaperConfig(TermsConfig):
     """Everything an operator can set. All keys have defaults; no limit means no shaping."""
 
-    limits: Limits = ()
-    """Power limits of this engine, summed over its GPUs; all of them hold at once."""
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
-    gpu_limits: Limits = ()
-    """Power limits of each GPU of this engine."""
+    limits: Annotated[Limits, Flag("--power-limit", _WATTS_OVER_WINDOW)] = ()
+    """mean power that no window of this length may exceed, summed over the engine's GPUs, like
+    560W@1s; may be given several times"""
 
-    ramp_watts_per_second: Ramp | None = None
-    """How much the mean power of 100 ms may rise within any second. None: as it likes."""
+    gpu_limits: Annotated[Limits, Flag("--gpu-limit", _WATTS_OVER_WINDOW)] = ()
+    """the same for each GPU of the engine, like 650W@1s"""
+
+    ramp_watts_per_second: Annotated[Ramp | None, Flag("--ramp-limit", "WATTS/SECOND")] = None
+    """how much the mean power of 100 ms may rise within any second, like 200W/s"""
 
     schedule: tuple[ScheduleEntry, ...] = ()
     """Budgets that hold at their times in place of what is said above."""
 
-    power_group: str | None = None
-    """Name of the group of this host's engines with which this one shares `group_limits`."""
+    power_group: Annotated[str | None, Flag("--power-group", "NAME")] = None
+    """share the group limits with the other engines of this host that name this group"""
 
-    group_limits: Limits = ()
-    """Power limits of all engines of the group together, of their GPUs; or of the server at
-    the wall, where the next two are given. All members must be given the same."""
+    group_limits: Annotated[Limits, Flag("--group-limit", _WATTS_OVER_WINDOW)] = ()
+    """the same for all engines of the group together, like 4000W@100ms; all must be given the
+    same"""
 
-    host_overhead_watts: Watts | None = None
-    """What the server draws behind its power supplies besides its GPUs."""
+    host_overhead_watts: Annotated[Watts | None, Flag("--host-overhead", "WATTS")] = None
+    """group limits are of the server at the wall, and this is what it draws behind its power
+    supplies besides its GPUs, like 1800W; with --psu-efficiency"""
 
-    psu_efficiency_ratio: float | None = None
-    """Share of the power at the wall that its power supplies pass on."""
+    psu_efficiency_ratio: Annotated[float | None, Flag("--psu-efficiency", "RATIO")] = None
+    """the share of the power at the wall that its power supplies pass on, like 0.94"""
 
-    itl_target_seconds: Seconds | None = Field(default=None)
-    """Promise at p99 of the time between two tokens: bounds the prefill chunk and the cadence.
-    None: no bound."""
+    itl_target_seconds: Annotated[Seconds | None, Flag("--itl-target", "TIME")] = None
+    """promise at p99 of the time between two tokens, like 50ms: bounds the prefill chunk and the
+    decode interval"""
 
-    ttft_target_seconds: Seconds | None = Field(default=None)
-    """Promise at p99 of the time to the first token. None: as soon as the rest allows."""
+    ttft_target_seconds: Annotated[Seconds | None, Flag("--ttft-target", "TIME")] = None
+    """promise at p99 of the time to the first token, like 1s"""
 
-    objective: Literal["latency", "efficiency"] = "latency"
-    """`latency` lets tokens wait only as the budget asks; `efficiency` lets decodes wait up to
-    the ITL target for larger steps, also without a budget: fewer joules a token."""
+    objective: Annotated[
+        Literal["latency", "efficiency"], Flag("--objective", "{latency,efficiency}")
+    ] = "latency"
+    """latency (default): tokens wait only as the budget asks; efficiency: decodes wait up to the
+    ITL target for larger steps, also without a budget, for fewer joules a token"""
 
-    shadow: bool = False
-    """Predict, decide, record and expose everything, but apply nothing."""
+    shadow: Annotated[bool, Flag("--shadow")] = False
+    """predict, decide, record and expose everything, apply nothing"""
 
-    policy: Literal["predictive", "fixed"] = "predictive"
-    """`predictive` is the windowed-energy planner; `fixed` leaves vLLM alone."""
+    policy: Annotated[
+        Literal["predictive", "fixed"],
+        BeforeValidator(_no_baseline),
+        Flag("--policy", "{predictive,fixed}"),
+    ] = "predictive"
+    """predictive (default) is the shaper; fixed leaves vLLM alone"""
 
-    force_version: bool = False
-    """Shape under a version of vLLM that was not tried."""
+    force_version: Annotated[bool, Flag("--force-version")] = False
+    """shape under a version of vLLM that was not tried"""
 
-    unshaped_ok: bool = False
-    """Start also where nobody would keep what is asked, a limit or a latency target; the engine
-    then says that its limit is not kept. Without it such a start is refused."""
+    unshaped_ok: Annotated[bool, Flag("--unshaped-ok")] = False
+    """start also where no engine would keep the limit or the latency target (an engine, a model
+    or a version that is not shaped); without it such a start is refused"""
 
     shape_heat: bool | None = None
     """Hold the GPUs below the temperature at which they slow down, with a power limit of its
@@ -113,24 +140,17 @@ class ShaperConfig(Frozen):
     sensor: Literal["nvml", "none"] = "nvml"
     """`none` predicts without reading any GPU, and keeps more of each limit free."""
 
-    gpu_profile: str | None = None
-    """Name or path of the GPU profile to predict with. None: by the GPU's own name."""
+    gpu_profile: Annotated[str | None, Flag("--gpu-profile", "NAME|PATH")] = None
+    """predict with this profile; by default that of the GPU's own name"""
 
     decision_log: str | None = None
     """Path to which every decision is appended as a JSON line. None: not written."""
 
-    record: str | None = None
-    """Path (.csv or .parquet) of a recording of steps and samples, for `shaper fit`."""
+    record: Annotated[str | None, Flag("--record", "FILE")] = None
+    """write what each step computed and took, and all readings, to FILE (.csv or .parquet)"""
 
     record_directory: str | None = None
     """Directory of recordings that are asked for over HTTP. None: the working directory."""
-
-    @field_validator("policy", mode="before")
-    @classmethod
-    def _no_baseline(cls, value: object) -> object:
-        if value in ("static", "reactive", "latency-chunk"):
-            raise ValueError(f"{value!r} is for comparisons: shaper simulate --policy {value}")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -153,8 +173,6 @@ class ShaperConfig(Frozen):
                 "objective 'efficiency' spends the ITL target and none is given: "
                 "set itl_target_seconds (--itl-target 50ms)"
             )
-        check_limits("limits", self.limits)
-        check_limits("gpu_limits", self.gpu_limits)
         check_schedule(self.schedule)
         if self.group is not None:
             check_membership(self.group.name, self.policy, self.sample_interval_seconds)
@@ -178,7 +196,8 @@ class ShaperConfig(Frozen):
     @property
     def limits_power(self) -> bool:
         """Whether power is limited, now or at a time of the schedule, alone or in a group."""
-        return self.budget_plan != BudgetPlan(NO_TERMS) or self.power_group is not None
+        unlimited = BudgetPlan(BudgetTerms((), (), math.inf))
+        return self.budget_plan != unlimited or self.power_group is not None
 
     @property
     def asks_for_shaping(self) -> bool:
@@ -196,30 +215,27 @@ class ShaperConfig(Frozen):
             return self.shape_heat
         return self.asks_for_shaping or constraints.asked
 
-    @property
     def terms(self) -> BudgetTerms:
         """What is configured outside the schedule; every term says something."""
-        ramp = "none" if self.ramp_watts_per_second is None else self.ramp_watts_per_second
-        return terms_of(self.limits, self.gpu_limits, ramp)
+        ramp = self.ramp_watts_per_second
+        return BudgetTerms(self.limits, self.gpu_limits, math.inf if ramp is None else ramp)
 
     @property
     def budget_plan(self) -> BudgetPlan:
         """What is configured and what is scheduled; dated entries lie over daily ones."""
         ordered = sorted(self.schedule, key=lambda entry: entry.daily is None)
-        return BudgetPlan(self.terms, tuple(entry.scheduled() for entry in ordered))
+        return BudgetPlan(self.terms(), tuple(entry.scheduled() for entry in ordered))
 
 
-NO_TERMS = terms_of((), (), "none")
-"""No limit of any kind."""
-
-
-_KEYS_INSIDE: dict[str, type[Frozen]] = {
-    "limits": LimitConfig,
-    "gpu_limits": LimitConfig,
-    "group_limits": LimitConfig,
-    "schedule": ScheduleEntry,
-    "fallback": TermsConfig,
+_LIMIT_KEYS = tuple(field.name for field in fields(PowerLimit))
+_KEYS_INSIDE: dict[str, tuple[str, ...]] = {
+    "limits": _LIMIT_KEYS,
+    "gpu_limits": _LIMIT_KEYS,
+    "group_limits": _LIMIT_KEYS,
+    "schedule": tuple(ScheduleEntry.model_fields),
+    "fallback": tuple(TermsConfig.model_fields),
 }
+_UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
 def format_error(error: ValidationError, outside: type[Frozen]) -> str:
@@ -230,14 +246,14 @@ def format_error(error: ValidationError, outside: type[Frozen]) -> str:
         outside: whose keys are the known ones, where no inner value is at fault.
     """
     details = error.errors()
-    unknown = (each for each in details if each["type"] == "extra_forbidden")
+    unknown = (each for each in details if each["type"] in _UNKNOWN_KEY)
     detail = next(unknown, details[0])
     where = ".".join(str(part) for part in detail["loc"])
     message = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
+    if detail["type"] in _UNKNOWN_KEY:
+        known = [field.alias or name for name, field in outside.model_fields.items()]
         inside = [_KEYS_INSIDE[part] for part in detail["loc"] if part in _KEYS_INSIDE]
-        fields = (inside[-1] if inside else outside).model_fields
-        known = [field.alias or name for name, field in fields.items()]
+        known = [*inside[-1]] if inside else known
         message = f"unknown key; {suggest(str(detail['loc'][-1]), known)}"
     if detail["type"] == "missing":
         return f"{where} is missing"
@@ -324,4 +340,4 @@ def loose_settings(config: ShaperConfig, enforced_watts: float, gpu_count: int) 
 
 def _layers(config: ShaperConfig) -> list[tuple[BudgetTerms, str]]:
     entries = [(entry.terms(), f"schedule: {entry.name}") for entry in config.schedule]
-    return [(config.terms, "budget"), *entries]
+    return [(config.terms(), "budget"), *entries]

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, tzinfo
 from itertools import combinations
-from typing import Annotated, Self
+from typing import Self
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError, available_timezones
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import model_validator
 
 from shaper.config.budget import Moment, TermsConfig
-from shaper.config.calendar_spans import (
-    EVERY_DAY,
-    MINUTES_OF_DAY,
-    WEEKDAYS,
-    daily_spans,
-    dated_span,
-    week_minutes,
-    weeks_overlap,
-)
+from shaper.config.calendar_spans import MINUTES_OF_DAY, daily_spans, dated_span, days_overlap
 from shaper.config.suggest import suggest
 from shaper.core.budget import BudgetTerms, ScheduledTerms
 
@@ -48,21 +40,6 @@ def _zone(name: str) -> tzinfo:
         raise ValueError(f"zone {name!r} is unknown; {fix}") from error
 
 
-def _weekdays(value: object) -> object:
-    parts = value.split(",") if isinstance(value, str) else value
-    if not isinstance(parts, Iterable):
-        return value
-    days: list[str] = []
-    for part in parts:
-        first, dash, last = (word.strip().lower()[:3] for word in str(part).partition("-"))
-        unknown = [day for day in (first, *([last] * bool(dash))) if day not in WEEKDAYS]
-        if unknown:
-            raise ValueError(f"{part!r} is no weekday; write mon-fri, or a list of mon to sun")
-        start, end = WEEKDAYS.index(first), WEEKDAYS.index(last if dash else first)
-        days += (WEEKDAYS[(start + i) % 7] for i in range((end - start) % 7 + 1))
-    return tuple(dict.fromkeys(days))
-
-
 class ScheduleEntry(TermsConfig):
     """Terms that hold from `at` to `until`, or `daily` from one clock time to another."""
 
@@ -70,10 +47,18 @@ class ScheduleEntry(TermsConfig):
     until: Moment | None = None
     daily: str | None = None
     """`22:00-06:00`; `24:00` is the end of the day."""
-    weekdays: Annotated[tuple[str, ...] | None, BeforeValidator(_weekdays)] = None
-    """Days on which a daily entry starts, like `mon-fri`. None: every day."""
     zone: str | None = None
     """Whose clock a daily entry goes by, like `Europe/Berlin`. None: UTC."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_weekdays(cls, given: object) -> object:
+        if isinstance(given, Mapping) and "weekdays" in given:
+            raise ValueError(
+                "weekdays are no longer known: a daily entry holds on every day; remove the key, "
+                "and give the days that differ entries with at and until"
+            )
+        return given
 
     @model_validator(mode="after")
     def _timed(self) -> Self:
@@ -86,13 +71,11 @@ class ScheduleEntry(TermsConfig):
                 raise ValueError("the entry says no time: give at and until, or daily")
             if self.at >= self.until:
                 raise ValueError(f"at ({self.at}) is not before until ({self.until})")
-            if self.weekdays is not None or self.zone is not None:
-                raise ValueError("weekdays and zone belong to daily entries: remove them")
+            if self.zone is not None:
+                raise ValueError("a zone belongs to daily entries: remove it")
             return self
         if self.at is not None or self.until is not None:
             raise ValueError("daily excludes at and until: make two entries of it")
-        if self.weekdays == ():
-            raise ValueError("weekdays is empty: it would never hold; remove the entry")
         self.minutes  # noqa: B018 - raises where it is wrong
         _zone(self.zone or "UTC")
         return self
@@ -113,24 +96,18 @@ class ScheduleEntry(TermsConfig):
         return first, last
 
     @property
-    def days(self) -> frozenset[int]:
-        """Weekdays on which a daily entry starts; 0 is Monday."""
-        return EVERY_DAY if self.weekdays is None else frozenset(map(WEEKDAYS.index, self.weekdays))
-
-    @property
     def name(self) -> str:
         """As logs and messages call it."""
         if self.daily is None:
             return f"at {self.at} until {self.until}"
-        days = f" on {', '.join(self.weekdays)}" if self.weekdays else ""
-        return f"daily {self.daily}{days} {self.zone or 'UTC'}"
+        return f"daily {self.daily} {self.zone or 'UTC'}"
 
     def scheduled(self) -> ScheduledTerms:
         """The same as the core's value."""
         if self.at is not None and self.until is not None:
             return ScheduledTerms(self.terms(), self.name, dated_span(self.at, self.until))
         zone = _zone(self.zone or "UTC")
-        return ScheduledTerms(self.terms(), self.name, daily_spans(*self.minutes, self.days, zone))
+        return ScheduledTerms(self.terms(), self.name, daily_spans(*self.minutes, zone))
 
 
 def check_schedule(entries: Sequence[ScheduleEntry]) -> None:
@@ -157,5 +134,4 @@ def check_schedule(entries: Sequence[ScheduleEntry]) -> None:
 def _overlap(one: ScheduleEntry, two: ScheduleEntry) -> bool:
     if one.at and one.until and two.at and two.until:
         return one.at < two.until and two.at < one.until
-    weeks = (week_minutes(*entry.minutes, entry.days) for entry in (one, two))
-    return weeks_overlap(*weeks)
+    return days_overlap(one.minutes, two.minutes)

@@ -146,7 +146,7 @@ def settings(environ: Mapping[str, str]) -> Finding:
     if not given:
         said = "no SHAPER_ variable gives any; flags and configuration files are not looked at"
         return _CHECKS.ok("host.settings", said, valid=True, given=given)
-    budget = PowerBudget(tuple(limit.as_limit() for limit in config.limits))
+    budget = PowerBudget(config.limits)
     said = f"the environment gives {', '.join(given)} ({describe(budget)})"
     return _CHECKS.ok("host.settings", said, valid=True, given=given)
 

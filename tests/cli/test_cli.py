@@ -18,6 +18,7 @@ import pytest
 from shaper.cli import main, serve, serve_flags
 from shaper.config.sources import CONFIG_VARIABLE, load_config
 from shaper.core.model.profile import GpuProfile
+from shaper.core.types import PowerLimit
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.emulator.serving import batch_defaults, fill_in
 from shaper.engine import preflight
@@ -199,8 +200,8 @@ def test_vllm_s_flags_pass_untouched() -> None:
     ]
     found, passed_on = serve_flags.new_parser().parse_known_args(line)
     assert passed_on == ["m", "--max-num-seqs=7", "--hf-overrides", '{"a": 1}', "-O3"]
-    assert found.power_limit == ["500W@1s"]
-    assert options("--power", "x").power_limit is None
+    assert found.limits == [PowerLimit(500.0, 1.0)]
+    assert "limits" not in options("--power", "x")
 
 
 def test_flags_and_environment_make_one_config(monkeypatch: pytest.MonkeyPatch) -> None:
