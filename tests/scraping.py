@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from shaper.core.budget import Source
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.ipc.control_file import EngineControl
-from shaper.ipc.status_block import read_statuses
+from shaper.ipc.engine_record import EngineRecord, packed, read_statuses
+from shaper.ipc.status_block import StatusWriter
 from shaper.server.metrics import StatusCollector
 
 
@@ -19,6 +21,11 @@ from shaper.server.metrics import StatusCollector
 def run(request):
     """A run id of this test's own."""
     return f"test{os.getpid()}x{abs(hash(request.node.name)) % 10**8}"
+
+
+def write(writer: StatusWriter, **parts: Any) -> None:
+    """Write a record of these parts and nothing else."""
+    writer.write(packed(EngineRecord(**parts)))
 
 
 def scrape_text(run: str) -> str:

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from shaper.core.ledger.ledger import Ledger
-from shaper.core.supervise.admission import Strain
+from shaper.core.supervise.admission import AdmissionInput
 from shaper.core.types import EngineLoad, PowerBudget, PowerLimit, PrefillDemand
 from shaper.gpu.nvml_errors import ERRORS
 from shaper.ipc.group_status import MEMBER_STATES, GroupStatus, MemberStatus
@@ -55,8 +55,8 @@ demands = st.builds(
 )
 
 
-strains = st.builds(
-    Strain,
+admission_inputs = st.builds(
+    AdmissionInput,
     use_ratio=st.none() | st.floats(0.0, 1.5),
     held_ratio=st.floats(0.0, 1.0),
     wait_seconds=st.floats(0.0, 100.0),

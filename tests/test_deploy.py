@@ -14,16 +14,21 @@ import pytest
 import yaml
 
 from shaper.cli.lifecycle import DRAIN_SECONDS, END_SECONDS, LEFTOVER_SECONDS
-from shaper.core.supervise.status import Cause
-from shaper.core.types import PowerBudget, PowerLimit, Reason
-from shaper.ipc.group_status import GROUP_METRICS, GroupStatus, MemberStatus
-from shaper.ipc.metric_table import (
-    FLEX_METRICS,
-    SAMPLER_METRICS,
-    SCHEDULER_METRICS,
-    STANDING_METRICS,
+from shaper.core.supervise.status import (
+    Admissibility,
+    Cause,
+    EngineDemand,
+    EngineStatus,
+    ThermalOutlook,
+    Usage,
 )
-from shaper.ipc.status_block import Status
+from shaper.core.types import PowerBudget, PowerLimit, PowerState, Reason
+from shaper.gpu.parts import PARTS
+from shaper.gpu.sampler import SensorReport
+from shaper.ipc.engine_record import EngineRecord, SchedulerCounters, Status
+from shaper.ipc.flex import FlexQueue
+from shaper.ipc.group_status import GroupStatus, MemberStatus
+from shaper.ipc.metric_table import METRICS
 from shaper.server.metrics import StatusCollector
 from tests.scraping import control
 
@@ -34,12 +39,24 @@ WITH_METRICS = ("prometheus/alerts.yml", "grafana/shaper.json", "../docs/operati
 
 def exposed_names() -> set[str]:
     """Every name that a scrape of one engine can show, histograms by their series."""
-    values = (1.0,) * 200
-    held = control(560.0, budget=PowerBudget((PowerLimit(560.0, 1.0),), 900.0))
-    sections = dict.fromkeys(("sampler", "scheduler", "standing", "flex", "parts"), values)
-    group = GroupStatus((PowerLimit(4000.0, 0.1),), (MemberStatus(1, "alive", 1.0, 1.0),), 1.0, 1.0)
-    own = {"control": tuple(held.values()), "group": tuple(group.values())}
-    status = Status(info={"engine": 0}, values={**sections, **own})
+    limit, demand = (
+        PowerLimit(560.0, 1.0),
+        EngineDemand(1.0, wanted_watts=1.0, running_cap=1, cadence_seconds=1.0),
+    )
+    heat = ThermalOutlook(*(1.0,) * 5, limit, 1.0)
+    record = EngineRecord(
+        at_seconds=1.0,
+        power=PowerState(1.0, 1, *(1.0,) * 6, slowdown_margin_celsius=1.0),
+        sensor=SensorReport(),
+        usage=Usage(1.0, 1.0),
+        standing=EngineStatus(1.0, Admissibility(recovery_seconds=1.0), (), heat, demand=demand),
+        control=control(560.0, budget=PowerBudget((limit,), 900.0)),
+        group=GroupStatus((limit,), (MemberStatus(1, "alive", 1.0, 1.0),), 1.0, 1.0),
+        flex=FlexQueue(oldest_deferred_seconds=1.0),
+        counters=SchedulerCounters(*(1,) * 11),
+        failures=dict.fromkeys(PARTS, 0),
+    )
+    status = Status({"engine": 0}, record)
     return {
         sample.name
         for family in StatusCollector(lambda: [status]).collect()
@@ -65,12 +82,9 @@ def test_every_metric_is_on_the_dashboard() -> None:
         "shaper_step_measured_seconds",
         "shaper_predicted_energy_joules_total",
         "shaper_gpu_clock_event_reasons",
+        "shaper_ramp_limit_watts_per_second",
     }
-    tables = (
-        *(*SAMPLER_METRICS, *SCHEDULER_METRICS),
-        *(*STANDING_METRICS, *FLEX_METRICS, *GROUP_METRICS),
-    )
-    assert {name for name, _ in tables if name not in text} == derived
+    assert {metric.name for metric in METRICS if metric.name not in text} == derived
 
 
 def test_every_metric_is_explained_to_operators() -> None:

@@ -30,9 +30,9 @@ from shaper.core.model.work import WorkCoefficients
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
 from shaper.emulator.models import model_directory
+from shaper.engine.decision_log import DecisionLog
 from shaper.engine.fallback_cap import fallback_cap
 from shaper.engine.runtime import LiveShaper
-from shaper.engine.telemetry import DecisionLog
 from shaper.gpu.profiles import load_profile
 
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"

@@ -10,8 +10,8 @@ import re
 import time
 from dataclasses import dataclass
 
-from shaper.ipc.metric_table import HEARTBEAT_INDEX
-from shaper.ipc.status_block import Status, block_directory, read_statuses
+from shaper.ipc.engine_record import Status, read_statuses
+from shaper.ipc.status_block import block_directory
 
 # The sampler beats 50 times a second.
 _BEATS_SECONDS = 5.0
@@ -34,8 +34,8 @@ class Block:
     @property
     def alive(self) -> bool:
         """Whether it beats, or its process is there; that of another container is not seen."""
-        beat = self.status.values["sampler"][HEARTBEAT_INDEX : HEARTBEAT_INDEX + 1]
-        if beat and time.monotonic() - beat[0] < _BEATS_SECONDS:
+        beat = self.status.record.at_seconds
+        if beat is not None and time.monotonic() - beat < _BEATS_SECONDS:
             return True
         if self.pid <= 0:
             return False

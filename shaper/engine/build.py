@@ -13,14 +13,14 @@ from shaper.config.sources import given_settings, load_config
 from shaper.core.budget import describe
 from shaper.core.controller import Controller
 from shaper.core.model.power_model import StepModel
-from shaper.core.supervise.admission import EngineAdmission, FlexRules, Look
+from shaper.core.supervise.admission import Admission, FlexRules
 from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget
 from shaper.engine.compat import abort_at_stop, check_scheduler, setting
 from shaper.engine.control import BudgetControl
+from shaper.engine.decision_log import DecisionLog
 from shaper.engine.fallback_cap import FallbackCap, fallback_cap
 from shaper.engine.membership import Membership, join
-from shaper.engine.meter_windows import Usage
 from shaper.engine.policies import POLICIES
 from shaper.engine.protocols import EngineShaper, NewController, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
@@ -28,15 +28,13 @@ from shaper.engine.recorder import Recorder
 from shaper.engine.refusal import refuse
 from shaper.engine.runtime import LiveShaper
 from shaper.engine.shapeable import engine_obstacle, refusal
-from shaper.engine.telemetry import DecisionLog, Telemetry
 from shaper.engine.tick import EngineTick
 from shaper.engine.work import engine_coefficients
 from shaper.errors import ShaperError
-from shaper.gpu.meter_properties import MeterWatch
 from shaper.gpu.parts import Parts
 from shaper.gpu.sampler import Sampler
 from shaper.ipc.control_file import ControlFile, EngineControl, Follower, sweep_control_files
-from shaper.ipc.flex import flex_queue, prompt_wait_seconds
+from shaper.ipc.flex import flex_queue
 from shaper.ipc.orphan import watch_parent
 from shaper.ipc.status_block import StatusWriter, run_id
 from shaper.recording.format import path_of_rank
@@ -139,25 +137,25 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
     log = DecisionLog(config.decision_log and str(path_of_rank(config.decision_log, rank)))
     parts = Parts()
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config, parts)
-    admission = EngineAdmission(
-        lambda now_seconds: Look(
-            budgeted=shaper.constraints.budgeted,
-            use_ratio=telemetry.usage.use_ratio,
-            wait_seconds=prompt_wait_seconds(scheduler, now_seconds),
-        ),
-        config.ttft_target_seconds,
-        time.monotonic(),
-    )
     supervisor = Supervisor(
         gpus.profile,
         gpus.reader.gpus,
-        admission=admission,
-        shapes_heat=lambda: config.shapes_heat(shaper.constraints),
+        admission=Admission(config.ttft_target_seconds, time.monotonic()),
         metered=bool(gpus.reader.gpus),
         parts=parts,
     )
-    telemetry = Telemetry(status, model.idle_watts, log, supervisor=supervisor, parts=parts)
-    tick = EngineTick(parts, control, telemetry, recorder, member)
+    tick = EngineTick(
+        parts,
+        control,
+        supervisor,
+        model.idle_watts,
+        status,
+        log,
+        recorder,
+        member,
+        lambda: flex_queue(scheduler),
+        config.shapes_heat,
+    )
 
     def cap(budget: PowerBudget) -> FallbackCap:
         # Nothing is applied in other modes, and nothing is capped.
@@ -170,7 +168,6 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         time.monotonic,
         interval_seconds=config.sample_interval_seconds,
         on_tick=tick,
-        meter=MeterWatch(),
         parts=parts,
     )
 
@@ -195,9 +192,6 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         on_close=close,
     )
     shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
-    telemetry.attach(
-        shaper, lambda: flex_queue(scheduler), lambda: Usage() if member is None else member.usage
-    )
     tick.shaper, tick.sampler = shaper, sampler
     recorder.start()
     sampler.start()

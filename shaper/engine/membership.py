@@ -24,12 +24,12 @@ from shaper.config.budget import loose_limits
 from shaper.config.group import GroupTerms
 from shaper.core.budget import BudgetTerms
 from shaper.core.model.power_model import StepModel
+from shaper.core.supervise.status import Usage, usage
 from shaper.core.types import PowerBudget
-from shaper.engine.meter_windows import Usage, usage
 from shaper.engine.protocols import Mode
 from shaper.engine.readers import EngineGpus
 from shaper.group import GroupSnapshot, HostGroup, apart, cleanup_groups, join_group
-from shaper.ipc.group_status import GroupStatus, MemberStatus
+from shaper.ipc.group_status import MOST_MEMBERS, GroupStatus, MemberStatus
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ class Membership:
             found = self.handle.snapshot(now)
             self._status, self._usage = _status(found), _usage(found)
 
-    def values(self) -> list[float]:
-        """The group's section of the status block, as last looked at."""
-        return dataclasses.replace(self._status, errors=self._errors).values()
+    @property
+    def status(self) -> GroupStatus:
+        """The group as last looked at."""
+        return dataclasses.replace(self._status, errors=self._errors)
 
     def leave(self) -> None:
         """Give the share back. May be called twice."""
@@ -174,7 +175,7 @@ def _status(found: GroupSnapshot) -> GroupStatus:
         limits=found.limits,
         members=tuple(
             MemberStatus(each.pid, each.state, each.floor_watts, each.watts, each.waiting_seconds)
-            for each in found.engines
+            for each in found.engines[:MOST_MEMBERS]
         ),
         committed_watts=sum(each.watts for each in found.engines),
         floor_watts=own.floor_watts,

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from shaper.core.supervise.status import Usage, usage
 from shaper.core.types import PowerLimit, PowerState
 
 # The counter moves about every 100 ms and is read every 20: over a shorter span the
@@ -14,33 +13,6 @@ from shaper.core.types import PowerLimit, PowerState
 _COUNTER_SECONDS = 0.5
 # Dropping the oldest readings one by one would move the rest each time.
 _TRIM_READINGS = 512
-NAN = math.nan
-
-
-class Usage(NamedTuple):
-    """How much of some limits is in use; NaN: not known, or there is no limit."""
-
-    headroom_watts: float = NAN
-    """Least of limit minus mean power over its window."""
-    use_ratio: float = NAN
-    """Greatest share of a limit's room above idle, 0 to 1."""
-
-    def together(self, other: Usage) -> Usage:
-        """Of these limits and the others; what is not known counts for nothing."""
-        if math.isnan(other.use_ratio):
-            return self
-        if math.isnan(self.use_ratio):
-            return other
-        return Usage(
-            min(self.headroom_watts, other.headroom_watts), max(self.use_ratio, other.use_ratio)
-        )
-
-
-def usage(limit_watts: float, watts: float, idle_watts: float) -> Usage:
-    """Of one limit, at a mean power over its window."""
-    # A limit at the idle level has no room: anything above idle is all of it.
-    room = max(limit_watts - idle_watts, 1.0)
-    return Usage(limit_watts - watts, min(1.0, max(0.0, (watts - idle_watts) / room)))
 
 
 class MeterWindows:

@@ -48,7 +48,7 @@ from shaper.engine.protocols import (
 from shaper.engine.running_batch import RunningBatch
 from shaper.engine.step_meter import StepMeter
 from shaper.engine.waiting import Waiting
-from shaper.ipc.metric_table import SchedulerCounters
+from shaper.ipc.engine_record import SchedulerCounters
 from shaper.recording.format import RecordedStep
 
 logger = logging.getLogger(__name__)

@@ -22,11 +22,10 @@ Part = Literal[
     "health",
     "thermal",
     "admission",
-    # What is shown, recorded or found out.
+    # What is shown or recorded.
     "states",
     "recording",
     "limit_changes",
-    "meter_properties",
     "meter_windows",
     "sensor_report",
     "status_block",
@@ -37,7 +36,7 @@ Part = Literal[
     "tick",
 ]
 PARTS: tuple[Part, ...] = get_args(Part)
-"""In the order in which the status block has their counts."""
+"""In the order in which they are shown."""
 
 _T = TypeVar("_T")
 
@@ -74,7 +73,3 @@ class Parts:
                 error,
                 exc_info=error,
             )
-
-    def values(self) -> list[float]:
-        """The counts in the order of `PARTS`."""
-        return [float(count) for count in self.errors.values()]

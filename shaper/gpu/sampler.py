@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from shaper.core.types import GpuSample, PowerState
 from shaper.errors import GpuError, GpuLostError
 from shaper.gpu.energy import EnergyMeter
-from shaper.gpu.meter_properties import MeterFacts, MeterWatch
 from shaper.gpu.parts import Parts
 from shaper.gpu.reader import GpuReader, TellsWhatItDoes
 from shaper.gpu.summary import summarise
@@ -39,8 +38,6 @@ _HANG_SECONDS = 1.0
 _WATCH_SECONDS = 0.5
 # What keeps coming and going is said at this pace, and counted otherwise.
 _SAY_SECONDS = 60.0
-# What the meter does hardly changes; to sum it up takes longer than to note a reading.
-_FACTS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +51,10 @@ class SensorReport:
     """Times that a lost driver or GPU was found again."""
     limit_changes: int = 0
     """Times that the enforced limit of a GPU changed."""
+    read_errors: int = 0
+    """Reads that raised, or came without one of the GPUs."""
+    rejected_readings: int = 0
+    """Single values that were not plausible and were taken as missing."""
     energy_integrated: bool = False
     """Energy of at least one GPU is summed up from its power."""
     read_over_counted_ratio: float = 1.0
@@ -61,10 +62,6 @@ class SensorReport:
     meter_disagrees: bool = False
     """They are further apart than is believed of one meter."""
     last_error: str = ""
-    facts: tuple[MeterFacts, ...] = ()
-
-
-NO_REPORT = SensorReport()
 
 
 class Sampler:
@@ -79,7 +76,6 @@ class Sampler:
         on_tick: called in the sampler's thread with the time of each tick, also when
             the read failed; keeps metrics fresh while the engine is idle. Called by the
             watching thread while a read hangs, never by both at once.
-        meter: finds out what the meter does; None: nobody does.
         parts: counts what fails here; None: counts of the sampler's own.
 
     `latest` is None until the first good read. `energy_joules` in it counts from
@@ -93,7 +89,6 @@ class Sampler:
         interval_seconds: float = 0.02,
         on_state: Callable[[PowerState], None] | None = None,
         on_tick: Callable[[float], None] | None = None,
-        meter: MeterWatch | None = None,
         parts: Parts | None = None,
     ) -> None:
         if interval_seconds <= 0:
@@ -108,13 +103,10 @@ class Sampler:
         self._gpu_count = len(reader.gpus)
         self._screen = SampleValidator()
         self._energy = EnergyMeter()
-        self._meter = meter
         self.parts = Parts() if parts is None else parts
         self._limits: dict[int, float] = {}
         self._limit_changes = 0
         self._last_error = ""
-        self._facts: tuple[MeterFacts, ...] = ()
-        self._facts_due_seconds = -math.inf
         self._logged: set[str] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -123,7 +115,6 @@ class Sampler:
         self._ticking = threading.Lock()
         self._reading_since: float | None = None
         self._told_seconds = -math.inf
-        self._read_cost_seconds = 0.0
         self._silent_since: float | None = None
         self._said_back_seconds = -math.inf
         self._said_integrated = self._said_apart = False
@@ -156,7 +147,8 @@ class Sampler:
             read_over_counted_ratio=self._energy.read_over_counted_ratio,
             meter_disagrees=self._energy.apart,
             last_error=self._last_error,
-            facts=self._facts,
+            read_errors=self.read_errors,
+            rejected_readings=self.rejected_readings,
         )
 
     def start(self) -> None:
@@ -209,7 +201,6 @@ class Sampler:
             self._tell(max(now_seconds, self._told_seconds))
             if screened:
                 self.parts.run("limit_changes", self._note_limits, screened)
-                self.parts.run("meter_properties", self._note_meter, screened)
 
     def _tell(self, now_seconds: float) -> None:
         self._told_seconds = now_seconds
@@ -241,7 +232,6 @@ class Sampler:
     def _note_back(self, begin_seconds: float) -> None:
         """A read has come back: say so if there was none for long."""
         now = self._clock()
-        self._read_cost_seconds = now - begin_seconds
         since = begin_seconds if self._silent_since is None else self._silent_since
         self._silent_since = None
         if now - since >= _HANG_SECONDS and now - self._said_back_seconds >= _SAY_SECONDS:
@@ -278,15 +268,6 @@ class Sampler:
             )
         else:
             _log.warning("GPU sampling: energy counter and power reading agree again")
-
-    def _note_meter(self, screened: tuple[GpuSample, ...]) -> None:
-        if self._meter is None:
-            return
-        now = screened[0].read_seconds
-        self._meter.observe(screened, self._read_cost_seconds)
-        if now >= self._facts_due_seconds:
-            self._facts_due_seconds = now + _FACTS_SECONDS
-            self._facts = self._meter.facts()
 
     def _note_limits(self, samples: tuple[GpuSample, ...]) -> None:
         for sample in samples:

@@ -16,10 +16,9 @@ import contextlib
 import fcntl
 import json
 import logging
-import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -27,16 +26,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from shaper.config.budget import Frozen, TermsConfig, first_line
 from shaper.core.budget import BudgetChange, Source
-from shaper.core.types import PowerBudget, PowerLimit
+from shaper.core.types import PowerBudget
 from shaper.errors import ControlError
-from shaper.ipc.status_block import control_paths, read_statuses
+from shaper.ipc.status_block import control_paths, read_blocks
 
 logger = logging.getLogger(__name__)
 
 Mode = Literal["on", "shadow", "off"]
 Part = Literal["budget", "mode", "record"]
 MODES: tuple[Mode, ...] = ("on", "shadow", "off")
-_SOURCES = tuple(Source)
 # Some ten times what the longest request that is accepted takes.
 MAX_FILE_BYTES = 256 * 1024
 
@@ -185,7 +183,7 @@ def sweep_control_files() -> None:
     stem, _ = control_paths("")
     for path in stem.parent.glob(f"{stem.name}*"):
         run = path.name.removeprefix(stem.name).partition(".")[0]
-        if not read_statuses(run):
+        if not read_blocks(run):
             with contextlib.suppress(OSError):
                 path.unlink()
 
@@ -251,39 +249,3 @@ class EngineControl:
     next_change_seconds: float
     """When it will look again at the latest because time alone changes the budget, of the
     monotonic clock; infinity: never."""
-
-    def values(self) -> list[float]:
-        """As numbers for the status block."""
-        ramp = self.budget.ramp_watts_per_second
-        numbers: list[float] = [
-            self.seen_sequence,
-            self.taken_sequence,
-            self.refused,
-            MODES.index(self.mode),
-            _SOURCES.index(self.source),
-            self.next_change_seconds,
-            math.inf if ramp is None else ramp,
-        ]
-        for limit in self.budget.limits:
-            numbers += (limit.watts, limit.window_seconds)
-        return numbers
-
-    @classmethod
-    def from_values(cls, values: Sequence[float]) -> EngineControl | None:
-        """From a status block; None where nothing was written yet."""
-        if len(values) < 7:
-            return None
-        seen, taken, refused, mode, source, change, ramp, *limits = values
-        pairs = zip(limits[::2], limits[1::2], strict=True)
-        return cls(
-            PowerBudget(
-                tuple(PowerLimit(watts, window) for watts, window in pairs),
-                None if math.isinf(ramp) else ramp,
-            ),
-            MODES[int(mode)],
-            _SOURCES[int(source)],
-            int(seen),
-            int(taken),
-            int(refused),
-            change,
-        )

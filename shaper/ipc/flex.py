@@ -72,9 +72,3 @@ def flex_queue(scheduler: Any) -> FlexQueue | None:
     deferral = getattr(scheduler, "deferral", None)
     queue: FlexQueue | None = None if deferral is None else deferral.queue
     return queue
-
-
-def prompt_wait_seconds(scheduler: Any, now_seconds: float) -> float:
-    """Age of the oldest interactive prompt that has not started; 0 before there is a queue."""
-    queue = flex_queue(scheduler)
-    return 0.0 if queue is None else queue.wait_seconds(now_seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -35,16 +34,3 @@ class RecordingState:
     def over(self) -> bool:
         """Nothing more is written."""
         return self.phase in (RecordingPhase.ENDED, RecordingPhase.FAILED)
-
-    def values(self) -> list[float]:
-        """As numbers for the status block."""
-        numbers = (self.sequence, self.phase, self.rows, self.bytes, self.dropped)
-        return [float(number) for number in (*numbers, self.error_number)]
-
-    @classmethod
-    def from_values(cls, values: Sequence[float]) -> RecordingState:
-        """From a status block; the first state where nothing was written yet."""
-        if len(values) < 6:
-            return cls()
-        sequence, phase, *rest = (int(value) for value in values[:6])
-        return cls(sequence, RecordingPhase(phase), *rest)

@@ -1,10 +1,10 @@
-"""A fixed block of numbers per engine in shared memory, and its reader.
+"""A block of shared memory per engine, and its reader.
 
 The scheduler runs in vLLM's engine-core process and `/metrics` is served by the
-API server's (one or several). Each engine's sampler thread writes its numbers to a
-small file in `/dev/shm`; every API server maps the files of its run and shows them.
-A section carries a sequence number, odd while it is written, so that a reader never
-shows half an update. Nothing waits for anything.
+API server's (one or several). Each engine's sampler thread writes one record
+(`engine_record.py`) to a small file in `/dev/shm`; every API server maps the files of its
+run and shows them. The record carries a sequence number, odd while it is written, so that a
+reader never sees half an update. Nothing waits for anything.
 
 The run's id, chosen in the first process and inherited by the others through the
 environment, ties an API server to its engines. Files are readable by their user only.
@@ -23,16 +23,15 @@ import struct
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+from typing import NamedTuple
 
 RUN_VARIABLE = "_SHAPER_RUN_ID"
 _HEADER_BYTES = 4096
-_SECTION_SLOTS = 256
-_SECTION_BYTES = 8 * (_SECTION_SLOTS + 1)
-_SECTIONS = ("scheduler", "sampler", "control", "standing", "flex", "group", "recording", "parts")
-_SIZE = _HEADER_BYTES + len(_SECTIONS) * _SECTION_BYTES
+# A group of 32 engines with 32 limits takes some 8,000.
+_RECORD_BYTES = 32_768
+_SIZE = _HEADER_BYTES + 8 + _RECORD_BYTES
 _READ_TRIES = 100
 
 
@@ -78,13 +77,12 @@ def _pattern(run: str, engine: str) -> str:
     return f"vllm-shaper-{os.getuid()}-{run}-{engine}"
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Block(NamedTuple):
     """One engine's block as it was read."""
 
     info: Mapping[str, object]
-    values: Mapping[str, tuple[float, ...]]
-    """By section, in the order in which the writer put them."""
+    record: bytes
+    """Empty: nothing was written yet."""
 
 
 class StatusWriter:
@@ -113,23 +111,22 @@ class StatusWriter:
         self._memory = mmap.mmap(descriptor, _SIZE)
         self._memory[8 : 8 + len(header)] = header
         struct.pack_into("<Q", self._memory, 0, len(header))
-        self._sequence = dict.fromkeys(_SECTIONS, 0)
+        self._sequence = 0
 
-    def write(self, section: str, values: Sequence[float]) -> None:
-        """Replace a section's numbers. Call from one thread only.
+    def write(self, record: bytes) -> None:
+        """Replace the record. Call from one thread only.
 
         Raises:
-            ValueError, struct.error: these are no such numbers; the section stays as it was.
+            ValueError: it is too long; the block stays as it was.
         """
-        if len(values) > _SECTION_SLOTS:
-            raise ValueError(f"{len(values)} numbers for {_SECTION_SLOTS} slots of {section}")
-        packed = struct.pack(f"<{len(values)}d", *values)
-        offset = _HEADER_BYTES + _SECTIONS.index(section) * _SECTION_BYTES
-        sequence = self._sequence[section] + 1
-        struct.pack_into("<II", self._memory, offset, sequence & 0xFFFFFFFF, len(values))
-        self._memory[offset + 8 : offset + 8 + len(packed)] = packed
-        self._sequence[section] = sequence = sequence + 1
-        struct.pack_into("<I", self._memory, offset, sequence & 0xFFFFFFFF)
+        if len(record) > _RECORD_BYTES:
+            raise ValueError(f"a record of {len(record)} bytes in a block of {_RECORD_BYTES}")
+        first = _HEADER_BYTES + 8
+        struct.pack_into("<I", self._memory, _HEADER_BYTES, (self._sequence + 1) & 0xFFFFFFFF)
+        struct.pack_into("<I", self._memory, _HEADER_BYTES + 4, len(record))
+        self._memory[first : first + len(record)] = record
+        self._sequence += 2
+        struct.pack_into("<I", self._memory, _HEADER_BYTES, self._sequence & 0xFFFFFFFF)
 
     def close(self) -> None:
         """Remove the block. May be called twice."""
@@ -162,38 +159,34 @@ def _held(path: Path) -> bool:
     return False
 
 
-def read_statuses(run: str) -> list[Status]:
+def read_blocks(run: str) -> list[Block]:
     """The blocks of a run's engines, in the order of the engines; none is an empty list."""
     paths = sorted(
         block_directory().glob(_pattern(run, "*")), key=lambda path: int(path.name.split("-")[-1])
     )
-    statuses = []
+    blocks = []
     for path in paths:
         # An engine that is just starting or leaving is not an error.
         with contextlib.suppress(FileNotFoundError, ValueError, struct.error):
-            statuses.append(_read(path))
-    return statuses
+            blocks.append(_read(path))
+    return blocks
 
 
-def _read(path: Path) -> Status:
+def _read(path: Path) -> Block:
     with path.open("rb") as file, mmap.mmap(file.fileno(), _SIZE, prot=mmap.PROT_READ) as memory:
         (length,) = struct.unpack_from("<Q", memory, 0)
         if not 0 < length <= _HEADER_BYTES - 8:
             raise ValueError(f"{path} is not a status block")
-        info = json.loads(memory[8 : 8 + length])
-        values = {
-            section: _read_section(memory, _HEADER_BYTES + index * _SECTION_BYTES)
-            for index, section in enumerate(_SECTIONS)
-        }
-    return Status(info=info, values=values)
+        return Block(json.loads(memory[8 : 8 + length]), _read_record(memory))
 
 
-def _read_section(memory: mmap.mmap, offset: int) -> tuple[float, ...]:
+def _read_record(memory: mmap.mmap) -> bytes:
+    first = _HEADER_BYTES + 8
     for _ in range(_READ_TRIES):
-        before, count = struct.unpack_from("<II", memory, offset)
-        if before % 2 == 0 and count <= _SECTION_SLOTS:
-            values = struct.unpack_from(f"<{count}d", memory, offset + 8)
-            if struct.unpack_from("<I", memory, offset)[0] == before:
-                return values
+        before, length = struct.unpack_from("<II", memory, _HEADER_BYTES)
+        if before % 2 == 0 and length <= _RECORD_BYTES:
+            record = memory[first : first + length]
+            if struct.unpack_from("<I", memory, _HEADER_BYTES)[0] == before:
+                return record
         time.sleep(0)  # let the writer finish
     raise ValueError("a writer died in the middle of an update")

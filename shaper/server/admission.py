@@ -24,10 +24,10 @@ from typing import Any
 
 from shaper.core.supervise.status import AdmissionState
 from shaper.ipc.enforcement import enforcement_of
+from shaper.ipc.engine_record import Status, read_statuses
 from shaper.ipc.flex import FLEX, STALE_SECONDS
-from shaper.ipc.metric_table import HEARTBEAT_INDEX, STANDING_METRICS
 from shaper.ipc.refused_requests import POWER, THERMAL, UNKNOWN_CLASS, RefusalCounts
-from shaper.ipc.status_block import Status, read_statuses, run_id
+from shaper.ipc.status_block import run_id
 from shaper.server.asgi import (
     App,
     Header,
@@ -57,9 +57,6 @@ _JITTER_RATIO = 0.2
 # The blocks change every 20 ms, the state some times a second at most.
 _READ_AGAIN_SECONDS = 0.05
 _STATES = tuple(AdmissionState)
-_NAMES = [name for name, _ in STANDING_METRICS]
-_STATE_INDEX = _NAMES.index("shaper_admission_state")
-_RECOVERY_INDEX = _NAMES.index("shaper_recovery_hint_seconds")
 
 Refusal = tuple[int, dict[str, Any], Sequence[Header]]
 """Status, body and headers of the answer."""
@@ -90,17 +87,15 @@ def most_open(statuses: Sequence[Status], now_seconds: float) -> AdmissionGate |
 
 
 def _gate(status: Status, now_seconds: float) -> AdmissionGate | None:
-    sampler, standing = status.values["sampler"], status.values["standing"]
-    if len(sampler) <= HEARTBEAT_INDEX or len(standing) <= _RECOVERY_INDEX:
+    at_seconds, standing = status.record.at_seconds, status.record.standing
+    if at_seconds is None or standing is None:
         return None
     enforcement = enforcement_of(status)
-    silent = now_seconds - sampler[HEARTBEAT_INDEX] > STALE_SECONDS
+    silent = now_seconds - at_seconds > STALE_SECONDS
     if silent or not enforcement.shapes:
         return None
-    recovery = standing[_RECOVERY_INDEX]
-    state = _STATES[int(standing[_STATE_INDEX])]
-    thermal = bool(enforcement.constraints.heat_limits)
-    return AdmissionGate(state, None if math.isnan(recovery) else recovery, thermal)
+    admits, thermal = standing.admissibility, bool(enforcement.constraints.heat_limits)
+    return AdmissionGate(admits.state, admits.recovery_seconds, thermal)
 
 
 class GateReader:

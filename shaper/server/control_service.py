@@ -28,7 +28,7 @@ from shaper.ipc.control_file import (
     RecordOrder,
 )
 from shaper.ipc.enforcement import enforcement_of
-from shaper.ipc.status_block import Status
+from shaper.ipc.engine_record import Status
 from shaper.server import recordings
 from shaper.server.requests import (
     BudgetRequest,
@@ -156,7 +156,7 @@ class ControlService:
 
     def _engines(self) -> list[Status]:
         """The engines of this host that can be controlled."""
-        return [status for status in self._read_statuses() if status.values.get("control")]
+        return [status for status in self._read_statuses() if status.record.control is not None]
 
     def _some_engines(self) -> list[Status]:
         engines = self._engines()

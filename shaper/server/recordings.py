@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shaper.ipc.control_file import RecordOrder
+from shaper.ipc.engine_record import Status
 from shaper.ipc.recording_state import RecordingPhase, RecordingState
-from shaper.ipc.status_block import Status
 from shaper.recording.format import path_of_rank, rows_path
 from shaper.server.requests import RefusedError
 
@@ -23,12 +23,7 @@ _UNDER_WAY = (RecordingPhase.RECORDING, RecordingPhase.FINISHING)
 
 def recording_states(engines: Sequence[Status]) -> dict[int, RecordingState]:
     """By rank."""
-    return {
-        int(str(status.info["engine"])): RecordingState.from_values(
-            status.values.get("recording", ())
-        )
-        for status in engines
-    }
+    return {int(str(status.info["engine"])): status.record.recording for status in engines}
 
 
 def check_idle(order: RecordOrder | None, engines: Sequence[Status], now_seconds: float) -> None:

@@ -35,8 +35,9 @@ from starlette.requests import ClientDisconnect
 import shaper
 from shaper.config.sources import admin_key
 from shaper.ipc.control_file import ControlFile
+from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.logs import share_log_handlers
-from shaper.ipc.status_block import read_statuses, run_id
+from shaper.ipc.status_block import run_id
 from shaper.ipc.wall_clock import wall_seconds
 from shaper.server.asgi import (
     App,

@@ -17,14 +17,11 @@ from shaper.core.budget import BudgetTerms
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.ipc.control_file import ControlRecord, Mode, Origin
 from shaper.ipc.enforcement import enforcement_of
-from shaper.ipc.group_status import GroupStatus, MemberStatus
-from shaper.ipc.metric_table import SAMPLER_METRICS
+from shaper.ipc.engine_record import Status
+from shaper.ipc.group_status import MemberStatus
 from shaper.ipc.recording_state import RecordingState
-from shaper.ipc.status_block import Status
 from shaper.recording.format import path_of_rank
 from shaper.server.metrics import StatusCollector
-
-_ENFORCED_INDEX = [name for name, _ in SAMPLER_METRICS].index("shaper_gpu_enforced_limit_watts")
 
 
 class AskedBudget(BaseModel):
@@ -163,9 +160,9 @@ def _warnings(
         change = replace(change, terms=BudgetTerms())
     found: list[str] = []
     for status in statuses:
-        sampled = status.values.get("sampler", ())
-        enforced_watts = sampled[_ENFORCED_INDEX] if sampled else math.nan
-        if math.isnan(enforced_watts):
+        power = status.record.power
+        enforced_watts = None if power is None else power.enforced_limit_watts
+        if enforced_watts is None:
             continue
         gpu_count = int(str(status.info["gpu_count"]))
         if change is not None:
@@ -232,11 +229,11 @@ def _engine(
             "followed_sequence": control.taken_sequence,
             "next_change_in_seconds": _left(left) if math.isfinite(left) else None,
         }
-    group = GroupStatus.from_values(status.values.get("group", ()))
+    group = status.record.group
     if group is not None:
         name = status.info.get("group")
         found["group"] = {"name": name, "limits": group.limits, "engines": group.members}
-    recording = RecordingState.from_values(status.values.get("recording", ()))
+    recording = status.record.recording
     if recording.sequence:
         found["recording"] = _recording(recording, int(str(status.info["engine"])), asked, config)
     return EngineState(limit_unkept=enforcement.unkept, metrics=_metrics(status), **found)

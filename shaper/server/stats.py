@@ -1,7 +1,7 @@
 """The `vllm.stat_logger_plugins` entry: shows the shaper's metrics on vLLM's `/metrics`.
 
 vLLM makes one of these in every API server. The numbers themselves come from the
-engines' status blocks (`shaper/ipc/status_block.py`), not through vLLM's statistics.
+engines' records (`shaper/ipc/engine_record.py`), not through vLLM's statistics.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry
 from vllm.v1.metrics.loggers import StatLoggerBase
 
+from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.refused_requests import refused_requests
-from shaper.ipc.status_block import read_statuses, run_id
+from shaper.ipc.status_block import run_id
 from shaper.server.metrics import StatusCollector
 
 _MARK = "_shaper_collector"

@@ -11,7 +11,8 @@ from shaper.core.ledger.shared import PowerGroup
 from shaper.core.model.power_model import StepModel
 from shaper.core.policy import Policy
 from shaper.core.policy.windowed import WindowedPlanner
-from shaper.core.supervise.supervisor import Admission, Supervisor
+from shaper.core.supervise.admission import Admission
+from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
 from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.silicon import EmulatedGpus

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,43 +17,41 @@ from shaper.core.supervise.admission import (
     EDGES,
     SHORTEST_HOLD_SECONDS,
     Admission,
+    AdmissionInput,
     AdmissionReason,
-    EngineAdmission,
-    Look,
-    Strain,
+    admission_input,
     pressure_ratio,
 )
 from shaper.core.supervise.status import (
     Admissibility,
     AdmissionState,
     EngineDemand,
-    Signals,
     ThermalOutlook,
 )
 from shaper.core.types import PowerLimit
-from tests.strategies import strains
+from tests.strategies import admission_inputs
 
 TICK = 0.02
-NOTHING = Strain()
-FULL = Strain(use_ratio=1.0, held_ratio=1.0)
+NOTHING = AdmissionInput()
+FULL = AdmissionInput(use_ratio=1.0, held_ratio=1.0)
 """A budget in use to its last watt, and nobody waits."""
 SATURATED = dataclasses.replace(FULL, wait_seconds=30.0)
 
 
-def at_pressure(ratio: float) -> Strain:
-    """A strain of exactly this pressure."""
+def at_pressure(ratio: float) -> AdmissionInput:
+    """What is of exactly this pressure."""
     if ratio <= 0.5:
-        return Strain(use_ratio=2 * ratio)
+        return AdmissionInput(use_ratio=2 * ratio)
     return dataclasses.replace(FULL, wait_seconds=(2 * ratio - 1) * DEFAULT_TTFT_SECONDS)
 
 
 def run(
-    admission: Admission, strain: Strain, start: float, seconds: float, tick: float = TICK
+    admission: Admission, given: AdmissionInput, start: float, seconds: float, tick: float = TICK
 ) -> list[tuple[float, Admissibility]]:
-    """Feed one strain for some time; all that came out, with its time."""
+    """Feed one input for some time; all that came out, with its time."""
     count = round(seconds / tick)
     times = [start + (index + 1) * tick for index in range(count)]
-    return [(now, admission.update(strain, now)) for now in times]
+    return [(now, admission.update(given, now)) for now in times]
 
 
 def states(outcomes: Iterable[tuple[float, Admissibility]]) -> list[AdmissionState]:
@@ -64,9 +63,11 @@ def states(outcomes: Iterable[tuple[float, Admissibility]]) -> list[AdmissionSta
     return found
 
 
-@given(strains, strains)
-def test_pressure_is_a_ratio_that_rises_with_each_part(one: Strain, other: Strain) -> None:
-    """Within [0, 1]; a strain that is at least as large in each part presses at least as much."""
+@given(admission_inputs, admission_inputs)
+def test_pressure_is_a_ratio_that_rises_with_each_part(
+    one: AdmissionInput, other: AdmissionInput
+) -> None:
+    """Within [0, 1]; an input that is at least as large in each part presses at least as much."""
     low, high = pressure_ratio(one, 1.0), pressure_ratio(other, 1.0)
     assert 0.0 <= low <= 1.0
     parts = [
@@ -79,25 +80,25 @@ def test_pressure_is_a_ratio_that_rises_with_each_part(one: Strain, other: Strai
 
 
 @pytest.mark.parametrize(
-    ("strain", "ratio"),
+    ("given", "ratio"),
     [
         (NOTHING, 0.0),
-        (Strain(use_ratio=0.5), 0.25),
+        (AdmissionInput(use_ratio=0.5), 0.25),
         (FULL, 0.5),
         (dataclasses.replace(FULL, wait_seconds=0.5), 0.75),
         (SATURATED, 1.0),
         # Prompts that wait while power is free wait for something else.
-        (Strain(use_ratio=0.1, wait_seconds=100.0), 0.1),
+        (AdmissionInput(use_ratio=0.1, wait_seconds=100.0), 0.1),
         # A sensor that lies says nothing; what is held back still counts.
-        (Strain(use_ratio=math.nan, held_ratio=1.0), 0.5),
-        (Strain(use_ratio=math.inf, held_ratio=-3.0), 0.5),
+        (AdmissionInput(use_ratio=math.nan, held_ratio=1.0), 0.5),
+        (AdmissionInput(use_ratio=math.inf, held_ratio=-3.0), 0.5),
         (dataclasses.replace(FULL, wait_seconds=math.nan), 0.5),
         (dataclasses.replace(FULL, wait_seconds=-1.0), 0.5),
     ],
 )
-def test_pressure_follows_its_law(strain: Strain, ratio: float) -> None:
+def test_pressure_follows_its_law(given: AdmissionInput, ratio: float) -> None:
     """Figures by hand, with a target of one second."""
-    assert pressure_ratio(strain, 1.0) == pytest.approx(ratio)
+    assert pressure_ratio(given, 1.0) == pytest.approx(ratio)
 
 
 def test_the_table_leaves_no_state_without_a_way_back() -> None:
@@ -210,24 +211,24 @@ def test_a_sampler_that_stood_still_proves_nothing(gap: float) -> None:
 
 def test_the_target_sets_the_scale_of_waiting() -> None:
     """The same wait is much against half a second and little against ten."""
-    strain = dataclasses.replace(FULL, wait_seconds=0.5)
-    assert run(Admission(0.5, 0.0), strain, 0.0, 3.0)[-1][1].state is AdmissionState.SHED
-    assert run(Admission(10.0, 0.0), strain, 0.0, 3.0)[-1][1].state is AdmissionState.SHAPED
+    given = dataclasses.replace(FULL, wait_seconds=0.5)
+    assert run(Admission(0.5, 0.0), given, 0.0, 3.0)[-1][1].state is AdmissionState.SHED
+    assert run(Admission(10.0, 0.0), given, 0.0, 3.0)[-1][1].state is AdmissionState.SHAPED
 
 
 @pytest.mark.parametrize(
-    ("strain", "reason"),
+    ("given", "reason"),
     [
         (NOTHING, AdmissionReason.ROOM),
-        (Strain(use_ratio=1.0), AdmissionReason.BUDGET),
-        (Strain(use_ratio=0.3, held_ratio=1.0), AdmissionReason.HELD),
+        (AdmissionInput(use_ratio=1.0), AdmissionReason.BUDGET),
+        (AdmissionInput(use_ratio=0.3, held_ratio=1.0), AdmissionReason.HELD),
         (SATURATED, AdmissionReason.WAIT),
         (dataclasses.replace(FULL, hot=True), AdmissionReason.THERMAL),
     ],
 )
-def test_the_reason_names_what_presses(strain: Strain, reason: AdmissionReason) -> None:
+def test_the_reason_names_what_presses(given: AdmissionInput, reason: AdmissionReason) -> None:
     """Of the state that it settles in."""
-    assert run(Admission(None, 0.0), strain, 0.0, 3.0)[-1][1].reason == reason
+    assert run(Admission(None, 0.0), given, 0.0, 3.0)[-1][1].reason == reason
 
 
 def test_the_recovery_hint_comes_from_the_queue_and_from_the_heat() -> None:
@@ -246,24 +247,24 @@ def test_the_recovery_hint_comes_from_the_queue_and_from_the_heat() -> None:
 DEMAND = EngineDemand(at_seconds=0.0, busy=True, held_ratio=1.0)
 
 
-def tick(demand: EngineDemand, thermal: ThermalOutlook, lost: bool, look: Look) -> Admissibility:
-    """The supervisor's calls for two seconds; the last answer."""
-    admission = EngineAdmission(lambda now: look, None, 0.0)
-    signals = Signals(demand, lost, (), thermal)
-    return [admission.tick((index + 1) * TICK, signals) for index in range(100)][-1]
+def tick(demand: EngineDemand, thermal: ThermalOutlook, **rest: Any) -> Admissibility:
+    """Two seconds of ticks; the last answer."""
+    admission, given = Admission(None, 0.0), admission_input(demand, thermal, **rest)
+    return [admission.update(given, (index + 1) * TICK) for index in range(100)][-1]
 
 
 @pytest.mark.parametrize(
-    ("demand", "thermal", "lost", "look", "state"),
+    ("demand", "thermal", "lost", "budgeted", "use_ratio", "state"),
     [
-        (DEMAND, ThermalOutlook(), False, Look(True, 1.0, 2.0), AdmissionState.SHED),
-        (DEMAND, ThermalOutlook(), False, Look(False, 1.0, 2.0), AdmissionState.OPEN),
+        (DEMAND, ThermalOutlook(), False, True, 1.0, AdmissionState.SHED),
+        (DEMAND, ThermalOutlook(), False, False, 1.0, AdmissionState.OPEN),
         # A limit against overheating is one to keep, with or without the operator's.
         (
             DEMAND,
             ThermalOutlook(limit=PowerLimit(500.0, 1.0)),
             False,
-            Look(False, 1.0, 2.0),
+            False,
+            1.0,
             AdmissionState.SHED,
         ),
         # What was true when the engine was busy says nothing of an idle one.
@@ -271,7 +272,8 @@ def tick(demand: EngineDemand, thermal: ThermalOutlook, lost: bool, look: Look) 
             dataclasses.replace(DEMAND, busy=False),
             ThermalOutlook(),
             False,
-            Look(True, 0.0, 2.0),
+            True,
+            0.0,
             AdmissionState.OPEN,
         ),
         # A lost sensor's last reading is not used.
@@ -279,13 +281,20 @@ def tick(demand: EngineDemand, thermal: ThermalOutlook, lost: bool, look: Look) 
             dataclasses.replace(DEMAND, held_ratio=0.0),
             ThermalOutlook(),
             True,
-            Look(True, 1.0, 2.0),
+            True,
+            1.0,
             AdmissionState.OPEN,
         ),
     ],
 )
 def test_the_supervisors_signals_are_judged(
-    demand: EngineDemand, thermal: ThermalOutlook, lost: bool, look: Look, state: AdmissionState
+    demand: EngineDemand,
+    thermal: ThermalOutlook,
+    lost: bool,
+    budgeted: bool,
+    use_ratio: float,
+    state: AdmissionState,
 ) -> None:
     """Demand, heat and the sensor's health enter as they should."""
-    assert tick(demand, thermal, lost, look).state is state
+    rest = {"sensor_lost": lost, "budgeted": budgeted, "use_ratio": use_ratio}
+    assert tick(demand, thermal, wait_seconds=2.0, **rest).state is state

@@ -45,6 +45,7 @@ class Room:
     profile: GpuProfile
     thermal: Thermal
     inlet_celsius: float = 30.0
+    shapes: bool = True
     now_seconds: float = 0.0
     joules: float = 0.0
     celsius: list[float] = field(default_factory=list)
@@ -100,7 +101,8 @@ class Room:
                 self._said = self._read()
             self.watts.append(mean)
             self.celsius.append(self.heat.die_celsius)
-            self.outlook = self.thermal.observe(self.now_seconds, (self.sample(watts),))
+            samples = (self.sample(watts),)
+            self.outlook = self.thermal.observe(self.now_seconds, samples, self.shapes)
             self.limits.append(self.outlook.limit.watts if self.outlook.limit else None)
 
     def sample(self, watts: float) -> GpuSample:
@@ -123,7 +125,7 @@ def new_room(
     name: str, inlet: float = 30.0, wrong: tuple[float, float] = (1.0, 1.0), *, shapes: bool = True
 ) -> Room:
     profile = load_profile(name)
-    return Room(profile, Thermal(believed(profile, *wrong), shapes=lambda: shapes), inlet)
+    return Room(profile, Thermal(believed(profile, *wrong)), inlet, shapes)
 
 
 @pytest.mark.parametrize(("name", "wrong"), ROOMS, ids=str)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from shaper.core.supervise.status import Admissibility, AdmissionState, Signals
+from shaper.core.supervise.admission import Admission, AdmissionInput
+from shaper.core.supervise.status import Admissibility, AdmissionState
 from shaper.core.types import GpuIdentity, GpuSample, PowerState
 from shaper.errors import GpuLostError
 from shaper.gpu.reader import GpuReader
@@ -185,7 +186,7 @@ class StallingSampler:
         return self._latest
 
 
-class Mood:
+class Mood(Admission):
     """An admission that says what it was told to."""
 
     def __init__(self) -> None:
@@ -195,5 +196,5 @@ class Mood:
         """What holds from the next tick on."""
         self.said = Admissibility(state, pressure_ratio, "told to", 1.0)
 
-    def tick(self, now_seconds: float, signals: Signals) -> Admissibility:
+    def update(self, given: AdmissionInput, now_seconds: float) -> Admissibility:
         return self.said

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shaper.core.supervise.admission import Admission, Strain
+from shaper.core.supervise.admission import Admission, AdmissionInput
 from shaper.core.supervise.status import AdmissionState, EngineStatus
 from shaper.core.types import PowerLimit
 from shaper.engine import deferral as deferral_module
@@ -163,7 +163,7 @@ def test_a_flood_is_weathered_in_closed_loop(make_rig: Any) -> None:
         demand = desk.shaper.demand
         held = demand.held_ratio if demand is not None and demand.busy else 0.0
         waited = desk.deferral.queue.wait_seconds(now)
-        outcome = admission.update(Strain(held_ratio=held, wait_seconds=waited), now)
+        outcome = admission.update(AdmissionInput(held_ratio=held, wait_seconds=waited), now)
         seen.add(outcome.state)
         desk.shaper.standing = EngineStatus(now, outcome)
 

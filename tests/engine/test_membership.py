@@ -19,7 +19,6 @@ from shaper.engine import membership
 from shaper.engine.membership import Membership, join
 from shaper.engine.readers import EngineGpus, NoSensor
 from shaper.gpu.profiles import load_profile
-from shaper.ipc.group_status import GroupStatus
 
 FREE_WATTS = 700.0
 STATIC = (PowerLimit(500.0, 0.1), PowerLimit(450.0, 1.0))
@@ -141,8 +140,7 @@ def test_a_share_that_changes_is_told_once(handle: FakeHandle, member: Membershi
 def test_what_the_group_says_reaches_the_status_block(member: Membership) -> None:
     """Counters are this engine's own, watts those of all."""
     member.tick("on", decides=True)
-    found = GroupStatus.from_values(member.values())
-    assert found is not None
+    found = member.status
     assert found.committed_watts == 800.0
     assert found.detached
     assert (found.claims_refused, found.static_steps, found.lock_wait_seconds) == (3, 1, 0.5)
@@ -178,8 +176,7 @@ def test_a_tick_that_fails_is_counted_and_logged_once(
         for _ in range(3):
             assert not member.tick("on", decides=True)
     assert len(caplog.records) == 1
-    found = GroupStatus.from_values(member.values())
-    assert found is not None
+    found = member.status
     assert (found.errors, found.count("alive")) == (3, 2)
 
 

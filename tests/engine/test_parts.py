@@ -6,30 +6,30 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from shaper.core.supervise.admission import EngineAdmission, Look
+from shaper.core.budget import Constraints
+from shaper.core.supervise.admission import Admission
 from shaper.core.supervise.status import EngineStatus
 from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import GpuIdentity, GpuSample, PowerBudget, PowerLimit
 from shaper.doctor.server import metric_findings, samples
 from shaper.engine.control import BudgetControl
+from shaper.engine.decision_log import DecisionLog
 from shaper.engine.membership import Membership
 from shaper.engine.readers import NoSensor
 from shaper.engine.recorder import Recorder
-from shaper.engine.telemetry import DecisionLog, Telemetry
 from shaper.engine.tick import EngineTick
-from shaper.gpu.meter_properties import MeterWatch
 from shaper.gpu.parts import PARTS, Parts
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.sampler import Sampler
+from shaper.ipc.engine_record import SchedulerCounters
 from shaper.ipc.flex import FlexQueue
-from shaper.ipc.metric_table import SchedulerCounters
 from shaper.ipc.status_block import StatusWriter
 from tests.controlled import engine as budget_control
 from tests.controlled import record, run
@@ -61,13 +61,14 @@ class Shaper:
     """A shaper as the tick sees it."""
 
     def __init__(self) -> None:
-        self.counters, self.budget = SchedulerCounters(), PowerBudget((PowerLimit(560.0, 1.0),))
+        self.counters = SchedulerCounters()
+        self.constraints = Constraints(PowerBudget((PowerLimit(560.0, 1.0),)))
         self.demand, self.mode = None, "on"
         self.standing: EngineStatus | None = None
         self.extra: tuple[PowerLimit, ...] = ()
 
     def set_budget(self, budget: PowerBudget) -> None:
-        self.budget = budget
+        self.constraints = replace(self.constraints, budget=budget)
 
     def set_mode(self, mode: str) -> None:
         self.mode = mode
@@ -88,12 +89,12 @@ class Engine:
     shaper: Shaper
     control: BudgetControl
     status: StatusWriter
-    telemetry: Telemetry
+    tick: EngineTick
     supervisor: Supervisor
     recorder: Recorder
     handle: FakeHandle
     member: Membership
-    admission: EngineAdmission
+    admission: Admission
     parts: Parts
     log: DecisionLog
     run: str
@@ -121,9 +122,7 @@ def wired(run: str, tmp_path: Path, gpu: Any) -> Iterator[Engine]:
     shaper, parts, handle = Shaper(), Parts(), FakeHandle()
     control = budget_control(run, now_seconds=gpu.now_seconds)
     status, log = StatusWriter(run, 0, {}), DecisionLog(str(tmp_path / "decisions"))
-    admission = EngineAdmission(
-        lambda now: Look(True, telemetry.usage.use_ratio, 0.0), None, gpu.now_seconds
-    )
+    admission = Admission(None, gpu.now_seconds)
     supervisor = Supervisor(
         load_profile("h200-sxm"),
         gpu.gpus,
@@ -131,22 +130,23 @@ def wired(run: str, tmp_path: Path, gpu: Any) -> Iterator[Engine]:
         metered=bool(gpu.gpus),
         parts=parts,
     )
-    telemetry = Telemetry(status, 115.0, log, supervisor=supervisor, parts=parts)
-    telemetry.attach(shaper, lambda: FlexQueue(2, None, None, 9, (5, 1, 0, 1), 3))
     recorder = Recorder(tmp_path, 0, {}, str(tmp_path / "run.csv"), parts)
     member = Membership(handle, 700.0, clock=lambda: gpu.now_seconds)  # type: ignore[arg-type]
-    tick = EngineTick(parts, control, telemetry, recorder, member)
+    flex = FlexQueue(2, None, None, 9, (5, 1, 0, 1), 3)
+    tick = EngineTick(
+        parts, control, supervisor, 115.0, status, log, recorder, member, lambda: flex,
+        lambda constraints: constraints.budgeted,
+    )  # fmt: skip
     sampler = Sampler(
         recorder.tap(gpu),
         lambda: gpu.now_seconds,
         on_tick=tick,
         on_state=lambda _: None,
-        meter=MeterWatch(),
         parts=parts,
     )
     tick.shaper, tick.sampler = shaper, sampler  # type: ignore[assignment]
     yield Engine(
-        gpu, sampler, shaper, control, status, telemetry, supervisor, recorder, handle, member,
+        gpu, sampler, shaper, control, status, tick, supervisor, recorder, handle, member,
         admission, parts, log, run,
     )  # fmt: skip
     status.close()
@@ -157,8 +157,6 @@ def wired(run: str, tmp_path: Path, gpu: Any) -> Iterator[Engine]:
 # Where it fails, and whose failure that is.
 SEAMS = {
     "sampler._on_state": "states",
-    "sampler._meter.observe": "meter_properties",
-    "sampler._meter.facts": "meter_properties",
     "sampler._note_limits": "limit_changes",
     "sampler.report": "sensor_report",
     "control.tick": "control",
@@ -167,22 +165,19 @@ SEAMS = {
     "member.tick": "group",
     "supervisor._health.observe": "health",
     "supervisor._thermal.observe": "thermal",
-    "admission.tick": "admission",
+    "admission.update": "admission",
     "supervisor.tick": "supervisor",
     "shaper.set_extra_limits": "supervisor",
-    "telemetry.tick": "tick",
-    "telemetry._windows.observe": "meter_windows",
-    "telemetry._values": "status_block",
-    "telemetry._standing_values": "status_block",
-    "shaper.counters.values": "status_block",
-    "member.values": "status_block",
-    "telemetry._flex": "flex",
+    "tick._windows.observe": "meter_windows",
+    "tick._shapes_heat": "supervisor",
+    "tick._flex": "flex",
+    "status.write": "status_block",
     "log.drain": "decision_log",
     "recorder.follow": "recording",
     "recorder._job.add_samples": "recording",
 }
 # What the failure itself takes away.
-NOT_SHOWN = {"telemetry._values", "telemetry.tick"}
+NOT_SHOWN = {"status.write"}
 NOT_FOLLOWED = {"control.tick", "control._follower.poll"}
 
 
@@ -214,7 +209,7 @@ def test_a_part_that_fails_costs_itself_alone(
     said = [r.message for r in caplog.records if "a mistake" in r.message]
     assert len(said) == 1
     if seam not in NOT_FOLLOWED:
-        assert engine.shaper.budget.limits == (PowerLimit(400.0, 1.0),)
+        assert engine.shaper.constraints.budget.limits == (PowerLimit(400.0, 1.0),)
     if part != "group":
         assert len(engine.handle.asked) >= before + 60
     monkeypatch.undo()
@@ -253,14 +248,43 @@ def test_the_rest_is_shown_while_a_part_fails(
     assert found["shaper_part_errors_total", "0", SEAMS[seam]] >= 1
 
 
-def test_a_section_that_can_not_be_told_hides_no_other(engine: Engine) -> None:
-    """Half an update would hide the engine's whole block from every reader."""
+def test_a_record_that_is_too_long_leaves_the_one_before(engine: Engine) -> None:
+    """Half an update would hide the engine from every reader."""
     engine.ticks(2)
-    wrong: list[Any] = [["no number"], [0.0] * 1000]
-    for values in wrong:
-        with pytest.raises(Exception, match=r".+"):
-            engine.status.write("group", values)
+    with pytest.raises(ValueError, match="a record of 100000 bytes in a block of 32768"):
+        engine.status.write(b" " * 100_000)
     assert "shaper_power_average_watts" in scrape_text(engine.run)
+
+
+def test_a_sensor_that_is_gone_reaches_the_shaper_the_log_and_the_metrics(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Said once, shown, and told to the shaper."""
+    engine.ticks(2)
+    engine.gpu.read = lambda: ()
+    with caplog.at_level(logging.WARNING, logger="shaper.engine"):
+        engine.ticks(100)
+    assert engine.shaper.standing is not None
+    assert engine.shaper.standing.sensor_lost
+    assert 'shaper_sensor_lost{engine="0"} 1.0' in scrape_text(engine.run)
+    said = [r.message for r in caplog.records if r.name == "shaper.engine.tick"]
+    assert said == ["the GPUs' readings are lost or stuck"]
+
+
+def test_a_supervisor_that_fails_turns_nobody_away(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it said last is no longer known; the limits that it set stay."""
+    engine.ticks(2)
+    engine.shaper.extra = (PowerLimit(600.0, 2.0),)
+    assert engine.shaper.standing is not None
+    monkeypatch.setattr(engine.supervisor, "tick", lambda *given, **named: 1 / 0)
+    engine.ticks(3)
+    assert engine.shaper.standing is None
+    assert engine.shaper.extra == (PowerLimit(600.0, 2.0),)
+    text = scrape_text(engine.run)
+    assert 'shaper_supervisor_errors_total{engine="0"} 3.0' in text
+    assert "shaper_admission_state{" not in text
 
 
 def test_a_reading_that_can_not_be_summed_up_is_counted(

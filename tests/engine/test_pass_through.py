@@ -18,7 +18,8 @@ from shaper.engine.protocols import PassThrough
 from shaper.engine.runtime import LiveShaper
 from shaper.ipc.control_file import ControlFile, ControlRecord, Mode
 from shaper.ipc.enforcement import enforcement_of
-from shaper.ipc.status_block import read_statuses, run_id
+from shaper.ipc.engine_record import read_statuses
+from shaper.ipc.status_block import run_id
 from tests.controlled import ORIGIN, engine, record, run, watts
 from tests.engine.conftest import plain
 from tests.engine.harness import GPU, MODEL

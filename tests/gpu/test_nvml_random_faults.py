@@ -55,7 +55,10 @@ def test_whatever_the_driver_does_states_stay_plausible_and_come_back(
         for uuid in ("GPU-a", "GPU-b")
     ]
     fake = FakeNvml(gpus, clock=clock, sleep=clock.advance)
-    sampler = Sampler(NvmlReader([0, 1], clock, fake), clock, meter=MeterWatch())
+    watch = MeterWatch()
+    sampler = Sampler(
+        NvmlReader([0, 1], clock, fake), clock, on_state=lambda s: watch.observe(s.gpus, 0.01)
+    )
     fake.faults = script
     energy, at = 0.0, -math.inf
     # Faults, the longest pause before a new try, and a while to be believed again.
@@ -79,7 +82,7 @@ def test_whatever_the_driver_does_states_stay_plausible_and_come_back(
     assert sampler.latest is not None
     assert sampler.latest.age_seconds(clock()) == 0.0
     assert sampler.latest.enforced_limit_watts == 2 * LIMIT_WATTS
-    for facts in sampler.report(clock()).facts:
+    for facts in watch.facts():
         known = [value for value in astuple(facts) if value is not None]
         assert all(math.isfinite(value) and value >= 0 for value in known)
 
@@ -96,7 +99,7 @@ def test_a_reading_that_was_there_comes_back(call: str, quantity: str) -> None:
     clock = HandClock(50.0)
     gpu = FakeGpu("GPU-a", recording="tests/gpu/data/h200_load.csv")
     fake = FakeNvml([gpu], clock=clock, sleep=clock.advance)
-    sampler = Sampler(NvmlReader([0], clock, fake), clock, meter=MeterWatch())
+    sampler = Sampler(NvmlReader([0], clock, fake), clock)
     fake.faults = [
         Fault(
             "code",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 
@@ -14,9 +15,11 @@ from shaper.core.budget import Source
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.errors import ConfigError, ControlError
 from shaper.ipc.control_file import ControlFile, ControlRecord, EngineControl, sweep_control_files
+from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.status_block import StatusWriter, control_paths
 from shaper.server.control_service import Clocks, ControlService
 from tests.controlled import Walls, engine, record, run, watts
+from tests.scraping import write
 
 __all__ = ["run"]
 
@@ -197,14 +200,19 @@ def test_the_files_of_a_killed_server_are_swept(run):
     assert not any(path.exists() for path in control_paths(run))
 
 
-def test_what_an_engine_says_survives_the_block():
-    """Numbers there and back."""
+def test_what_an_engine_says_survives_the_block(run):
+    """There and back, infinity too."""
     said = EngineControl(
         PowerBudget((PowerLimit(640.0, 0.1), PowerLimit(560.0, 1.0)), 200.0),
-        *("shadow", Source.FALLBACK, 7, 6, 2, 123.5),
+        *("shadow", Source.FALLBACK, 7, 6, 2, math.inf),
     )
-    assert EngineControl.from_values(said.values()) == said
-    assert EngineControl.from_values(()) is None
+    writer = StatusWriter(run, 0, {})
+    try:
+        write(writer, control=said)
+        (status,) = read_statuses(run)
+        assert status.record.control == said
+    finally:
+        writer.close()
 
 
 def test_two_servers_changing_at_once_lose_nothing(run):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import given
 
 from shaper.core.types import PowerLimit
+from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.group_status import MEMBER_STATES, GroupStatus, MemberStatus
-from shaper.ipc.status_block import StatusWriter, read_statuses
-from tests.scraping import run, scrape
+from shaper.ipc.status_block import StatusWriter
+from tests.scraping import run, scrape, write
 from tests.strategies import group_statuses
 
 __all__ = ["run"]
@@ -15,25 +18,19 @@ __all__ = ["run"]
 
 @given(group_statuses)
 def test_what_is_written_is_read_back(group):
-    """And fits the block's section with as many limits and members as it may have."""
-    values = group.values()
-    assert len(values) <= 256
-    assert GroupStatus.from_values(values) == group
-
-
-def test_more_members_than_the_block_has_room_for_are_cut():
-    """A rack of one host has no more; the counts by state would then be of the first ones."""
-    many = tuple(MemberStatus(pid, "alive", 1.0, 1.0) for pid in range(100))
-    group = GroupStatus((PowerLimit(1.0, 1.0),) * 32, many)
-    assert len(group.values()) <= 256
-    found = GroupStatus.from_values(group.values())
-    assert found is not None
-    assert found.members == many[:32]
+    """And fits the block with as many limits and members as it may have."""
+    run = f"test{os.getpid()}group"
+    writer = StatusWriter(run, 0, {})
+    try:
+        write(writer, group=group)
+        (status,) = read_statuses(run)
+        assert status.record.group == group
+    finally:
+        writer.close()
 
 
 def test_an_engine_in_no_group_shows_none(run):
     """Neither metrics nor a group in the state."""
-    assert GroupStatus.from_values(()) is None
     writer = StatusWriter(run, 0, {})
     try:
         assert [name for name, _ in scrape(run) if name.startswith("shaper_group")] == []
@@ -56,7 +53,7 @@ def test_metrics_name_the_group_its_limits_and_its_engines(run):
     )
     writer = StatusWriter(run, 0, {"group": "rack-1"})
     try:
-        writer.write("group", group.values())
+        write(writer, group=group)
         values = scrape(run)
         own = (("engine", "0"),)
         limit = (*own, ("group", "rack-1"), ("window_seconds", "0.1"))
@@ -69,7 +66,7 @@ def test_metrics_name_the_group_its_limits_and_its_engines(run):
         assert values["shaper_group_committed_watts", own] == 1050.0
         assert values["shaper_group_oldest_wait_seconds", own] == 0.5
         assert values["shaper_group_claims_refused_total", own] == 7.0
-        read = GroupStatus.from_values(read_statuses(run)[0].values["group"])
+        read = read_statuses(run)[0].record.group
         assert read is not None
         assert read == group
     finally:

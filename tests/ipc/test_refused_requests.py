@@ -11,13 +11,14 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from shaper.ipc import refused_requests as module
-from shaper.ipc.metric_table import flex_values
+from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.refused_requests import KINDS, POWER, THERMAL, UNKNOWN_CLASS, RefusalCounts
 from shaper.ipc.refused_requests import refused_requests as read
-from shaper.ipc.status_block import StatusWriter, control_paths, read_statuses
+from shaper.ipc.status_block import StatusWriter, control_paths
 from shaper.server.admission import AdmissionGate
 from shaper.server.metrics import StatusCollector
 from tests.controlled import run
+from tests.scraping import write
 from tests.server.exchange import DEFER, OPEN, SHED, Exchange, Fixed
 
 __all__ = ["run"]
@@ -77,7 +78,7 @@ def test_a_scrape_shows_the_sum_over_all_api_servers(run: str) -> None:
         from shaper.ipc.flex import FlexQueue
 
         for writer in writers:
-            writer.write("flex", flex_values(FlexQueue(refused=4), 1.0))
+            write(writer, flex=FlexQueue(refused=4))
         assert scrape() == NONE | {POWER: 7, overdue: 8}
     finally:
         for writer in writers:

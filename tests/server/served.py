@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from shaper.ipc.control_file import ControlFile
-from shaper.ipc.status_block import StatusWriter, read_statuses
+from shaper.ipc.engine_record import read_statuses
+from shaper.ipc.status_block import StatusWriter
 from shaper.server.control_service import Clocks, ControlService
 from shaper.server.routes import ControlRoutes
 from tests.controlled import Walls, engine
+from tests.scraping import write
 
 KEY = "an-admin-key-of-a-test"
 
@@ -30,8 +32,8 @@ class Served:
             StatusWriter(run, rank, {"gpu_count": 1, "idle_watts": 115.0})
             for rank in range(len(self.engines))
         ]
-        for engine_, writer in zip(self.engines, self.writers, strict=True):
-            writer.write("control", engine_.state.values())
+        self.said: list[dict[str, Any]] = [{} for _ in self.engines]
+        self.write()
         self.seconds = 0.0
         self.wall = Walls()
         self.passed: list[str] = []
@@ -48,6 +50,11 @@ class Served:
         self.seconds += 0.02
         return self.seconds
 
+    def write(self) -> None:
+        """What each engine holds, and what is said of it beside that."""
+        for control, writer, said in zip(self.engines, self.writers, self.said, strict=True):
+            write(writer, control=control.state, **said)
+
     async def inner(self, scope: Any, receive: Any, send: Any) -> None:
         self.passed.append(scope.get("path", scope["type"]))
         await send({"type": "http.response.start", "status": 299, "headers": []})
@@ -56,9 +63,9 @@ class Served:
     async def _tick(self) -> None:
         while True:
             if self.ticking:
-                for control, writer in zip(self.engines, self.writers, strict=True):
+                for control in self.engines:
                     control.tick(self.clock())
-                    writer.write("control", control.state.values())
+                self.write()
             await asyncio.sleep(0)
 
     def ask(self, method: str, path: str, body: Any = None, **scope: Any) -> tuple[int, Any]:

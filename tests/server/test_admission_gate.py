@@ -10,9 +10,8 @@ from shaper.core.budget import Source
 from shaper.core.supervise.status import Admissibility, AdmissionState, EngineStatus, ThermalOutlook
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.ipc.control_file import EngineControl, Mode
+from shaper.ipc.engine_record import EngineRecord, Status
 from shaper.ipc.group_status import GroupStatus
-from shaper.ipc.metric_table import HEARTBEAT_INDEX, standing_values
-from shaper.ipc.status_block import Status
 from shaper.server.admission import AdmissionGate, GateReader, most_open
 from tests.server.exchange import DEFER, OPEN, SHED
 
@@ -34,15 +33,8 @@ def status(
     thermal = ThermalOutlook(limit=PowerLimit(400.0, 1.0)) if heat else ThermalOutlook()
     standing = EngineStatus(at, admissibility=outcome, thermal=thermal)
     control = EngineControl(budget, mode, next(iter(Source)), 0, 0, 0, math.inf)
-    sampler = [math.nan] * HEARTBEAT_INDEX + [at]
-    sections = {
-        "sampler": tuple(sampler),
-        "control": tuple(control.values()),
-        "standing": tuple(standing_values(standing)),
-        "scheduler": (),
-        "group": tuple(GroupStatus(group, ()).values()) if group else (),
-    }
-    return Status(info={"engine": 0}, values=sections)
+    shared = GroupStatus(group, ()) if group else None
+    return Status({"engine": 0}, EngineRecord(at, standing=standing, control=control, group=shared))
 
 
 NOTHING = PowerBudget()
@@ -71,14 +63,7 @@ NOTHING = PowerBudget()
         # So is a ramp alone.
         ([status(SHED, 5.0, budget=PowerBudget((), 200.0))], AdmissionGate(SHED, 5.0)),
         # An engine that has written nothing yet.
-        (
-            [
-                Status(
-                    {}, dict.fromkeys(("sampler", "control", "standing", "scheduler", "group"), ())
-                )
-            ],
-            None,
-        ),
+        ([Status({})], None),
     ],
 )
 def test_the_most_open_engine_counts(statuses: list[Status], gate: AdmissionGate | None) -> None:

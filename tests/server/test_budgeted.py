@@ -12,13 +12,13 @@ import pytest
 
 from shaper.core.budget import Constraints
 from shaper.core.supervise.admission import AdmissionReason
-from shaper.core.supervise.status import AdmissionState
+from shaper.core.supervise.status import AdmissionState, Usage, usage
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.engine import build
-from shaper.engine.meter_windows import Usage, usage
 from shaper.ipc.control_file import ControlFile
 from shaper.ipc.enforcement import Enforcement, enforcement_of
-from shaper.ipc.status_block import Status, control_paths, read_statuses, run_id
+from shaper.ipc.engine_record import Status, read_statuses
+from shaper.ipc.status_block import control_paths, run_id
 from shaper.server.admission import most_open
 from tests.controlled import record
 from tests.engine.harness import GPU, MODEL
@@ -114,9 +114,9 @@ def test_a_group_alone_is_a_budget_for_all_who_ask(started: Callable[..., Any]) 
     (status,) = read_statuses(run_id())
     assert enforcement_of(status).constraints.shared_limits == (PowerLimit(4000.0, 0.1),)
     assert enforcement_of(status).unkept is None
-    sampler = dict(enumerate(status.values["sampler"]))
-    assert 3500.0 < sampler[7] < 4000.0  # headroom
-    assert 0.0 <= sampler[8] < 0.1  # use
+    assert status.record.usage is not None
+    assert 3500.0 < status.record.usage.headroom_watts < 4000.0
+    assert 0.0 <= status.record.usage.use_ratio < 0.1
 
 
 def test_a_budget_that_comes_later_is_one_for_all_who_ask(started: Callable[..., Any]) -> None:
@@ -131,8 +131,7 @@ def test_a_budget_that_comes_later_is_one_for_all_who_ask(started: Callable[...,
 
 
 def blocked(**info: Any) -> Enforcement:
-    status = Status(info={"engine": 0, "passes_through": "why", **info}, values={})
-    return enforcement_of(status)
+    return enforcement_of(Status({"engine": 0, "passes_through": "why", **info}))
 
 
 def test_what_nobody_keeps_is_told(started: Callable[..., Any]) -> None:

@@ -27,12 +27,11 @@ class Recording(Served):
     number = 0
 
     def clock(self) -> float:
-        for control, writer, phase in zip(self.engines, self.writers, self.says, strict=True):
+        for control, said, phase in zip(self.engines, self.said, self.says, strict=True):
             order = control.record_order
             if order is not None:
                 number = order.sequence
-                state = RecordingState(number, phase, error_number=self.number)
-                writer.write("recording", state.values())
+                said["recording"] = RecordingState(number, phase, error_number=self.number)
         return super().clock()
 
 
@@ -59,8 +58,9 @@ def test_one_recording_at_a_time(served: Recording, tmp_path: Path) -> None:
     served.says = (RecordingPhase.ENDED,) * 2
     assert served.ask("DELETE", RECORD)[0] == 200
     served.says = (RecordingPhase.RECORDING,) * 2
-    for writer in served.writers:
-        writer.write("recording", RecordingState(1, RecordingPhase.ENDED).values())
+    for said in served.said:
+        said["recording"] = RecordingState(1, RecordingPhase.ENDED)
+    served.write()
     assert served.ask("PUT", RECORD, {"file": "other.csv"})[0] == 200
 
 

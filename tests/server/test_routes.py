@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from shaper.config.model import build_config
+from shaper.core.types import PowerState
 from shaper.ipc.control_file import ControlFile
-from shaper.ipc.metric_table import SAMPLER_METRICS
 from shaper.server.routes import MAX_BODY_BYTES, ControlRoutes
 from tests.controlled import run, watts
 from tests.server.served import KEY, Served, served
@@ -238,13 +237,11 @@ def test_a_full_disk_is_an_answer(served, monkeypatch):
 
 def test_a_limit_that_can_never_bind_is_answered_with_a_warning(served):
     """It holds all the same; once for engines alike, and by the enforced limit of this moment."""
-    names = [name for name, _ in SAMPLER_METRICS]
 
     def enforced(watts: float) -> None:
-        values = [math.nan] * len(names)
-        values[names.index("shaper_gpu_enforced_limit_watts")] = watts
-        for writer in served.writers:
-            writer.write("sampler", values)
+        for said in served.said:
+            said["power"] = PowerState(0.0, 1, enforced_limit_watts=watts)
+        served.write()
 
     # Their clock goes on while a thread writes: on a busy machine for many seconds.
     loose = {"limits": ["900W@1s", "950W@100ms"], "for": "1h", "fallback": {"limits": "800W@1s"}}

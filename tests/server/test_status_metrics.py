@@ -17,11 +17,12 @@ from shaper.core.types import (
     StepLimits,
     StepPrediction,
 )
+from shaper.engine.decision_log import DecisionLog
 from shaper.engine.meter_windows import MeterWindows
-from shaper.engine.telemetry import DecisionLog, Telemetry
-from shaper.ipc.metric_table import SchedulerCounters
-from shaper.ipc.status_block import StatusWriter, block_directory, read_statuses, run_id
-from tests.scraping import control, run, scrape
+from shaper.gpu.sampler import SensorReport
+from shaper.ipc.engine_record import SchedulerCounters, read_statuses
+from shaper.ipc.status_block import StatusWriter, block_directory, read_blocks, run_id
+from tests.scraping import control, run, scrape, write
 
 __all__ = ["run"]
 
@@ -41,8 +42,7 @@ def test_two_engines_show_side_by_side(run):
             counters = SchedulerCounters()
             for _ in range(rank + 1):
                 counters.count(decision())
-            writer.write("scheduler", counters.values())
-            writer.write("control", control(500.0 + rank).values())
+            write(writer, counters=counters, control=control(500.0 + rank))
         values = scrape(run)
         key = (("engine", "1"), ("reason", "chunk_power"))
         assert values["shaper_decisions_total", key] == 2
@@ -62,44 +62,56 @@ def test_what_is_not_known_is_left_out(run):
     """NaN never reaches Prometheus, and an age is counted from the reading."""
     writer = StatusWriter(run, 0, {})
     try:
-        log = DecisionLog(None)
-        telemetry = Telemetry(writer, 100.0, log)
-        telemetry.tick(5.0, None, 3, 1)
+        write(writer, sensor=SensorReport(read_errors=3), at_seconds=5.0)
         values = scrape(run)
         assert ("shaper_power_instant_watts", (("engine", "0"),)) not in values
         assert ("shaper_sample_age_seconds", (("engine", "0"),)) not in values
         assert values["shaper_sample_read_errors_total", (("engine", "0"),)] == 3
-        telemetry.tick(6.0, PowerState(5.9, 1, instant_watts=431.0, energy_joules=1e6), 3, 1)
+        write(writer, power=PowerState(5.9, 1, instant_watts=431.0), counters=SchedulerCounters())
         values = scrape(run)
         assert values["shaper_power_instant_watts", (("engine", "0"),)] == 431.0
-        assert values["shaper_energy_joules_total", (("engine", "0"),)] == 0.0
+        assert values["shaper_sample_age_seconds", (("engine", "0"),)] > 0.0
+        assert ("shaper_step_measured_watts", (("engine", "0"),)) not in values
     finally:
         writer.close()
 
 
 def test_a_reader_never_sees_half_an_update(run):
-    """Under a writer that never rests, every section read is of one update."""
+    """Under a writer that never rests, every record read is of one update."""
     writer = StatusWriter(run, 0, {})
     stop = threading.Event()
 
     def write() -> None:
-        value = 0.0
+        value = 0
         while not stop.is_set():
-            value += 1.0
-            writer.write("sampler", [value] * 200)
+            value = (value + 1) % 256
+            writer.write(bytes([value]) * (1000 + value))
 
     thread = threading.Thread(target=write)
-    writer.write("sampler", [0.0] * 200)
+    writer.write(bytes(1000))
     thread.start()
     try:
-        seen = [read_statuses(run) for _ in range(2000)]
+        seen = [read_blocks(run) for _ in range(2000)]
     finally:
         stop.set()
         thread.join()
         writer.close()
-    sections = [status.values["sampler"] for statuses in seen for status in statuses]
-    assert len(sections) > 100
-    assert all(len(set(section)) == 1 for section in sections)
+    records = [block.record for blocks in seen for block in blocks]
+    assert len(records) > 100
+    assert all(set(record) == {len(record) - 1000} for record in records)
+
+
+def test_a_record_of_another_version_is_left_out(run):
+    """It is not believed in part."""
+    writers = [StatusWriter(run, rank, {}) for rank in (0, 1)]
+    try:
+        for writer in writers:
+            write(writer, at_seconds=5.0)
+        writers[0].write(b'{"at_seconds": "late"}')
+        assert [status.info["engine"] for status in read_statuses(run)] == [1]
+    finally:
+        for writer in writers:
+            writer.close()
 
 
 def test_only_its_user_can_read_a_block(run):

@@ -23,10 +23,15 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from shaper.core.supervise.status import Admissibility, AdmissionState, Signals
+from shaper.core.supervise.status import (
+    Admissibility,
+    AdmissionState,
+    EngineDemand,
+    ThermalOutlook,
+)
 
 # The TTFT that prompts are measured against where the operator names none: what a person
 # who waits for an answer still takes for prompt.
@@ -98,8 +103,8 @@ SHORTEST_HOLD_SECONDS = min(edge.hold_seconds for edges in EDGES.values() for ed
 
 
 @dataclass(frozen=True, slots=True)
-class Strain:
-    """What presses on one engine at one tick. A value that is not finite is not known."""
+class AdmissionInput:
+    """What admission decides on at one tick. A value that is not finite is not known."""
 
     budgeted: bool = True
     """A limit holds, the operator's or one against overheating."""
@@ -115,15 +120,45 @@ class Strain:
     """Until that limit may be let go; None: it can't be said."""
 
 
+def admission_input(
+    demand: EngineDemand,
+    thermal: ThermalOutlook,
+    *,
+    sensor_lost: bool,
+    budgeted: bool,
+    use_ratio: float | None,
+    wait_seconds: float,
+) -> AdmissionInput:
+    """The input of a tick, from what was sensed and judged.
+
+    Args:
+        demand: what there is to do.
+        thermal: where the heat is going, and the limit for it.
+        sensor_lost: the readings are not believed, and `use_ratio` with them.
+        budgeted: an operator limits something.
+        use_ratio, wait_seconds: as of `AdmissionInput`.
+    """
+    hot = thermal.limit is not None
+    return AdmissionInput(
+        budgeted=budgeted or hot,
+        use_ratio=None if sensor_lost else use_ratio,
+        # What is said of an idle engine is about the time when it was not.
+        held_ratio=demand.held_ratio if demand.busy else 0.0,
+        wait_seconds=wait_seconds if demand.busy else 0.0,
+        hot=hot,
+        cool_seconds=thermal.recovery_seconds,
+    )
+
+
 def _within_one(value: float | None) -> float:
     """Clamped to [0, 1]; what is not known counts as nothing."""
     return 0.0 if value is None or math.isnan(value) else min(1.0, max(0.0, value))
 
 
-def pressure_ratio(strain: Strain, ttft_seconds: float) -> float:
+def pressure_ratio(given: AdmissionInput, ttft_seconds: float) -> float:
     """The law, in [0, 1]."""
-    use = max(_within_one(strain.use_ratio), _within_one(strain.held_ratio))
-    return use * (1.0 + _within_one(strain.wait_seconds / ttft_seconds)) / 2.0
+    use = max(_within_one(given.use_ratio), _within_one(given.held_ratio))
+    return use * (1.0 + _within_one(given.wait_seconds / ttft_seconds)) / 2.0
 
 
 class Admission:
@@ -141,10 +176,10 @@ class Admission:
         self._edge: Edge | None = None
         self._edge_seconds = start_seconds
 
-    def update(self, strain: Strain, now_seconds: float) -> Admissibility:
+    def update(self, given: AdmissionInput, now_seconds: float) -> Admissibility:
         """The state after this tick."""
-        pressure = pressure_ratio(strain, self._ttft_seconds)
-        if not strain.budgeted:
+        pressure = pressure_ratio(given, self._ttft_seconds)
+        if not given.budgeted:
             pressure = 0.0
             self._edge = None
             if self._state is not AdmissionState.OPEN:
@@ -155,8 +190,8 @@ class Admission:
         return Admissibility(
             state=self._state,
             pressure_ratio=pressure,
-            reason=self._reason(strain),
-            recovery_seconds=self._recovery_seconds(strain),
+            reason=self._reason(given),
+            recovery_seconds=self._recovery_seconds(given),
             since_seconds=self._since_seconds,
         )
 
@@ -171,20 +206,20 @@ class Admission:
     def _move(self, state: AdmissionState, now_seconds: float) -> None:
         self._state, self._since_seconds, self._edge = state, now_seconds, None
 
-    def _reason(self, strain: Strain) -> AdmissionReason:
-        if not strain.budgeted:
+    def _reason(self, given: AdmissionInput) -> AdmissionReason:
+        if not given.budgeted:
             return AdmissionReason.NO_BUDGET
         if self._state is AdmissionState.OPEN:
             return AdmissionReason.ROOM
-        if strain.hot:
+        if given.hot:
             return AdmissionReason.THERMAL
         # Beyond shaped it is prompts that wait which got it there.
         if self._state is not AdmissionState.SHAPED:
             return AdmissionReason.WAIT
-        held, used = _within_one(strain.held_ratio), _within_one(strain.use_ratio)
+        held, used = _within_one(given.held_ratio), _within_one(given.use_ratio)
         return AdmissionReason.HELD if held > used else AdmissionReason.BUDGET
 
-    def _recovery_seconds(self, strain: Strain) -> float | None:
+    def _recovery_seconds(self, given: AdmissionInput) -> float | None:
         """When flex work should come back; None while it may enter.
 
         A queue that is served in order and whose head has waited `w` seconds takes about
@@ -192,8 +227,8 @@ class Admission:
         """
         if self._state in (AdmissionState.OPEN, AdmissionState.SHAPED):
             return None
-        cool = strain.cool_seconds if strain.hot else None
-        waits = [x for x in (strain.wait_seconds, cool) if x is not None and math.isfinite(x)]
+        cool = given.cool_seconds if given.hot else None
+        waits = [x for x in (given.wait_seconds, cool) if x is not None and math.isfinite(x)]
         return max([0.0, *waits]) + _fall_seconds(self._state)
 
 
@@ -204,49 +239,3 @@ def _fall_seconds(state: AdmissionState) -> float:
         edge = next(edge for edge in EDGES[state] if not edge.rising)
         seconds, state = seconds + edge.hold_seconds, edge.to
     return seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What the supervisor's signals do not say."""
-
-    budgeted: bool
-    """The operator set a limit."""
-    use_ratio: float | None
-    """As in `Strain`."""
-    wait_seconds: float
-    """As in `Strain`."""
-
-
-class EngineAdmission:
-    """`Admission` as the supervisor calls it.
-
-    Args:
-        look: says the rest at a tick; called with now.
-        ttft_target_seconds, start_seconds: as of `Admission`.
-    """
-
-    def __init__(
-        self,
-        look: Callable[[float], Look],
-        ttft_target_seconds: float | None,
-        start_seconds: float,
-    ) -> None:
-        self._look = look
-        self._admission = Admission(ttft_target_seconds, start_seconds)
-
-    def tick(self, now_seconds: float, signals: Signals) -> Admissibility:
-        """Judge once; called at each tick, in the order of time."""
-        look = self._look(now_seconds)
-        demand, thermal = signals.demand, signals.thermal
-        hot = thermal.limit is not None
-        strain = Strain(
-            budgeted=look.budgeted or hot,
-            use_ratio=None if signals.sensor_lost else look.use_ratio,
-            # What is said of an idle engine is about the time when it was not.
-            held_ratio=demand.held_ratio if demand.busy else 0.0,
-            wait_seconds=look.wait_seconds if demand.busy else 0.0,
-            hot=hot,
-            cool_seconds=thermal.recovery_seconds,
-        )
-        return self._admission.update(strain, now_seconds)

@@ -9,7 +9,9 @@ another read them with no lock.
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from shaper.core.types import PowerLimit
 
@@ -109,15 +111,30 @@ class EngineDemand:
     """Between the decode steps, if the controller spaces them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Signals:
-    """What admission decides on, at one tick."""
+class Usage(NamedTuple):
+    """How much of some limits is in use; NaN: not known, or there is no limit."""
 
-    demand: EngineDemand
-    sensor_lost: bool
-    """The last believed reading is too old, or there never was one."""
-    degradations: tuple[Degradation, ...]
-    thermal: ThermalOutlook
+    headroom_watts: float = math.nan
+    """Least of limit minus mean power over its window."""
+    use_ratio: float = math.nan
+    """Greatest share of a limit's headroom above idle, 0 to 1."""
+
+    def together(self, other: Usage) -> Usage:
+        """Of these limits and the others; what is not known counts for nothing."""
+        if math.isnan(other.use_ratio):
+            return self
+        if math.isnan(self.use_ratio):
+            return other
+        return Usage(
+            min(self.headroom_watts, other.headroom_watts), max(self.use_ratio, other.use_ratio)
+        )
+
+
+def usage(limit_watts: float, watts: float, idle_watts: float) -> Usage:
+    """Of one limit, at a mean power over its window."""
+    # A limit at the idle level has no headroom: anything above idle is all of it.
+    most = max(limit_watts - idle_watts, 1.0)
+    return Usage(limit_watts - watts, min(1.0, max(0.0, (watts - idle_watts) / most)))
 
 
 @dataclass(frozen=True, slots=True)

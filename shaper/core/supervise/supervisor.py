@@ -4,7 +4,7 @@ Steps, at each tick:
 
     health      what the GPUs give less than they should       (`health.py`)
     thermal     where the heat is going, and the limit for it  (`thermal.py`)
-    admission   what may enter, judged on both and on demand   (handed in)
+    admission   what may enter, judged on both and on demand   (`admission.py`)
     lines       what changed since the last tick, for the log
 
 It runs on the sampler's thread, or from virtual time. It looks at the controller through
@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from shaper.core.model.profile import GpuProfile
+from shaper.core.supervise.admission import Admission, admission_input
 from shaper.core.supervise.health import Health
 from shaper.core.supervise.status import (
     Admissibility,
     Degradation,
     EngineDemand,
     EngineStatus,
-    Signals,
     ThermalOutlook,
 )
 from shaper.core.supervise.thermal import Thermal
@@ -41,14 +41,6 @@ _IDLE_SECONDS = 2.0
 _START_SECONDS = 5.0
 # What comes back within this is the same episode, and is not said again.
 _QUIET_SECONDS = 10.0
-
-
-class Admission(Protocol):
-    """Decides which class of work may enter."""
-
-    def tick(self, now_seconds: float, signals: Signals) -> Admissibility:
-        """Judge once; called at each tick, in the order of time."""
-        ...
 
 
 class Boundary(Protocol):
@@ -71,7 +63,6 @@ class Supervisor:
         profile: of its GPUs.
         gpus: what the reader says of them.
         admission: None: all work may enter.
-        shapes_heat: whether a limit may be set for the heat now; it is predicted all the same.
         metered: False: the engine was told to read no sensor, so none is lost.
         parts: keeps health, heat and admission apart, so that one which fails says nothing
             (heat: what it said last) and the others go on; None: a failure is raised.
@@ -85,14 +76,13 @@ class Supervisor:
         gpus: Sequence[GpuIdentity] = (),
         *,
         admission: Admission | None = None,
-        shapes_heat: Callable[[], bool] = lambda: True,
         metered: bool = True,
         parts: Boundary | None = None,
     ) -> None:
         self._parts: Boundary = _NoBoundary() if parts is None else parts
         self._outlook = ThermalOutlook()
         self._health = Health(profile, gpus)
-        self._thermal = Thermal(profile, gpus, shapes=shapes_heat)
+        self._thermal = Thermal(profile, gpus)
         self._admission = admission
         self._metered = metered
         self._start_seconds: float | None = None
@@ -113,7 +103,15 @@ class Supervisor:
         }
 
     def tick(
-        self, now_seconds: float, state: PowerState | None, demand: EngineDemand | None
+        self,
+        now_seconds: float,
+        state: PowerState | None,
+        demand: EngineDemand | None,
+        *,
+        budgeted: bool = False,
+        use_ratio: float | None = None,
+        wait_seconds: float = 0.0,
+        shapes_heat: bool = True,
     ) -> EngineStatus:
         """Judge once.
 
@@ -121,6 +119,10 @@ class Supervisor:
             now_seconds: of this tick.
             state: the sampler's newest, however old.
             demand: the controller's newest; None while there is none.
+            budgeted: an operator limits something.
+            use_ratio: greatest share of a limit's headroom above idle in use; None: not known.
+            wait_seconds: age of the oldest interactive prompt that has not started.
+            shapes_heat: whether a limit may be set for the heat now; it is predicted anyway.
         """
         if self._start_seconds is None:
             self._start_seconds = now_seconds
@@ -128,7 +130,9 @@ class Supervisor:
         if now_seconds - known.at_seconds > _IDLE_SECONDS and known.busy:
             known = dataclasses.replace(known, busy=False, held_ratio=0.0)
         samples = () if state is None else state.gpus
-        thermal = self._parts.run("thermal", self._thermal.observe, now_seconds, samples)
+        thermal = self._parts.run(
+            "thermal", self._thermal.observe, now_seconds, samples, shapes_heat
+        )
         thermal = self._outlook = thermal or self._outlook
         lost = self._sensor_lost(now_seconds, state)
         judged = self._parts.run("health", self._judge, now_seconds, samples, known)
@@ -136,8 +140,15 @@ class Supervisor:
         lines = list(said)
         admissibility: Admissibility | None = None
         if self._admission is not None:
-            signals = Signals(known, lost, degradations, thermal)
-            admissibility = self._parts.run("admission", self._admission.tick, now_seconds, signals)
+            given = admission_input(
+                known,
+                thermal,
+                sensor_lost=lost,
+                budgeted=budgeted,
+                use_ratio=use_ratio,
+                wait_seconds=wait_seconds,
+            )
+            admissibility = self._parts.run("admission", self._admission.update, given, now_seconds)
         for name, holds in (
             ("lost", lost),
             ("disagrees", known.disagrees),

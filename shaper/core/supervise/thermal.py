@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from shaper.core.learn.heat_filter import HeatFilter
 from shaper.core.model.profile import GpuProfile
@@ -176,7 +176,6 @@ class Thermal:
     Args:
         profile: of the GPUs.
         gpus: what the reader says of them.
-        shapes: whether a limit may be set now; it is predicted and told all the same.
 
     Stateful fields: one `_GpuHeat` each, the limit, when it was last needed, what was said.
     """
@@ -185,19 +184,24 @@ class Thermal:
         self,
         profile: GpuProfile,
         gpus: Sequence[GpuIdentity] = (),
-        *,
-        shapes: Callable[[], bool] = lambda: True,
     ) -> None:
         self._profile = profile
         self._slowdowns = {gpu.index: gpu.slowdown_celsius for gpu in gpus}
-        self._shapes = shapes
         self._gpus: dict[int, _GpuHeat] = {}
         self._limit: PowerLimit | None = None
         self._needed_seconds = -math.inf
         self._outlook = ThermalOutlook()
 
-    def observe(self, now_seconds: float, samples: Sequence[GpuSample]) -> ThermalOutlook:
-        """Take the newest samples; returns where the hottest GPU is going."""
+    def observe(
+        self, now_seconds: float, samples: Sequence[GpuSample], shapes: bool = True
+    ) -> ThermalOutlook:
+        """Take the newest samples; returns where the hottest GPU is going.
+
+        Args:
+            now_seconds: of this tick.
+            samples: of each GPU.
+            shapes: whether a limit may be set now; it is predicted all the same.
+        """
         moved = False
         for sample in samples:
             index = sample.gpu_index
@@ -205,10 +209,10 @@ class Thermal:
                 self._gpus[index] = _GpuHeat(self._profile, self._slowdowns.get(index))
             moved = self._gpus[index].observe(sample) or moved
         if moved:
-            self._outlook = self._look(now_seconds)
+            self._outlook = self._look(now_seconds, shapes)
         return self._outlook
 
-    def _look(self, now: float) -> ThermalOutlook:
+    def _look(self, now: float, shapes: bool) -> ThermalOutlook:
         known = [
             (gpu.bearable_watts(gpu.filter, _HORIZON_SECONDS), gpu)
             for gpu in self._gpus.values()
@@ -220,7 +224,7 @@ class Thermal:
         bearable, gpu = min(known, key=lambda each: each[0])
         heat, load, count = gpu.filter, gpu.mean_watts, len(self._gpus)
         assert heat is not None
-        self._move_limit(now, bearable, gpu, heat)
+        self._move_limit(now, bearable, gpu, heat, shapes)
         die = heat.die_celsius(load)
         return ThermalOutlook(
             die_celsius=die,
@@ -232,7 +236,9 @@ class Thermal:
             recovery_seconds=self._recovery_seconds(gpu, heat),
         )
 
-    def _move_limit(self, now: float, bearable: float, gpu: _GpuHeat, heat: HeatFilter) -> None:
+    def _move_limit(
+        self, now: float, bearable: float, gpu: _GpuHeat, heat: HeatFilter, shapes: bool
+    ) -> None:
         if self._limit is None:
             peak = heat.peak_celsius(_HORIZON_SECONDS, gpu.mean_watts, gpu.peak_watts)
             needed = peak > gpu.target_celsius(heat, _HORIZON_SECONDS)
@@ -241,7 +247,7 @@ class Thermal:
             needed = gpu.peak_watts > _RELEASE_RATIO * bearable
         if needed:
             self._needed_seconds = now
-        if not self._shapes() or now - self._needed_seconds > _LOAD_SECONDS:
+        if not shapes or now - self._needed_seconds > _LOAD_SECONDS:
             self._limit = None
             return
         watts = len(self._gpus) * bearable
