@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import importlib
 import os
+import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import metadata
 
+from shaper.config.suggest import suggest
 from shaper.errors import ShaperError
 
 USAGE = """\
@@ -29,58 +32,8 @@ commands:
 """
 
 
-def _serve(arguments: Sequence[str]) -> int:
-    from shaper.cli.serve import main
-
-    return main(arguments)
-
-
-def _predict(arguments: Sequence[str]) -> int | None:
-    from shaper.cli.predict import main
-
-    return main(list(arguments))
-
-
-def _simulate(arguments: Sequence[str]) -> int | None:
-    from shaper.cli.simulate import main
-
-    return main(arguments)
-
-
-def _record(arguments: Sequence[str]) -> int | None:
-    from shaper.cli.record import main
-
-    return main(list(arguments))
-
-
-def _fit(arguments: Sequence[str]) -> int | None:
-    from shaper.cli.fit import main
-
-    return main(list(arguments))
-
-
-def _budget(arguments: Sequence[str]) -> int | None:
-    from shaper.cli.budget import budget_main
-
-    return budget_main(arguments)
-
-
-def _mode(arguments: Sequence[str]) -> int | None:
-    from shaper.cli.budget import mode_main
-
-    return mode_main(arguments)
-
-
-def _doctor(arguments: Sequence[str]) -> int:
-    from shaper.cli.doctor import main
-
-    return main(arguments)
-
-
-def _version(arguments: Sequence[str]) -> int:
-    import platform
-    from importlib import metadata
-
+def version(arguments: Sequence[str]) -> int:
+    """Prints the versions of the shaper, vLLM and Python."""
     if arguments:
         raise ShaperError(f"shaper version takes no arguments, not {arguments[0]!r}")
     print(f"vllm-shaper {metadata.version('vllm-shaper')}")
@@ -96,17 +49,18 @@ def _version(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "serve": _serve,
-    "budget": _budget,
-    "mode": _mode,
-    "simulate": _simulate,
-    "predict": _predict,
-    "record": _record,
-    "fit": _fit,
-    "doctor": _doctor,
-    "version": _version,
+COMMANDS = {
+    "serve": "shaper.cli.serve:main",
+    "budget": "shaper.cli.budget:budget_main",
+    "mode": "shaper.cli.budget:mode_main",
+    "simulate": "shaper.cli.simulate:main",
+    "predict": "shaper.cli.predict:main",
+    "record": "shaper.cli.record:main",
+    "fit": "shaper.cli.fit:main",
+    "doctor": "shaper.cli.doctor:main",
+    "version": "shaper.cli.main:version",
 }
+"""The module and function of each command; only that of the one that runs is imported."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,10 +86,11 @@ def _run(arguments: Sequence[str]) -> int:
         name = "version"
     try:
         if name not in COMMANDS:
-            close = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"commands: {', '.join(COMMANDS)}"
-            raise ShaperError(f"there is no command {name!r}; {hint}")
-        return COMMANDS[name](rest) or 0
+            raise ShaperError(
+                f"there is no command {name!r}; {suggest(name, COMMANDS, 'commands:')}"
+            )
+        module, function = COMMANDS[name].split(":")
+        return getattr(importlib.import_module(module), function)(rest) or 0
     except ShaperError as error:
         line = " ".join(str(error).split())
         print(f"shaper: error: {line}", file=sys.stderr)

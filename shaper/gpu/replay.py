@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shaper.core.types import GpuIdentity, GpuSample
 from shaper.errors import GpuLostError, GpuUnavailableError, TraceError
-from shaper.recording.rows import recorded_rows
+from shaper.recording.format import recorded_events
 
 
 class ReplayReader:
@@ -34,7 +34,8 @@ class ReplayReader:
     def __init__(self, path: Path, clock: Callable[[], float] | None = None) -> None:
         self._path = path
         self._clock = clock
-        self._readings = _group(path, _samples(path))
+        events = recorded_events(path, "read_seconds", "gpu_index")
+        self._readings = _group(path, [(at, x) for at, x in events if isinstance(x, GpuSample)])
         self._gpus = replayed_gpus(path, self._readings[0])
         last, before = self._readings[-1][0], self._readings[max(0, len(self._readings) - 2)][0]
         self._end_seconds = 2 * last.read_seconds - before.read_seconds
@@ -79,20 +80,6 @@ class ReplayReader:
         ):
             self._next += 1
         return tuple(replace(s, read_seconds=now_seconds) for s in self._readings[self._next])
-
-
-def _samples(path: Path) -> list[tuple[str, GpuSample]]:
-    """The samples of the file, each with its place there."""
-    found: list[tuple[str, GpuSample]] = []
-    for row in recorded_rows(path, ("read_seconds", "gpu_index")):
-        # A whole recording (shaper/recording/format.py) holds steps, too; `kind` tells them apart.
-        if row.cells.get("kind", "sample") != "sample":
-            continue
-        try:
-            found.append((row.place, row.sample()))
-        except ValueError as error:
-            raise TraceError(f"{path}, {row.place}: {error}") from error
-    return found
 
 
 def replayed_gpus(path: Path, reading: Iterable[GpuSample]) -> tuple[GpuIdentity, ...]:

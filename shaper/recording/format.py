@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shaper.core.types import GpuSample, StepBatch
+from shaper.core.types import ClockEventReasons, GpuSample, StepBatch
 from shaper.errors import TraceError
 from shaper.files.outputs import check_package
 from shaper.recording.rows import (
@@ -36,7 +36,6 @@ from shaper.recording.rows import (
     SAMPLE_FIELDS,
     STEP_FIELDS,
     WHOLE_FIELDS,
-    Row,
     recorded_rows,
 )
 
@@ -266,23 +265,16 @@ def read_recording(path: str | Path) -> Recording:
             names the row.
         MissingPackageError: it is Parquet, and pyarrow is not there.
     """
-    path = Path(path)
     meta: dict[str, Any] = {}
     steps: list[RecordedStep] = []
     samples: list[GpuSample] = []
-    for row in recorded_rows(path, ("kind",)):
-        kind = row.cells.get("kind")
-        try:
-            if kind == "meta":
-                meta.update(_meta(row))
-            elif kind == "step":
-                steps.append(_step(row.cells))
-            elif kind == "sample":
-                samples.append(row.sample())
-            else:
-                raise ValueError(f"kind is {kind!r}, not meta, step or sample")
-        except ValueError as error:
-            raise TraceError(f"{path}, {row.place}: {error}") from error
+    for _, event in recorded_events(Path(path), "kind"):
+        if isinstance(event, RecordedStep):
+            steps.append(event)
+        elif isinstance(event, GpuSample):
+            samples.append(event)
+        else:
+            meta.update(event)
     return Recording(meta, tuple(steps), tuple(samples))
 
 
@@ -293,30 +285,53 @@ def recorded_meta(path: Path) -> dict[str, Any]:
         TraceError: that row is broken.
         MissingPackageError: see `read_recording`.
     """
-    first = next(recorded_rows(path, ()), None)
-    if first is None or first.cells.get("kind") != "meta":
-        return {}
-    try:
-        return _meta(first)
-    except ValueError as error:
-        raise TraceError(f"{path}, {first.place}: {error}") from error
+    _, first = next(recorded_events(path), ("", {}))
+    return first if isinstance(first, dict) else {}
 
 
-def _meta(row: Row) -> dict[str, Any]:
-    try:
-        found = json.loads(row.cells.get("meta", ""))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the meta row's cell meta is no JSON ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError("the meta row's cell meta is no JSON object")
-    return found
+def recorded_events(
+    path: Path, *needed: str
+) -> Iterator[tuple[str, RecordedStep | GpuSample | dict[str, Any]]]:
+    """What each row says, in order, with the row's place in the file; a `meta` row is a dict.
+
+    Args:
+        path: of a recording, or of a table of samples alone, without a column `kind`.
+        needed: columns that it must have.
+
+    Raises:
+        TraceError, MissingPackageError: see `read_recording`.
+    """
+    for place, cells in recorded_rows(path, needed):
+        try:
+            event = _event(cells)
+        except ValueError as error:
+            raise TraceError(f"{path}, {place}: {error}") from error
+        yield place, event
 
 
-def _step(cells: Mapping[str, Any]) -> RecordedStep:
-    for name in ("start_seconds", "end_seconds"):
+def _event(cells: Mapping[str, Any]) -> RecordedStep | GpuSample | dict[str, Any]:
+    kind = cells.get("kind", "sample")
+    if kind == "meta":
+        try:
+            found = json.loads(cells.get("meta", ""))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the meta row's cell meta is no JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise ValueError("the meta row's cell meta is no JSON object")
+        return found
+    if kind not in _NEEDED:
+        raise ValueError(f"kind is {kind!r}, not meta, step or sample")
+    for name in _NEEDED[kind]:
         if name not in cells:
             raise ValueError(f"{name} is empty")
+    if kind == "sample":
+        values = {name: cells[name] for name in SAMPLE_FIELDS if name in cells}
+        values["clock_event_reasons"] = ClockEventReasons(values.get("clock_event_reasons", 0))
+        return GpuSample(**values)
     start, end = cells["start_seconds"], cells["end_seconds"]
     if not end > start:
         raise ValueError(f"a step ends at {end}, not after its start at {start}")
     return RecordedStep(start, end, StepBatch(**{name: cells.get(name, 0) for name in STEP_FIELDS}))
+
+
+_NEEDED = {"step": ("start_seconds", "end_seconds"), "sample": ("read_seconds", "gpu_index")}

@@ -10,11 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shaper.core.types import ClockEventReasons, GpuSample, StepBatch
+from shaper.core.types import GpuSample, StepBatch
 from shaper.errors import MissingPackageError, TraceError
 from shaper.files.tables import Header, float_number, key, read_header, read_rows, whole_number
 from shaper.files.text import open_lines, open_regular, shown
@@ -29,28 +28,8 @@ _NAMES = {key(name): name for name in COLUMNS}
 _PARQUET = b"PAR1"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row: its known columns that are not empty, as numbers or text.
-
-    `place` says where it stands in the file, for messages.
-    """
-
-    place: str
-    cells: Mapping[str, Any]
-
-    def sample(self) -> GpuSample:
-        """Of a sample's row.
-
-        Raises:
-            ValueError: a column that it must have is empty.
-        """
-        for name in ("read_seconds", "gpu_index"):
-            if name not in self.cells:
-                raise ValueError(f"{name} is empty")
-        values = {name: self.cells[name] for name in SAMPLE_FIELDS if name in self.cells}
-        values["clock_event_reasons"] = ClockEventReasons(values.get("clock_event_reasons", 0))
-        return GpuSample(**values)
+Row = tuple[str, Mapping[str, Any]]
+"""Where a row stands in the file, and its known columns that are not empty, as numbers or text."""
 
 
 def recorded_rows(path: Path, needed: Sequence[str]) -> Iterator[Row]:
@@ -87,7 +66,7 @@ def _csv(path: Path, needed: Sequence[str]) -> Iterator[Row]:
                 return  # the row in which a kill has hit the writer
             place = f"row {lines.number}"
             pairs = zip(names, cells, strict=False)
-            yield Row(place, _typed(path, place, ((n, c) for n, c in pairs if n is not None)))
+            yield place, _typed(path, place, ((n, c) for n, c in pairs if n is not None))
 
 
 def _parquet(path: Path, needed: Sequence[str]) -> Iterator[Row]:
@@ -107,7 +86,7 @@ def _parquet(path: Path, needed: Sequence[str]) -> Iterator[Row]:
                     place = f"row {number}"
                     pairs = ((_NAMES.get(key(name)), cell) for name, cell in cells.items())
                     known = ((n, c) for n, c in pairs if n is not None)
-                    yield Row(place, _typed(path, place, known))
+                    yield place, _typed(path, place, known)
     except (pa.ArrowException, OSError) as error:
         raise TraceError(f"{path}: cannot be read as a recording: {error}") from error
 

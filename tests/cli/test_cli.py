@@ -64,7 +64,7 @@ EMULATED = ("serve", "llama-3.1-8b", "--emulate", "h200-sxm", "--port", "0")
     ("arguments", "message"),
     [
         (("srve",), "did you mean 'serve'"),
-        (("frobnicate",), "commands: serve, budget, mode, simulate, predict, record, fit, doctor"),
+        (("frobnicate",), "commands: budget, doctor, fit, mode, predict, record, serve, simulate"),
         (("version", "now"), "no arguments"),
         (("serve", "llama-3.1-8b", "--emulate", "h300"), r"unknown GPU 'h300'; known: .*h200-sxm"),
         (("serve", "llama-9", "--emulate", "h200-sxm", "--port", "0"), "llama-9.*qwen3-8b"),
@@ -338,7 +338,7 @@ def test_errors_of_the_engine_are_lines_too(
     def fail(arguments: object) -> int:
         raise EngineError("first\n  second")
 
-    monkeypatch.setitem(main.COMMANDS, "serve", fail)
+    monkeypatch.setattr(serve, "main", fail)
     assert refused(capsys, "serve") == "shaper: error: first second"
 
 

@@ -65,7 +65,7 @@ def test_it_goes_round_and_its_counter_goes_on(two):
         (HEADER + "1,0,300,1\n", "two are needed"),
         (HEADER + "1,0,300,1\n1,0,300,1\n", "over no time"),
         ("read_seconds,instant_watts\n1,2\n", "no column gpu_index"),
-        ("kind,read_seconds,gpu_index\nstep,,\n", "has no rows"),
+        ("kind,read_seconds,gpu_index,start_seconds,end_seconds\nstep,,,1,2\n", "has no rows"),
     ],
 )
 def test_what_can_not_be_played_is_refused_before_a_start(tmp_path, text, says):
