@@ -52,17 +52,12 @@ def test_a_policy_that_only_pauses_starves_nobody(bound):
 
 
 def test_decode_only_for_ever_still_gives_prompts_their_turn():
-    """A prompt that decodes crowd out runs within twice the bound."""
+    """A prompt that decodes crowd out runs within twice the bound; a plan within the promises
+    passes unchanged."""
     ran = drive(Plan(StepLimits(prefill_tokens=0), Reason.DECODE_ONLY), BOTH, 3.0, 1.0)
     assert any(what == "prefill" for _, what in ran)
-
-
-def test_a_turn_comes_after_the_bound():
-    """`turn` says when decodes shall make way."""
-    guard = Guard(1.0)
-    guard.check(PAUSE, BOTH, 0.0)
-    assert not guard.prefill_overdue(BOTH, 0.9)
-    assert guard.prefill_overdue(BOTH, 1.0)
+    plan = Plan(StepLimits(prefill_tokens=256), Reason.CHUNK_POWER)
+    assert Guard(1.0).check(plan, BOTH, 0.0) == plan
 
 
 def test_a_forced_chunk_grows_until_it_moves_the_prompt():
@@ -84,12 +79,6 @@ def test_limits_are_clamped(load, prefill, decodes):
     assert 0 <= plan.limits.prefill_tokens <= load.token_budget
     kept = plan.limits.decode_requests
     assert kept is None or 0 <= kept < load.decode_requests
-
-
-def test_a_plan_within_the_promises_passes_unchanged():
-    """The guard adds nothing of its own."""
-    plan = Plan(StepLimits(prefill_tokens=256), Reason.CHUNK_POWER)
-    assert Guard(1.0).check(plan, BOTH, 0.0) == plan
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from shaper.core.learn.joules import GAINS, IDLE, KNOTS, MAX_GAIN, MIN_GAIN, JouleGains, place
+from shaper.core.learn.joules import GAINS, KNOTS, JouleGains, place
 from shaper.core.learn.seconds import StepSeconds, bin_of
 from shaper.core.learn.ticks import CounterTicks
 from shaper.core.types import StepBatch
@@ -90,8 +90,7 @@ def moves(period: float, seconds: float, seed: int, reads: tuple[float, float]):
             yield before, now, phase + count * period
 
 
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("period", [0.1, 0.0937])
+@pytest.mark.parametrize(("period", "seed"), [(0.1, 0), (0.1, 1), (0.0937, 2), (0.0937, 3)])
 def test_a_steady_counter_is_dated_to_a_few_milliseconds(period, seed):
     """Readings each 15 to 40 ms: after five seconds moves are dated as well as is claimed."""
     ticks, errors, claimed = CounterTicks(), [], []
@@ -146,22 +145,15 @@ def learn(true: list[float], spans: int, seed: int, noise: float = 0.3) -> Joule
     return learned
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_gains_of_low_and_high_power_are_told_apart(seed):
-    """Low power a tenth too high, high power a tenth too low: both known after ten seconds."""
+    """Low power a tenth too high, high power a tenth too low: both known after ten seconds and
+    never sold short. With a meter that agrees, no gain leaves 1 by more than its grain."""
     learned = learn([0.9, 1.0, 1.1, 1.0], 100, seed)
-    assert learned.applied[0] == pytest.approx(0.9, abs=0.04)
-    assert learned.applied[2] == pytest.approx(1.1, abs=0.03)
-    # Never sold short: what is predicted of either is at least nearly what it is.
-    assert learned.applied[0] > 0.89
-    assert learned.applied[2] > 1.085
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_a_right_model_is_left_alone(seed):
-    """With a meter that agrees, no gain leaves 1 by more than its grain."""
-    learned = learn([1.0] * GAINS, 300, seed)
-    assert learned.applied[:KNOTS] == pytest.approx([1.0] * KNOTS, abs=0.006)
+    assert 0.89 < learned.applied[0] < 0.94
+    assert 1.085 < learned.applied[2] < 1.13
+    right = learn([1.0] * GAINS, 300, seed)
+    assert right.applied[:KNOTS] == pytest.approx([1.0] * KNOTS, abs=0.006)
 
 
 def test_work_of_one_kind_moves_all_gains():
@@ -170,17 +162,6 @@ def test_work_of_one_kind_moves_all_gains():
     for _ in range(50):
         learned.observe([50.0, 0.0, 0.0, 0.0], 0.1, 52.5, 0.1)
     assert learned.applied[:KNOTS] == pytest.approx([1.05] * KNOTS, abs=0.01)
-
-
-def test_a_meter_gone_wild_moves_gains_to_their_bounds():
-    """Joules by the billion, or none: within what a profile can be wrong by."""
-    for metered in (1e9, 0.0):
-        learned = JouleGains()
-        for _ in range(300):
-            learned.observe([20.0, 20.0, 10.0, 1.0], 0.1, metered, 0.1)
-            assert all(MIN_GAIN <= gain <= MAX_GAIN for gain in learned.applied[:KNOTS])
-        assert abs(learned.applied[0] - 1.0) > 0.1
-        assert 0.0 < learned.applied[IDLE] <= 2.0
 
 
 def test_a_gpu_that_changes_is_followed():

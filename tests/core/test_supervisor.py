@@ -154,9 +154,3 @@ def test_without_a_controller_the_gpus_are_still_judged() -> None:
     standing, _ = run(Supervisor(PROFILE), 0.0, 3.0, None, clock_event_reasons=brake)
     assert [each.cause for each in standing.degradations] == [Cause.BRAKE]
     assert standing.demand is None
-
-
-def test_the_same_ticks_give_the_same_standings() -> None:
-    """No clock, no chance."""
-    runs = [run(Supervisor(PROFILE), 0.0, 20.0, sm_clock_hertz=1.5e9) for _ in range(2)]
-    assert runs[0] == runs[1]

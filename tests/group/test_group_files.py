@@ -16,24 +16,13 @@ import pytest
 from shaper.core.ledger.shared import Committed, EngineShare
 from shaper.core.types import PowerLimit
 from shaper.errors import FleetError, ShaperError
-from shaper.group import HostGroup, check_group, join_group
+from shaper.group import check_group
 from shaper.group import shared_file as segments
 from shaper.group.lock import MEMBERSHIP, ByteLocks
+from tests.group.members import LIMITS, join
 
 # The children do nothing that needs the threads of the parent.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-LIMITS = (PowerLimit(1000.0, 0.1), PowerLimit(900.0, 5.0))
-
-
-def join(folder: Path, label: str = "one", **changed) -> HostGroup:
-    given = {"limits": LIMITS, "idle_watts": 100.0, "rest_watts": 80.0, **changed}
-    limits = given.pop("limits")
-    return join_group("g", limits, rest_after_seconds=1.0, label=label, directory=folder, **given)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "groups"
 
 
 def refused(folder: Path, says: str, **changed) -> None:
@@ -56,19 +45,23 @@ def test_only_this_user_may_look(folder):
     assert not list(folder.iterdir())
 
 
-@pytest.mark.parametrize("mode", [0o755, 0o777, 0o710])
-def test_a_directory_open_to_others_is_refused(folder, mode):
-    """Somebody else could put a file there."""
-    folder.mkdir()
-    folder.chmod(mode)
-    refused(folder, "open to others: .*chmod 700")
-
-
-def test_a_link_in_place_of_the_directory_is_refused(folder, tmp_path):
-    """It may lead anywhere."""
-    (tmp_path / "elsewhere").mkdir(mode=0o700)
-    folder.symlink_to(tmp_path / "elsewhere")
-    refused(folder, "is no directory")
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (0o755, "open to others: .*chmod 700"),
+        (0o710, "open to others"),
+        ("link", "is no directory"),
+    ],
+)
+def test_a_directory_that_is_not_plainly_ours_is_refused(folder, tmp_path, kind, says):
+    """Somebody else could put a file there, and a link may lead anywhere."""
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(kind)
+    refused(folder, says)
 
 
 @pytest.mark.parametrize("kind", ["link", "pipe", "directory", "readable", "owner"])
@@ -199,26 +192,21 @@ def test_limits_that_idle_engines_break_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "limit", [PowerLimit(0.0, 1.0), PowerLimit(5.0, 61.0), PowerLimit(float("inf"), 1.0)]
-)
-def test_limits_that_mean_nothing_are_refused(folder, limit):
-    """Also where no configuration was in between."""
-    refused(folder, "is no limit", limits=(limit,))
-    refused(folder, "has no limit", limits=())
-
-
-@pytest.mark.parametrize(
-    "changed",
+    ("says", "changed"),
     [
-        {"idle_watts": math.nan},
-        {"idle_watts": -1.0},
-        {"rest_watts": math.inf},
-        {"gpu_count": 0},
+        ("is no limit", {"limits": (PowerLimit(0.0, 1.0),)}),
+        ("is no limit", {"limits": (PowerLimit(5.0, 61.0),)}),
+        ("is no limit", {"limits": (PowerLimit(math.inf, 1.0),)}),
+        ("has no limit", {"limits": ()}),
+        ("can't join", {"idle_watts": math.nan}),
+        ("can't join", {"idle_watts": -1.0}),
+        ("can't join", {"rest_watts": math.inf}),
+        ("can't join", {"gpu_count": 0}),
     ],
 )
-def test_an_engine_that_would_spoil_the_sum_is_refused(folder, changed):
-    """One number that is none would stop all members."""
-    refused(folder, "can't join", **changed)
+def test_what_would_spoil_the_sum_is_refused(folder, says, changed):
+    """One number that is none would stop all members; also where no configuration was between."""
+    refused(folder, says, **changed)
     with pytest.raises(FleetError, match="letters, digits and dashes"):
         check_group("../../etc", LIMITS, directory=folder)
 
@@ -267,13 +255,15 @@ def die_with_a_run(folder: Path, end_seconds: float) -> None:
     os._exit(0)
 
 
-def dead(folder: Path, end_seconds: float) -> None:
-    process = multiprocessing.get_context("fork").Process(
-        target=die_with_a_run, args=(folder, end_seconds)
-    )
+def in_a_fork(target, *arguments) -> None:
+    process = multiprocessing.get_context("fork").Process(target=target, args=arguments)
     process.start()
     process.join(60)
     assert process.exitcode == 0
+
+
+def dead(folder: Path, end_seconds: float) -> None:
+    in_a_fork(die_with_a_run, folder, end_seconds)
 
 
 def test_the_file_of_the_dead_is_taken_over_with_what_they_launched(folder):
@@ -316,10 +306,7 @@ def test_a_forked_child_says_nothing_for_its_parent(folder):
         one.leave()
 
     committed = Committed(100.0, np.array([99.9, 100.0, 100.1]), np.array([0.0, 10.0, 50.0]))
-    process = multiprocessing.get_context("fork").Process(target=child)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    in_a_fork(child)
     two = join(folder, "two")
     [found, _] = two.snapshot(100.0).engines
     assert (found.state, found.floor_watts) == ("alive", 100.0)

@@ -10,30 +10,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from shaper.core.types import PowerLimit
 from shaper.errors import FleetError
-from shaper.group import HostGroup, apart, check_group, cleanup_groups, join_group, shared_file
+from shaper.group import HostGroup, apart, check_group, cleanup_groups, shared_file
 from shaper.group import presence as presences
 from shaper.group.presence import Presence, presence_path
+from tests.group import members
+from tests.group.members import LIMITS
 
-LIMITS = (PowerLimit(1000.0, 0.1),)
 OTHER = 61234
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 def join(base: Path, name: str = "g") -> HostGroup:
-    return join_group(
-        name,
-        LIMITS,
-        idle_watts=100.0,
-        rest_watts=80.0,
-        rest_after_seconds=1.0,
-        label="one",
-        directory=base / "own",
-    )
+    return members.join(base / "own", name=name)
 
 
 @pytest.fixture
@@ -122,25 +115,22 @@ def test_root_and_another_user_on_a_real_host(base):
         "{become}Presence('g', Path(sys.argv[1])); print('in', flush=True); time.sleep(60)"
     )
     root = str(Path(presences.__file__).parents[2])
-    command = [sys.executable, "-c"]
+    told: dict[str, Any] = {
+        "env": os.environ | {"PYTHONPATH": root},
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
     become = "os.setgid(65534); os.setuid(65534); "
     for first, second in (("", become), (become, "")):
-        holder = subprocess.Popen(
-            [*command, program.format(become=first), base],
-            env=os.environ | {"PYTHONPATH": root},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        commands = [
+            [sys.executable, "-c", program.format(become=each), base] for each in (first, second)
+        ]
+        holder = subprocess.Popen(commands[0], **told)
         assert holder.stdout is not None
         try:
             assert holder.stdout.readline() == "in\n"
             done = subprocess.run(
-                [*command, program.format(become=second), base],
-                env=os.environ | {"PYTHONPATH": root},
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=60,
+                commands[1], **told, stderr=subprocess.PIPE, check=False, timeout=60
             )
             assert "can't share their limit" in done.stderr
         finally:

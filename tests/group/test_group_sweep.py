@@ -6,28 +6,14 @@ import os
 import time
 from pathlib import Path
 
-import pytest
-
-from shaper.core.types import PowerLimit
-from shaper.group import HostGroup, cleanup_groups, join_group
+from shaper.group import cleanup_groups
 from shaper.group.lock import MEMBERSHIP, ByteLocks
-
-LIMITS = (PowerLimit(1000.0, 0.1),)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return tmp_path / "groups"
-
-
-def join(folder: Path, name: str = "g") -> HostGroup:
-    watts = {"idle_watts": 100.0, "rest_watts": 80.0, "rest_after_seconds": 1.0}
-    return join_group(name, LIMITS, label="one", directory=folder, **watts)  # type: ignore[arg-type]
+from tests.group.members import join
 
 
 def killed(folder: Path, name: str = "g") -> None:
     """A member whose locks are gone, as the kernel leaves them."""
-    join(folder, name).forked()
+    join(folder, name=name).forked()
 
 
 def names(folder: Path) -> set[str]:
@@ -45,7 +31,10 @@ def test_what_the_dead_launched_stays_until_it_has_left_every_window(folder):
 
 
 def test_a_group_that_has_ended_goes_at_once_and_no_other(folder):
-    """Its servers have ended in order: there is nothing in flight."""
+    """Its servers have ended in order: there is nothing in flight. Where no group ever was the
+    directory is not made for it."""
+    cleanup_groups(time.monotonic(), "g", directory=folder)
+    assert not folder.exists()
     killed(folder)
     killed(folder, "other")
     cleanup_groups(time.monotonic(), "g", directory=folder)
@@ -91,9 +80,3 @@ def test_what_is_no_group_s_file_is_never_removed(folder):
     assert names(folder) == {
         *("text.group", "half.group", "link.group", "target", "open.group", "room.group")
     }
-
-
-def test_where_no_group_ever_was_there_is_nothing_to_do(folder):
-    """The directory is not made for it."""
-    cleanup_groups(time.monotonic(), "g", directory=folder)
-    assert not folder.exists()

@@ -23,24 +23,13 @@ from shaper.core.types import (
     StepPrediction,
 )
 from shaper.group import GroupLedger, memory_groups
+from tests.core.test_shared_ledger import Model
 from tests.strategies import examples
 
 IDLE_WATTS = 140.0
 MAX_PAUSE_SECONDS = 0.3
 POLL_SECONDS = 0.001
 WINDOW_SECONDS = 0.1
-
-
-class Model:
-    """8 ms and 450 W for decodes, 40 us a prompt token at 700 W."""
-
-    gap_watts = IDLE_WATTS
-
-    def predict(self, batch: StepBatch, **state: float | None) -> StepPrediction:
-        """Seconds and joules."""
-        base = 0.008 if batch.decode_tokens else 0.0
-        own = 40e-6 * batch.prefill_tokens
-        return StepPrediction(base + own, base * 450.0 + own * 700.0)
 
 
 class Watched:
