@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from shaper.config.budget import TermsConfig
-from shaper.core.budget import BudgetPlan
+from shaper.core.budget import BudgetPlan, BudgetTerms
+from shaper.core.types import PowerLimit
 from shaper.engine.control import BudgetControl
 from shaper.ipc.control_file import ChangeRecord, ControlFile, ControlRecord, Follower, Origin
 from shaper.ipc.status_block import control_paths
 
 ORIGIN = Origin(sequence=1, who="a", why="", at="")
-CONFIGURED = TermsConfig.model_validate({"limits": ["560W@1s"]})
+CONFIGURED = BudgetTerms((PowerLimit(560.0, 1.0),))
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def run() -> Iterator[str]:
 
 
 def record(run: str, sequence: int, watts: float = 400.0, **change: Any) -> ControlRecord:
-    terms = TermsConfig.model_validate({"limits": [f"{watts}W@1s"]})
+    terms = BudgetTerms((PowerLimit(watts, 1.0),))
     origin = ORIGIN.model_copy(update={"sequence": sequence})
     budget = ChangeRecord(terms=terms, **change)
     return ControlRecord(run=run, sequence=sequence, budget=budget, origins={"budget": origin})
@@ -45,7 +45,7 @@ class Walls:
 
 def engine(run: str, wall: Walls | None = None, **changes: Any) -> BudgetControl:
     options = {"gpu_count": 1, "idle_watts": 115.0, "now_seconds": 0.0} | changes
-    plan = BudgetPlan(CONFIGURED.terms())
+    plan = BudgetPlan(CONFIGURED)
     return BudgetControl(plan, "on", Follower(ControlFile(run)), wall=wall or Walls(), **options)
 
 

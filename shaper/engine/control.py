@@ -93,9 +93,8 @@ class BudgetControl:
             self._follower.refuse(f"nobody would keep the budget: {self._passes_through}")
             return True
         if record.budget is not None:
-            change = record.budget.change()
             try:
-                for terms in (change.terms, change.fallback):
+                for terms in (record.budget.terms, record.budget.fallback):
                     if terms is not None:
                         check_idle(terms, self._gpu_count, self._idle_watts, "change")
             except ConfigError as error:
@@ -105,8 +104,7 @@ class BudgetControl:
         return True
 
     def _evaluate(self, now_seconds: float) -> EngineControl:
-        change = None if self._record.budget is None else self._record.budget.change()
-        found: InForce = self._plan.at(self._wall(), now_seconds, change)
+        found: InForce = self._plan.at(self._wall(), now_seconds, self._record.budget)
         self._entries = found.entries
         self._look_seconds = now_seconds + min(_LOOK_AGAIN_SECONDS, found.seconds_left)
         mode = self._record.mode or self._configured_mode

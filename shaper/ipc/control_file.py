@@ -16,16 +16,25 @@ import contextlib
 import fcntl
 import json
 import logging
+import math
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 
 from shaper.config.budget import Frozen, TermsConfig, first_line
-from shaper.core.budget import BudgetChange, Source
+from shaper.core.budget import BudgetChange, BudgetTerms, Source
 from shaper.core.types import PowerBudget
 from shaper.errors import ControlError
 from shaper.ipc.status_block import control_paths, read_blocks
@@ -53,22 +62,27 @@ class Origin(Frozen):
         return f"change {self.sequence} by {self.who}{why}"
 
 
-class ChangeRecord(Frozen):
+def _terms(value: object) -> object:
+    return value if isinstance(value, BudgetTerms) else TermsConfig.model_validate(value).terms()
+
+
+def _terms_as_written(terms: BudgetTerms) -> dict[str, Any]:
+    said = {key: value for key, value in asdict(terms).items() if value is not None}
+    if said.get("ramp_watts_per_second") == math.inf:
+        said["ramp_watts_per_second"] = "none"
+    return said
+
+
+Terms = Annotated[BudgetTerms, BeforeValidator(_terms), PlainSerializer(_terms_as_written)]
+"""What a layer says, in JSON as an operator writes it."""
+
+
+@pydantic_dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
+class ChangeRecord(BudgetChange):
     """A change of the budget that was asked for and not cleared."""
 
-    terms: TermsConfig
-    until_wall_seconds: float | None = None
-    until_monotonic_seconds: float | None = None
-    fallback: TermsConfig | None = None
-
-    def change(self) -> BudgetChange:
-        """The same as the core's value."""
-        return BudgetChange(
-            self.terms.terms(),
-            self.until_wall_seconds,
-            self.until_monotonic_seconds,
-            None if self.fallback is None else self.fallback.terms(),
-        )
+    terms: Terms
+    fallback: Terms | None = None
 
 
 class RecordOrder(Frozen):

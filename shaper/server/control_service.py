@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from shaper.config.budget import TermsConfig, check_idle, check_pairs
+from shaper.config.budget import check_idle, check_pairs
 from shaper.config.calendar_spans import iso
 from shaper.config.model import ShaperConfig
 from shaper.errors import ConfigError, ControlError
@@ -97,14 +97,13 @@ class ControlService:
             raise RefusedError(
                 422, "invalid_value", f"until={asked.until} is over (it is {iso(wall)})"
             )
-        _check_kept(asked, self._some_engines())
-        terms = {name: getattr(asked, name) for name in TermsConfig.model_fields}
         change = ChangeRecord(
-            terms=TermsConfig.model_construct(**terms),
-            until_wall_seconds=until,
-            until_monotonic_seconds=None if asked.for_seconds is None else now + asked.for_seconds,
-            fallback=asked.fallback,
+            terms=asked.terms(),
+            end_wall_seconds=until,
+            end_seconds=None if asked.for_seconds is None else now + asked.for_seconds,
+            fallback=None if asked.fallback is None else asked.fallback.terms(),
         )
+        _check_kept(change, self._some_engines())
         words = asked.model_dump(
             mode="json", by_alias=True, exclude_none=True, exclude={"who", "why"}
         )
@@ -267,7 +266,7 @@ def _controls(engines: Sequence[Status]) -> dict[str, EngineControl]:
     return {name: control for name, control in found.items() if control is not None}
 
 
-def _check_kept(asked: BudgetRequest, engines: Sequence[Status]) -> None:
+def _check_kept(change: ChangeRecord, engines: Sequence[Status]) -> None:
     """Every engine can keep the change.
 
     Raises:
@@ -280,9 +279,9 @@ def _check_kept(asked: BudgetRequest, engines: Sequence[Status]) -> None:
         gpu_count = int(str(status.info["gpu_count"]))
         idle_watts = float(str(status.info["idle_watts"]))
         try:
-            for terms, where in ((asked, "budget"), (asked.fallback, "fallback")):
+            for terms, where in ((change.terms, "budget"), (change.fallback, "fallback")):
                 if terms is not None:
-                    check_pairs(terms.terms(), gpu_count, where)
-                    check_idle(terms.terms(), gpu_count, idle_watts, where)
+                    check_pairs(terms, gpu_count, where)
+                    check_idle(terms, gpu_count, idle_watts, where)
         except ConfigError as error:
             raise RefusedError(409, "infeasible", str(error)) from error

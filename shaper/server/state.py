@@ -10,12 +10,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from shaper.config.budget import TermsConfig, loose_limits
+from shaper.config.budget import loose_limits
 from shaper.config.calendar_spans import iso
 from shaper.config.model import ShaperConfig, loose_settings
 from shaper.core.budget import BudgetTerms
 from shaper.core.types import PowerBudget, PowerLimit
-from shaper.ipc.control_file import ControlRecord, Mode, Origin
+from shaper.ipc.control_file import ControlRecord, Mode, Origin, Terms
 from shaper.ipc.enforcement import enforcement_of
 from shaper.ipc.engine_record import Status
 from shaper.ipc.group_status import MemberStatus
@@ -27,8 +27,8 @@ from shaper.server.metrics import StatusCollector
 class AskedBudget(BaseModel):
     """The change of the budget that was asked for; its ends only where it has some."""
 
-    terms: TermsConfig
-    fallback: TermsConfig | None = None
+    terms: Terms
+    fallback: Terms | None = None
     origin: Origin
     ends_at: str | None = None
     seconds_left: float | None = None
@@ -155,7 +155,7 @@ def _warnings(
     now_seconds: float,
 ) -> list[str]:
     """The limits that can never bind on the engines' GPUs, as their enforced limits are now."""
-    change = None if record is None or record.budget is None else record.budget.change()
+    change = None if record is None else record.budget
     if change is not None and change.expired(wall_seconds, now_seconds):
         change = replace(change, terms=BudgetTerms())
     found: list[str] = []
@@ -181,10 +181,10 @@ def _asked(record: ControlRecord, wall_seconds: float, now_seconds: float) -> As
     if budget is not None:
         ends: dict[str, Any] = {}
         left = math.inf
-        if budget.until_wall_seconds is not None:
-            left = budget.until_wall_seconds - wall_seconds
-        if budget.until_monotonic_seconds is not None:
-            left = budget.until_monotonic_seconds - now_seconds
+        if budget.end_wall_seconds is not None:
+            left = budget.end_wall_seconds - wall_seconds
+        if budget.end_seconds is not None:
+            left = budget.end_seconds - now_seconds
         if math.isfinite(left):
             ends = {"ends_at": iso(wall_seconds + left), "seconds_left": _left(left)}
         if budget.fallback is not None:

@@ -9,9 +9,8 @@ import threading
 
 import pytest
 
-from shaper.config.budget import TermsConfig
 from shaper.config.sources import admin_key
-from shaper.core.budget import Source
+from shaper.core.budget import BudgetTerms, Source
 from shaper.core.types import PowerBudget, PowerLimit
 from shaper.errors import ConfigError, ControlError
 from shaper.ipc.control_file import ControlFile, ControlRecord, EngineControl, sweep_control_files
@@ -51,8 +50,8 @@ def test_an_engine_that_starts_late_finds_what_was_asked_for(run):
 
 def test_a_change_ends_on_the_monotonic_clock_to_the_tick(run):
     """While the wall clock jumps an hour forth and back; the fallback holds afterwards."""
-    fallback = TermsConfig.model_validate({"limits": ["450W@1s"]})
-    ControlFile(run).write(record(run, 1, until_monotonic_seconds=10.0, fallback=fallback))
+    fallback = BudgetTerms((PowerLimit(450.0, 1.0),))
+    ControlFile(run).write(record(run, 1, end_seconds=10.0, fallback=fallback))
     wall = Walls()
     control = engine(run, wall)
     for tick in range(1, 500):
@@ -66,7 +65,7 @@ def test_a_change_ends_on_the_monotonic_clock_to_the_tick(run):
 def test_a_wall_clock_that_is_set_is_noticed_within_a_second(run):
     """`until` is calendar time: it follows the clock to either side."""
     wall = Walls()
-    ControlFile(run).write(record(run, 1, until_wall_seconds=wall.seconds + 1800))
+    ControlFile(run).write(record(run, 1, end_wall_seconds=wall.seconds + 1800))
     control = engine(run, wall)
     wall.seconds += 3600
     assert not control.tick(0.98)
