@@ -9,27 +9,23 @@ that is worst.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bench.acceptance import cost, exact, heat, policy_comparison, recovery, slack, step
-from bench.harness.aims import Job, Section, Verdict, section_text, verdict_text, verdicts
+from bench.harness.aims import Job, Proof, Section, Verdict, section_text, verdict_text, verdicts
 from bench.harness.machine import describe
 from bench.harness.options import one_line
+from bench.harness.runner import Run, Runner, Told, together
 from shaper.cli.arguments import Parser
 from shaper.engine.compat import vllm_version
 from shaper.engine.preflight import check_vllm_imports
 from shaper.files.outputs import check_output
-
-Results = list[dict[str, Any]]
 
 PROCESSES = 2
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "control-figures.md"
@@ -49,79 +45,39 @@ policies of the last tables.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """One part of the report: its lists of runs, and the tables made of their results."""
-
-    jobs: Callable[[bool], list[list[Job]]]
-    sections: Callable[[list[Results], bool], list[Section]]
-
-
 PROOFS: dict[str, Proof] = {
-    "step": Proof(
-        lambda quick: [step.jobs(quick), step.steady_jobs(quick)],
-        lambda results, quick: step.sections(*results),
-    ),
-    "slack": Proof(
-        lambda quick: [slack.jobs(quick)], lambda results, quick: slack.sections(*results)
-    ),
-    "cost": Proof(
-        lambda quick: [cost.demand_jobs(quick), cost.saturated_jobs(quick)],
-        lambda results, quick: cost.sections(*results),
-    ),
-    "exact": Proof(
-        lambda quick: [exact.jobs(quick)], lambda results, quick: exact.sections(*results)
-    ),
-    "recovery": Proof(
-        lambda quick: [recovery.jobs(quick)],
-        lambda results, quick: recovery.sections(quick, results[0]),
-    ),
-    "heat": Proof(lambda quick: [heat.jobs(quick)], lambda results, quick: heat.sections(*results)),
-    "baselines": Proof(
-        lambda quick: [policy_comparison.jobs(quick)],
-        lambda results, quick: policy_comparison.sections(*results),
-    ),
+    "step": step,
+    "slack": slack,
+    "cost": cost,
+    "exact": exact,
+    "recovery": recovery,
+    "heat": heat,
+    "baselines": policy_comparison,
 }
 
 
-def _start_worker() -> None:
-    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    # Two processes share the cores; a pool of threads in each would only get in the way.
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _call(job: Job) -> dict[str, Any]:
+    return job.call(*job.arguments)
 
 
-def _timed(job: Job) -> tuple[dict[str, Any], float]:
-    began = time.process_time()
-    return job.call(*job.arguments), time.process_time() - began
+def _tell(told: Told) -> None:
+    print(f"\r{told.done} of {told.known} runs", end="", file=sys.stderr, flush=True)
 
 
 def run(names: Sequence[str], quick: bool, processes: int) -> list[Section]:
-    """Run these proofs and hand back their tables, in order."""
-    work = {name: PROOFS[name].jobs(quick) for name in names}
-    places: dict[Future[tuple[dict[str, Any], float]], tuple[str, int, int]] = {}
-    answers: dict[tuple[str, int, int], dict[str, Any]] = {}
-    seconds = dict.fromkeys(names, 0.0)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _start_worker) as pool:
-        for name, lists in work.items():
-            for index, jobs in enumerate(lists):
-                for place, job in enumerate(jobs):
-                    places[pool.submit(_timed, job)] = (name, index, place)
-        for done, future in enumerate(as_completed(places), 1):
-            name, index, place = places[future]
-            answers[name, index, place], spent = future.result()
-            seconds[name] += spent
-            print(f"\r{done} of {len(places)} runs", end="", file=sys.stderr, flush=True)
-    spent_text = ", ".join(f"{name} {spent:.0f} s" for name, spent in seconds.items())
-    print(f"; processor time: {spent_text}", file=sys.stderr)
-    found: list[Section] = []
-    for name, lists in work.items():
-        results = [
-            [answers[name, index, place] for place in range(len(jobs))]
-            for index, jobs in enumerate(lists)
-        ]
-        found += PROOFS[name].sections(results, quick)
-    return found
+    """Run these proofs and hand back their tables, in order.
+
+    Raises:
+        EngineError: a process was killed.
+    """
+    searches = [together([Run(name, job) for job in PROOFS[name].jobs(quick)]) for name in names]
+    with Runner(_call, repr, processes, tell=_tell) as runner:
+        found = runner.drive(searches)
+    return [
+        section
+        for name, results in zip(names, found, strict=True)
+        for section in PROOFS[name].sections(list(results), quick)
+    ]
 
 
 def report(sections: Sequence[Section], judged: Sequence[Verdict]) -> str:

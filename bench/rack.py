@@ -19,7 +19,6 @@ from pathlib import Path
 
 from bench.harness.options import count, one_line, rate, seconds, seed
 from bench.harness.runner import Runner, Told
-from bench.harness.store import Store
 from bench.racks.output import Report, check_writable, write
 from bench.racks.plan import (
     LIMIT_RATIOS,
@@ -31,6 +30,7 @@ from bench.racks.plan import (
     limited,
     prove,
 )
+from bench.racks.store import Store, rack_runner
 from bench.racks.variants import vary
 from shaper.cli.arguments import Parser
 from shaper.engine.preflight import check_vllm_imports
@@ -230,7 +230,7 @@ def _run(options: argparse.Namespace) -> int:
         *notes,
     ]
     print("\n".join(heading), file=sys.stderr)
-    with Runner(workload, store, options.processes or cores or 1, follower) as runner:
+    with rack_runner(workload, store, options.processes or cores or 1, follower) as runner:
         found = _compare(options, runner, rack)
         lines = _ledger_lines(runner, found)
     too_long = next(iter(found.references.values())).unshaped.too_long_requests

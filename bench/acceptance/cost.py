@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.acceptance.signals import limits_text, over_budget
 from bench.acceptance.traffic import conversation, lengths
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import RunFigures, Setup, VirtualRun
 from shaper.core.types import PowerLimit
 
@@ -22,7 +22,7 @@ SATURATED_SECONDS = 40.0
 WINDOW_SECONDS = 0.1
 
 
-def demand_jobs(quick: bool) -> list[Job]:
+def _demand_jobs(quick: bool) -> list[Job]:
     """One for each rate, window and seed."""
     seconds = QUICK_SECONDS if quick else DEMAND_SECONDS
     rates = RATES_HERTZ[1:2] if quick else RATES_HERTZ
@@ -65,7 +65,7 @@ def demand(rate: float, window: float, seed: int, seconds: float) -> dict[str, A
     }
 
 
-def saturated_jobs(quick: bool) -> list[Job]:
+def _saturated_jobs(quick: bool) -> list[Job]:
     """One for each budget, with clients that wait and with arrivals that don't."""
     ratios = BUDGET_RATIOS[1:2] if quick else BUDGET_RATIOS
     return [Job(saturated, (kind, ratio)) for kind in ("clients", "arrivals") for ratio in ratios]
@@ -111,8 +111,15 @@ def saturated(kind: str, ratio: float) -> dict[str, Any]:
     }
 
 
-def sections(light: list[dict[str, Any]], heavy: list[dict[str, Any]]) -> list[Section]:
+def jobs(quick: bool) -> list[Job]:
+    """Below the limit, and above what it carries."""
+    return _demand_jobs(quick) + _saturated_jobs(quick)
+
+
+def sections(results: Results, quick: bool) -> list[Section]:
     """Both tables."""
+    count = len(_demand_jobs(quick))
+    light, heavy = results[:count], results[count:]
     tails = (
         Column("plain_ttft_p99_seconds", "p99 TTFT ms unshaped", 0, 1e3),
         Column("ttft_p99_seconds", "p99 TTFT ms", 0, 1e3),

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.acceptance.signals import EXACT_RATIO, limits_text, over_budget
 from bench.acceptance.traffic import conversation
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 
@@ -57,7 +57,7 @@ def exact(budget: tuple[PowerLimit, ...], seeds: tuple[int, ...], seconds: float
     }
 
 
-def sections(results: list[dict[str, Any]]) -> list[Section]:
+def sections(results: Results, quick: bool) -> list[Section]:
     """One table."""
     return [
         Section(

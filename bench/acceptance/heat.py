@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from bench.acceptance.traffic import even_lengths
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import RunFigures, Setup, VirtualRun
 from shaper.core.types import ClockEventReasons
 from shaper.traffic.workload import TimedRequest, Workload
@@ -59,7 +59,7 @@ def heat(rate: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def sections(results: list[dict[str, Any]]) -> list[Section]:
+def sections(results: Results, quick: bool) -> list[Section]:
     """One table."""
     return [
         Section(

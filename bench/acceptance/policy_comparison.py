@@ -10,7 +10,7 @@ from bench.acceptance.traffic import conversation
 from bench.baselines.latency_chunk import LatencyChunk
 from bench.baselines.reactive import ReactiveConcurrency
 from bench.baselines.static import StaticCaps
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import RunFigures, Setup, VirtualRun
 from shaper.core.types import PowerLimit
 from shaper.gpu.profiles import load_profile
@@ -126,7 +126,7 @@ def contest(policy: str, ratio: float, seed: int, seconds: float) -> dict[str, A
     }
 
 
-def sections(results: list[dict[str, Any]]) -> list[Section]:
+def sections(results: Results, quick: bool) -> list[Section]:
     """One table for each limit."""
     columns = (
         Column("worst_ratio", "worst window", 3),

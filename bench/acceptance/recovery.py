@@ -9,7 +9,7 @@ import numpy as np
 
 from bench.acceptance.signals import limits_text
 from bench.acceptance.traffic import lengths
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 from shaper.traffic.workload import TimedRequest, Workload
@@ -67,7 +67,7 @@ def recover(
     }
 
 
-def sections(quick: bool, results: list[dict[str, Any]]) -> list[Section]:
+def sections(results: Results, quick: bool) -> list[Section]:
     """One table."""
     seconds = QUICK_SECONDS if quick else SATURATED_SECONDS
     return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench.acceptance.traffic import TRACE, conversation
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import RunFigures, Setup, VirtualRun
 
 RATE_HERTZ = 4.0
@@ -67,7 +67,7 @@ def _figures(plain: RunFigures, slack: RunFigures) -> dict[str, float]:
     }
 
 
-def sections(results: list[dict[str, Any]]) -> list[Section]:
+def sections(results: Results, quick: bool) -> list[Section]:
     """The promise, and what it costs."""
     missing = "" if TRACE.is_file() else " The recorded trace is missing: `../shared/data`."
     return [

@@ -15,7 +15,7 @@ from bench.acceptance.signals import (
     window_ends,
 )
 from bench.acceptance.traffic import conversation, even_lengths, lengths
-from bench.harness.aims import Column, Job, Section, cases
+from bench.harness.aims import Column, Job, Results, Section, cases
 from bench.harness.virtual import Setup, VirtualRun
 from shaper.core.types import PowerLimit
 from shaper.traffic.figures import GRID_SECONDS, PowerGrid
@@ -37,7 +37,7 @@ LOADS = ("saturated", "conversation 8/s")
 SEED = 1
 
 
-def jobs(quick: bool) -> list[Job]:
+def _step_jobs(quick: bool) -> list[Job]:
     """One for each load and set of windows."""
     names = ("100 ms", "1 s") if quick else tuple(WINDOW_SETS)
     return [Job(step, (load, name, SEED)) for load in LOADS for name in names]
@@ -118,7 +118,7 @@ STEADY_LIMITS = (
 )
 
 
-def steady_jobs(quick: bool) -> list[Job]:
+def _steady_jobs(quick: bool) -> list[Job]:
     """One for each number of clients and budget."""
     limits = STEADY_LIMITS[1:3] if quick else STEADY_LIMITS
     return [Job(steady, (clients, each)) for clients in (16, 64) for each in limits]
@@ -157,7 +157,7 @@ def steady(clients: int, limits: tuple[PowerLimit, ...]) -> dict[str, Any]:
     }
 
 
-def stepped_section(results: list[dict[str, Any]]) -> Section:
+def stepped_section(results: Results) -> Section:
     """The steps of the budget."""
     return Section(
         f"Step of the budget, {HIGH_WATTS:g} W to {LOW_WATTS:g} W and back",
@@ -182,7 +182,7 @@ def stepped_section(results: list[dict[str, Any]]) -> Section:
     )
 
 
-def steady_section(results: list[dict[str, Any]]) -> Section:
+def steady_section(results: Results) -> Section:
     """Steady traffic."""
     return Section(
         "Steady traffic",
@@ -205,6 +205,12 @@ def steady_section(results: list[dict[str, Any]]) -> Section:
     )
 
 
-def sections(steps: list[dict[str, Any]], calm: list[dict[str, Any]]) -> list[Section]:
+def jobs(quick: bool) -> list[Job]:
+    """The steps, then steady traffic."""
+    return _step_jobs(quick) + _steady_jobs(quick)
+
+
+def sections(results: Results, quick: bool) -> list[Section]:
     """The two tables."""
-    return [stepped_section(steps), steady_section(calm)]
+    count = len(_step_jobs(quick))
+    return [stepped_section(results[:count]), steady_section(results[count:])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +14,9 @@ class Job:
 
     call: Callable[..., dict[str, Any]]
     arguments: tuple[Any, ...]
+
+
+Results = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,18 @@ class Section:
     columns: tuple[Column, ...]
     cases: tuple[Case, ...]
     note: str
+
+
+class Proof(Protocol):
+    """One part of a report; each module of `bench.acceptance` is one."""
+
+    def jobs(self, quick: bool) -> list[Job]:
+        """What is run; less if `quick`."""
+        ...
+
+    def sections(self, results: Results, quick: bool) -> list[Section]:
+        """The tables of what the jobs returned, in their order."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

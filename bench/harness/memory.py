@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
-from bench.stub_scheduler import StubOutput, StubRequest, StubScheduler
+from bench.harness.stub_scheduler import StubOutput, StubRequest, StubScheduler
 from shaper.core.controller import Controller
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.shape import ModelShape

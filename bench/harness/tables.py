@@ -58,7 +58,7 @@ def steady_tokens_per_second(comparison: Comparison, run: LiveRun) -> float:
 
 
 def host_late(run: LiveRun) -> str:
-    """How this machine delayed the run so much that its latency says nothing of the shaper.
+    """How this machine delayed the run so much that it says nothing of the shaper.
 
     Measured by the emulated GPU, which notes each step that it returned over 2 ms late, and by
     the client, whose event loop was late. Empty where neither was.
@@ -175,20 +175,24 @@ def comparison_checks(comparison: Comparison) -> list[tuple[bool | None, str]]:
     limit, unshaped, shaped = comparison.limit, comparison.runs[0], comparison.runs[-1]
     kept, shared = shaped.power.limits[0], shaped.name == SHARED
     tolerated = SHARED_RATIO if shared else OWN_RATIO
-    failed = sum(run.latency.requests_failed for run in comparison.runs)
-    of_all = " of all GPUs together" if shared else ""
+    late = host_late(shaped)
     unstalled = _bounded(kept.unstalled_worst_ratio, tolerated)
-    whole = _bounded(kept.worst_ratio, tolerated)
+    of_all = " of all GPUs together" if shared else ""
+
+    def judged(held: bool | None, text: str, excuse: str = "") -> tuple[bool | None, str]:
+        reason = late or excuse
+        return (None, f"{text} - {reason}") if held is False and reason else (held, text)
+
     found = [
-        (
-            # A step that ends late for want of a CPU is no step of the shaper's.
-            None if unstalled and not whole else whole,
+        judged(
+            _bounded(kept.worst_ratio, tolerated),
             f"{shaped.name}: no window{of_all} is above {limit.watts:.1f} W over "
             f"{limit.window_seconds * 1e3:g} ms by more than {tolerated - 1:.1%} "
-            f"(worst {kept.worst_ratio:.4f} of the limit, {kept.windows:,} windows)"
-            + (" - this machine stalled in those that are" if unstalled and not whole else ""),
+            f"(worst {kept.worst_ratio:.4f} of the limit, {kept.windows:,} windows)",
+            # A step that ends late for want of a CPU is no step of the shaper's.
+            "this machine stalled in those that are" if unstalled else "",
         ),
-        (
+        judged(
             unstalled,
             "the same without the windows in which this machine stalled over 2 ms "
             f"(worst {kept.unstalled_worst_ratio:.4f}, {kept.unstalled_windows:,} windows)",
@@ -196,31 +200,23 @@ def comparison_checks(comparison: Comparison) -> list[tuple[bool | None, str]]:
     ]
     if shared:
         offered = steady_tokens_per_second(comparison, unshaped) or math.nan
-        throughput = steady_tokens_per_second(comparison, shaped) / offered
-        found.append(
-            (
-                _bounded(-throughput, -THROUGHPUT_RATIO),
-                f"shared: at least {THROUGHPUT_RATIO:g} times the tokens a second while requests "
-                f"arrive ({throughput:.3f}; the first quarter of the time left out, and what came "
-                "after the last arrival)",
-            )
+        ratio = steady_tokens_per_second(comparison, shaped) / offered
+        text = (
+            f"shared: at least {THROUGHPUT_RATIO:g} times the tokens a second while requests "
+            f"arrive ({ratio:.3f}; the first quarter of the time left out, and what came after "
+            "the last arrival)"
         )
+        found.append(judged(_bounded(THROUGHPUT_RATIO, ratio), text))
     else:
-        itl_ratio = shaped.latency.itl_seconds.p99 / unshaped.latency.itl_seconds.p99
-        held, late = _bounded(itl_ratio, ITL_TOLERANCE_RATIO), host_late(shaped)
-        excuse = held is False and late
-        found.append(
-            (
-                None if excuse else held,
-                f"shaped: p99 ITL is at most {ITL_TOLERANCE_RATIO:g} times unshaped "
-                f"({itl_ratio:.3f})" + (f" - {late}" if excuse else ""),
-            )
-        )
+        ratio = shaped.latency.itl_seconds.p99 / unshaped.latency.itl_seconds.p99
+        text = f"shaped: p99 ITL is at most {ITL_TOLERANCE_RATIO:g} times unshaped ({ratio:.3f})"
+        found.append(judged(_bounded(ratio, ITL_TOLERANCE_RATIO), text))
+    failed = sum(run.latency.requests_failed for run in comparison.runs)
     return [*found, (failed == 0, f"all: every request finished ({failed} did not)")]
 
 
 def _bounded(value: float, bound: float) -> bool | None:
-    return None if math.isnan(value) else value <= bound
+    return None if math.isnan(value) or math.isnan(bound) else value <= bound
 
 
 def run_data(run: LiveRun) -> dict[str, Any]:

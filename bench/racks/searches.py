@@ -112,5 +112,5 @@ def highest_clock(
 
 def _at(rack: RackSetup, hertz: float) -> Search[Outcome]:
     name = f"locked clock, {hertz / 1e6:.0f} MHz"
-    (outcome,) = yield [Run(name, policies.locked_clock(rack, hertz))]
-    return outcome
+    found: Sequence[Outcome] = yield [Run(name, policies.locked_clock(rack, hertz))]
+    return found[0]

@@ -7,7 +7,7 @@ The shaper is told of none, but for those that are called known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -165,8 +165,8 @@ def vary(runner: Runner, rack: RackSetup, folder: Path) -> Comparison:
 
 
 def _unshaped(rack: RackSetup, variant: Variant) -> Search[Outcome]:
-    (outcome,) = yield [Run(f"{policies.UNSHAPED}, {variant.name}", rack)]
-    return outcome
+    found: Sequence[Outcome] = yield [Run(f"{policies.UNSHAPED}, {variant.name}", rack)]
+    return found[0]
 
 
 def _vary(

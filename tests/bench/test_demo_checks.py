@@ -24,6 +24,7 @@ def made_up(
     replay: Any = None,
     *,
     worst: float = 0.9,
+    unstalled: float = 0.9,
     itl_seconds: float = 0.01,
     stalled: float = 0.0,
     lag_seconds: float = 0.0,
@@ -31,7 +32,7 @@ def made_up(
     """A run with the figures that checks look at."""
     limits = [
         SimpleNamespace(
-            worst_ratio=worst, windows=9, unstalled_worst_ratio=0.9, unstalled_windows=1
+            worst_ratio=worst, windows=9, unstalled_worst_ratio=unstalled, unstalled_windows=1
         )
     ]
     return SimpleNamespace(
@@ -50,6 +51,8 @@ def made_up(
         ({"itl_seconds": 0.02, "stalled": 0.2}, [True, True, None, True]),
         ({"itl_seconds": 0.02, "lag_seconds": 0.05}, [True, True, None, True]),
         ({"worst": 1.2}, [None, True, True, True]),
+        ({"worst": 1.2, "unstalled": 1.1}, [False, False, True, True]),
+        ({"worst": 1.2, "unstalled": 1.1, "stalled": 0.2}, [None, None, True, True]),
     ],
 )
 def test_a_busy_machine_is_named_and_the_shaper_not_blamed(

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from bench.harness import runner as pool
-from bench.harness.runner import Run, Runner, Told
-from bench.harness.store import Store, plant_text, run_name
+from bench.harness.runner import Run, Told
 from bench.racks import plan, policies, searches, variants
 from bench.racks.outcome import Outcome, ledger_time
 from bench.racks.rows import table
 from bench.racks.searches import Knobs
+from bench.racks.store import Store, plant_text, rack_runner, run_name
 from shaper.errors import ConfigError
 from shaper.simulate.checks import check_setup
 from shaper.simulate.setup import RackSetup
@@ -59,7 +59,7 @@ def test_the_highest_clock_that_keeps_the_limit_is_found(share: float) -> None:
     try:
         while True:
             (run,) = search.send(asked)  # type: ignore[arg-type]
-            asked = [outcome([1000.0 + 3000.0 * (run.setup.gpu_clock_hertz or 0.0) / ladder[-1]])]
+            asked = [outcome([1000.0 + 3000.0 * (run.what.gpu_clock_hertz or 0.0) / ladder[-1]])]
     except StopIteration as stop:
         found = stop.value
     assert found[-1].hertz == (keeping[-1] if keeping else ladder[0])
@@ -118,16 +118,16 @@ def test_a_run_that_two_searches_ask_for_is_done_once(
 
     def search() -> pool.Search[float]:
         (found,) = yield [Run("a", RACK)]
-        return found.peak_watts
+        return float(found.peak_watts)
 
-    with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         assert runner.drive([search(), search()]) == [5000.0, 5000.0]
     assert len(asked) == 1
 
 
 def test_every_policy_has_a_row_at_every_limit(asked: list[RackSetup], tmp_path: Path) -> None:
     """In the order of limits and policies; the chunks, which know no limit, run once."""
-    with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         found = plan.compare(runner, RACK, (0.9, 0.7))
     rows = [(x.limit_ratio, x.policy) for x in found.entries if not math.isnan(x.limit_ratio)]
     assert rows == [(ratio, name) for ratio in (0.9, 0.7) for name in policies.ORDER[2:]]
@@ -142,7 +142,7 @@ def test_a_policy_that_cannot_run_is_a_row_that_says_why(
     asked: list[RackSetup], tmp_path: Path
 ) -> None:
     """A cap below what the driver takes; the others go on."""
-    with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         found = plan.compare(runner, RACK, (0.3,))
     (cap,) = [each for each in found.entries if each.policy == policies.CAP]
     assert cap.outcome is None
@@ -155,7 +155,7 @@ def test_a_limit_below_the_floor_is_refused_with_the_floor(
 ) -> None:
     """Before minutes are spent on the others."""
     with (
-        Runner(WORKLOAD, Store(tmp_path), 1) as runner,
+        rack_runner(WORKLOAD, Store(tmp_path), 1) as runner,
         pytest.raises(ConfigError, match=r"draws 1120 W between steps"),
     ):
         plan.compare(runner, RACK, (0.9, 0.2))
@@ -175,17 +175,17 @@ def test_what_was_stopped_goes_on_where_it_was(
 
     answer = Inline.answer
     monkeypatch.setattr(Inline, "answer", staticmethod(stopped))
-    with pytest.raises(KeyboardInterrupt), Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with pytest.raises(KeyboardInterrupt), rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         plan.prove(runner, RACK, range(5))
     kept = len(list(tmp_path.glob("*.npz")))
     monkeypatch.setattr(Inline, "answer", staticmethod(answer))
     told: list[Told] = []
-    with Runner(WORKLOAD, Store(tmp_path), 1, told.append) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1, told.append) as runner:
         found = plan.prove(runner, RACK, range(5))
     assert kept + sum(not each.kept for each in told) == 25
     assert [each.seed for each in found.entries if each.limit_ratio == 0.85] == [0, 1, 2, 3, 4]
     before = len(asked)
-    with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         assert plan.prove(runner, RACK, range(5)).seeds == (0, 1, 2, 3, 4)
     assert len(asked) == before
 
@@ -194,7 +194,7 @@ def test_each_variant_is_set_against_itself_unshaped_at_one_limit(
     asked: list[RackSetup], tmp_path: Path
 ) -> None:
     """The limit in watts stays; the references are the variants' own."""
-    with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         found = variants.vary(runner, RACK, tmp_path)
     assert {each.limit_watts for each in found.entries} == {3500.0}
     assert {each.seed for each in found.entries} == set(found.references)
@@ -207,7 +207,7 @@ def test_a_decisions_cost_is_shown_for_smaller_groups_too(
 ) -> None:
     """32, 16 and 8 engines, each with the same share of the limit."""
     large = replace(RACK, engines=32, duration_seconds=45.0, warm_up_seconds=20.0)
-    with Runner(WORKLOAD, Store(tmp_path), 1) as runner:
+    with rack_runner(WORKLOAD, Store(tmp_path), 1) as runner:
         (sizes,) = runner.drive([plan.group_sizes(large, policies.group_limit(12_800.0))])
     assert [engines for engines, _ in sizes] == [32, 16, 8]
     assert [x.group_limits[0].watts for x in asked] == [12_800.0, 6400.0, 3200.0]

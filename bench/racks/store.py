@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache, partial
 from importlib.metadata import version
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 
 import shaper
+from bench import baselines
+from bench.harness.runner import Runner, Told
 from bench.racks import outcome as outcome_module
-from bench.racks.outcome import Arrays, Outcome
+from bench.racks.outcome import Arrays, Outcome, run_one
 from shaper.engine.compat import vllm_version
 from shaper.errors import ConfigError
 from shaper.simulate.setup import RackSetup
@@ -38,7 +41,11 @@ _ARRAYS = tuple(field.name for field in fields(Arrays))
 def code_version() -> str:
     """A hash of the code that a run's figures come from."""
     found = hashlib.sha256(f"{vllm_version()} {version('numpy')}".encode())
-    for path in [*sorted(_PACKAGE.rglob("*")), Path(str(outcome_module.__file__))]:
+    for path in [
+        *sorted(_PACKAGE.rglob("*")),
+        *sorted(Path(str(baselines.__file__)).parent.glob("*.py")),
+        Path(str(outcome_module.__file__)),
+    ]:
         if path.suffix in _CODE and _NOT_OF_A_RUN not in path.parents:
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
@@ -137,3 +144,20 @@ class Store:
         """Forget all runs."""
         for path in self.folder.glob("*.npz"):
             path.unlink()
+
+
+def rack_runner(
+    workload: Workload,
+    store: Store,
+    processes: int,
+    tell: Callable[[Told], None] = lambda told: None,
+) -> Runner:
+    """Runs racks under one workload: of a `RackSetup` it makes an `Outcome`."""
+    return Runner(
+        partial(run_one, workload=workload),
+        partial(run_name, workload=workload),
+        processes,
+        store.load,
+        store.save,
+        tell,
+    )
