@@ -17,7 +17,7 @@ _UNDER_WAY = ("recording", "finishing")
 def record_live(options: argparse.Namespace, duration_seconds: float, stop: threading.Event) -> int:
     """Asks for a recording and waits for its end, or ends it when `stop` is set.
 
-    The engines end it by themselves when its time is over, also when nobody waits any more.
+    The engines end it by themselves when its time is over, also when this command has ended.
 
     Returns:
         0; 1 where an engine's recording failed.

@@ -54,7 +54,7 @@ from shaper.gpu.profiles import load_profile
 from shaper.group import check_group, cleanup_groups
 from shaper.ipc.status_block import RUN_VARIABLE
 from shaper.recording.format import finish_recordings
-from shaper.server.middleware import add_admission, add_control_routes, add_drain
+from shaper.server.middleware import add_layers
 
 
 def main(argv: Sequence[str]) -> int:
@@ -119,9 +119,7 @@ def main(argv: Sequence[str]) -> int:
             _check_all_gpus(arguments, config)
         check_gpu_limits(config, engine_gpu_count(arguments))
         _use_scheduler(arguments)
-        add_admission(arguments)
-        add_control_routes(arguments)
-    add_drain(arguments)
+    add_layers(arguments, shaped=config is not None)
     tell(_terms(arguments))
     try:
         _run_vllm(arguments)

@@ -35,7 +35,7 @@ class BudgetControl:
         now_seconds: of the monotonic clock.
         wall: the wall clock.
         passes_through: why this engine is not to be shaped; it is then off, whatever is asked.
-        unshaped_ok: take a budget all the same, which nobody then keeps.
+        unshaped_ok: take a budget all the same, which is then not kept.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ from shaper.engine.shapeable import (
 from shaper.errors import ConfigError, EngineError
 from shaper.ipc.logs import share_log_handlers
 from shaper.ipc.status_block import run_id
-from shaper.server.middleware import add_admission, add_control_routes, add_drain
+from shaper.server.middleware import add_layers
 
 logger = logging.getLogger(__name__)
 
@@ -166,9 +166,7 @@ def use_flag(args: argparse.Namespace) -> None:
     check_scheduler_class(chosen, config)
     check_gpu_limits(config, engine_gpu_count(args))
     if is_ours(chosen):
-        add_admission(args)
-        add_control_routes(args)
-        add_drain(args)
+        add_layers(args, shaped=True)
 
 
 def _settings(given: Any, *, asked: bool) -> ShaperConfig | None:

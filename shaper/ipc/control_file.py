@@ -6,7 +6,7 @@ acknowledges it in the engine's status block. It holds what has been asked for a
 still meant, not the steps that led there, so an engine that looks late, or starts late,
 misses nothing. Nothing of vLLM is in between.
 
-Only a plain file of this user that nobody else may open, for this run, whole and newer
+Only a plain file of this user that no other user may open, for this run, whole and newer
 than the last one is believed. Any other is refused, logged once and changes nothing.
 """
 

@@ -16,7 +16,7 @@ from shaper.ipc.engine_record import Status
 
 UnkeptReason = Literal["passes_through", "off", "shadow", "policy"]
 UNKEPT_REASONS: tuple[UnkeptReason, ...] = get_args(UnkeptReason)
-"""Why nobody keeps a limit: the engine can't be shaped; its mode is off, or shadow; or its
+"""Why a limit is not kept: the engine can't be shaped; its mode is off, or shadow; or its
 policy goes by no limit."""
 
 
@@ -28,7 +28,7 @@ class Enforcement:
     """None: the engine has written none yet, or can't even be watched."""
     constraints: Constraints
     unkept: UnkeptReason | None
-    """Why nobody keeps an operator's limits; None: they are kept, or there are none now."""
+    """Why an operator's limits are not kept; None: they are kept, or there are none now."""
 
     @property
     def shapes(self) -> bool:

@@ -1,7 +1,7 @@
-"""A stop, as clients see it: their answer is finished, or they are told that it won't be.
+"""A stop of the server: every client gets its whole answer, or an error in its place.
 
 A layer around vLLM's API server, made in each of its processes. vLLM stops its engine first,
-and then waits for connections whose streams nobody feeds any more: for ever. Here
+and then waits without end for connections whose streams have no engine any more. Here
 
     the engine's client is asked to stop   work that comes now gets 503; the stop waits until
                                            what is in flight has ended, within its time
@@ -70,14 +70,14 @@ class DrainMiddleware:
         self.stopping = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """See the class."""
+        """Refuse new work during a stop, and watch all other requests to their end."""
         kind = scope["type"]
         if kind == "lifespan":
             self._attach(scope)
         if kind not in ("http", "websocket"):
             await self._app(scope, receive, send)
         elif self.stopping and _is_work(scope):
-            await _refuse(kind, send)
+            await _end(kind, send, _MESSAGE)
         else:
             await self._pass(scope, receive, send)
 
@@ -104,7 +104,7 @@ class DrainMiddleware:
         finally:
             self._requests.discard(request)
         if request.ended:
-            await _end(scope["type"], request, send)
+            await _end(scope["type"], send, _CUT, request)
 
     def _attach(self, scope: Scope) -> None:
         """Find the engine's client, and be asked when it is to stop."""
@@ -191,22 +191,15 @@ def _is_work(scope: Scope) -> bool:
     return scope.get("method") == "POST" or scope.get("path") in ("/health", "/ping")
 
 
-async def _refuse(kind: str, send: Send) -> None:
+async def _end(kind: str, send: Send, message: str, request: _Request | None = None) -> None:
+    """Tell a client that its request is not served, or not to its end."""
+    error = openai_error(message, "service_unavailable", "shutting_down")
     if kind == "websocket":
-        await send({"type": "websocket.close", "code": 1012, "reason": _MESSAGE})
-    else:
-        await send_json(send, 503, openai_error(_MESSAGE, "service_unavailable", "shutting_down"))
-
-
-async def _end(kind: str, request: _Request, send: Send) -> None:
-    """Tell the client of a request that was cut."""
-    if kind == "websocket":
-        await send({"type": "websocket.close", "code": 1012, "reason": _CUT})
-    elif not request.started:
-        await send_json(send, 503, openai_error(_CUT, "service_unavailable", "shutting_down"))
+        await send({"type": "websocket.close", "code": 1012, "reason": message})
+    elif request is None or not request.started:
+        await send_json(send, 503, error)
     elif request.events:
         # As vLLM tells a stream of an error; and then the answer stays incomplete, so that
         # the connection ends in a way that no client takes for a finished one.
-        error = openai_error(_CUT, "service_unavailable", "shutting_down")
         body = b"data: " + json.dumps(error).encode() + b"\n\n"
         await send({"type": "http.response.body", "body": body, "more_body": True})

@@ -12,26 +12,24 @@ ADMISSION = "shaper.server.admission.AdmissionMiddleware"
 DRAIN = "shaper.server.drain.DrainMiddleware"
 
 
-def add_admission(arguments: argparse.Namespace) -> None:
-    """Mark flex requests for the engine, and refuse them while it sheds."""
-    add_middleware(arguments, ADMISSION)
-
-
-def add_control_routes(arguments: argparse.Namespace) -> None:
-    """Serve the control routes, if there is a key for them.
+def add_layers(arguments: argparse.Namespace, *, shaped: bool) -> None:
+    """Name the layers in `--middleware`.
 
     vLLM puts each middleware of the list around those before it, so that the last one sees
-    a request first: before vLLM's `--api-key` does, and before any that might log a header.
+    a request first: the control routes come before vLLM's `--api-key` and before any layer that
+    might log a header, and the drain sees every request.
+
+    Args:
+        arguments: of vLLM's server; changed.
+        shaped: whether the engines have a shaper. Without one only the drain is added.
 
     Raises:
-        ConfigError: the key is no key.
+        ConfigError: the admin key is no key.
     """
-    if admin_key(os.environ) is not None:
-        add_middleware(arguments, CONTROL_ROUTES)
-
-
-def add_drain(arguments: argparse.Namespace) -> None:
-    """See to it that a stop leaves no client without an end. Outermost: call it last."""
+    if shaped:
+        add_middleware(arguments, ADMISSION)
+        if admin_key(os.environ) is not None:
+            add_middleware(arguments, CONTROL_ROUTES)
     add_middleware(arguments, DRAIN)
 
 

@@ -258,7 +258,7 @@ async def _body(request: Request) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object in which every key stands once: of two, nobody knows which was meant."""
+    """An object in which every key stands once: of two, it is not clear which was meant."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -218,13 +218,13 @@ def test_two_servers_changing_at_once_lose_nothing(run):
     """Each change has its own number and what others have asked for is kept."""
     file = ControlFile(run)
     clocks = Clocks(lambda: 0.0, Walls())
-    desks = [ControlService(file, lambda: [], clocks) for _ in range(4)]
+    services = [ControlService(file, lambda: [], clocks) for _ in range(4)]
 
-    def change(desk: ControlService) -> None:
+    def change(service: ControlService) -> None:
         for _ in range(25):
-            desk._write("budget", lambda *_: None, "w", "", [])
+            service._write("budget", lambda *_: None, "w", "", [])
 
-    threads = [threading.Thread(target=change, args=(desk,)) for desk in desks]
+    threads = [threading.Thread(target=change, args=(service,)) for service in services]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -134,7 +134,7 @@ def blocked(**info: Any) -> Enforcement:
     return enforcement_of(Status({"engine": 0, "passes_through": "why", **info}))
 
 
-def test_what_nobody_keeps_is_told(started: Callable[..., Any]) -> None:
+def test_why_a_limit_is_not_kept(started: Callable[..., Any]) -> None:
     """By its mode, its policy, and where not even a block is written but the reason."""
     shaper = started(limits="500W@1s", shadow=True)
     until(lambda: enforcement_of(read_statuses(run_id())[0]).unkept == "shadow")

@@ -98,7 +98,7 @@ def test_what_is_in_flight_is_finished_before_the_engine_stops():
 
 @pytest.mark.parametrize("timeout", [1.0, 0.0, None])
 def test_what_is_not_finished_is_told(timeout: float | None):
-    """A stream has an error and no end, an answer that has not begun a 503: nobody waits."""
+    """A stream has an error and no end, an answer that has not begun a 503: no client waits."""
 
     async def scene(server: Server) -> None:
         requests = [server.ask(SSE), server.ask(), server.ask([(b"content-type", b"audio/wav")])]

@@ -110,7 +110,7 @@ def test_bad_requests_say_what_to_do_and_change_nothing(served, body, status, sa
         [(b"authorization", f"Bearer {KEY}".encode()), (b"authorization", b"Bearer x")],
     ],
 )
-def test_without_the_key_nothing_is_told(served, headers, caplog):
+def test_without_the_key_nothing_is_shown(served, headers, caplog):
     """Not even which routes there are; the log warns once and never shows a key."""
     for path in ("/v1/shaper/state", "/v1/shaper/nothing", "/v1/shaper"):
         status, answer = served.ask("GET", path, headers=headers)
@@ -180,11 +180,11 @@ def test_an_engine_that_does_not_tick_is_named(served):
     assert watts(served.engines[0]) == 400.0
 
 
-def test_without_an_engine_there_is_nobody_to_ask(run):
-    """503 for a change; the state is still told."""
-    nobody = Served(run, engines=0)
-    assert nobody.budget({"limits": ["400W@1s"]})[0] == 503
-    assert nobody.ask("GET", "/v1/shaper/state")[1]["engines"] == []
+def test_without_an_engine_no_change_is_taken(run):
+    """503 for a change; the state is still shown."""
+    empty = Served(run, engines=0)
+    assert empty.budget({"limits": ["400W@1s"]})[0] == 503
+    assert empty.ask("GET", "/v1/shaper/state")[1]["engines"] == []
 
 
 def test_a_spoilt_file_is_replaced_by_the_next_change(served):
@@ -197,8 +197,8 @@ def test_a_spoilt_file_is_replaced_by_the_next_change(served):
     assert {watts(control) for control in served.engines} == {420.0}
 
 
-def test_the_state_is_json_and_tells_no_key(served):
-    """Ends are told as a moment and as seconds."""
+def test_the_state_is_json_and_shows_no_key(served):
+    """Ends are shown as a moment and as seconds."""
     served.budget({"limits": ["400W@1s"], "for": "10min", "fallback": {"limits": ["450W@1s"]}})
     status, state = served.ask("GET", "/v1/shaper/state")
     assert status == 200
