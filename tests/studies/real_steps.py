@@ -1,7 +1,7 @@
 """Drives vLLM's real CPU model runner through `EngineRunner` and prints its steps as JSON.
 
 A program of its own, because vLLM picks its platform once per process. Usage:
-`real_steps.py MODEL_DIRECTORY`.
+`tests.studies.real_steps MODEL_DIRECTORY`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NoMeter:
 
 
 def main() -> None:
-    from bench.characterise.engine import EngineRunner, EngineSettings
+    from bench.studies.gpu.engine import EngineRunner, EngineSettings
 
     settings = EngineSettings(
         model=sys.argv[1], max_model_len=2048, max_num_seqs=16, enforce_eager=True

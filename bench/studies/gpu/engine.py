@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from bench.characterise.runner import StepLog
+from bench.studies.gpu.plan import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, MAX_SEQUENCES
+from shaper.core.types import StepBatch
 from shaper.emulator.activate import EMULATE_VARIABLE
 from shaper.emulator.batching import RequestTracker
 from shaper.emulator.models import model_directory
@@ -40,10 +42,8 @@ class EngineSettings:
     attention_backend: str | None = None
     memory_ratio: float = 0.9
     enforce_eager: bool = False
-    top_p: float = 1.0
-    max_model_len: int = 16384
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_model_len: int = MAX_MODEL_LEN
+    max_num_seqs: int = MAX_SEQUENCES
 
 
 def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
@@ -51,12 +51,12 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "model": str(model_directory(settings.model)),
         "load_format": "dummy",
-        # Prompts are token ids, and nobody reads the output.
+        # Prompts are token ids, and the output is not read.
         "skip_tokenizer_init": True,
         "generation_config": "vllm",
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "max_num_batched_tokens": MAX_BATCHED_TOKENS,
         "gpu_memory_utilization": settings.memory_ratio,
         "enable_prefix_caching": True,
         "async_scheduling": True,
@@ -83,8 +83,51 @@ def set_environment(emulate: str | None) -> None:
         os.environ[EMULATE_VARIABLE] = emulate
 
 
+class StepLog:
+    """Pairs launches with ends, in order. A step starts when it was launched or when its
+    predecessor ended, whichever is later, as in a live engine's recording."""
+
+    def __init__(self) -> None:
+        self._flying: deque[tuple[float, StepBatch | None]] = deque()
+        self._emitted = 0
+        self._done: list[RecordedStep] = []
+        self._last_end_seconds = float("-inf")
+        self.last_batch: StepBatch | None = None
+        """Work of the newest launch; None for an empty step."""
+
+    def launched(self, at_seconds: float, batch: StepBatch | None) -> None:
+        """A step was launched; None for one without tokens."""
+        self.last_batch = batch
+        self._flying.append((at_seconds, batch))
+
+    def ended(self, at_seconds: float) -> None:
+        """All launched steps have ended, the newest of them now."""
+        while self._emitted < len(self._flying):
+            self._emit(at_seconds)
+
+    def returned(self, at_seconds: float) -> None:
+        """The oldest step's output is here; its end is now, unless it was known before."""
+        if not self._emitted:
+            self._emit(at_seconds)
+        self._emitted -= 1
+        self._flying.popleft()
+
+    def _emit(self, at_seconds: float) -> None:
+        launch_seconds, batch = self._flying[self._emitted]
+        self._emitted += 1
+        start = max(launch_seconds, self._last_end_seconds)
+        if batch is not None and at_seconds > start:
+            self._done.append(RecordedStep(start, at_seconds, batch))
+            self._last_end_seconds = at_seconds
+
+    def take(self) -> list[RecordedStep]:
+        """The steps that ended since the last take."""
+        done, self._done = self._done, []
+        return done
+
+
 class EngineRunner:
-    """A `Runner` over vLLM's engine core.
+    """vLLM's engine core, whose steps are exactly what was asked for.
 
     Args:
         settings: of the engine.
@@ -103,7 +146,7 @@ class EngineRunner:
         except Exception as error:
             raise EngineError(
                 f"vLLM {version} does not start here ({_first_line(error)}); "
-                "try --attention-backend, --enforce-eager or --torch-only"
+                "try --attention-backend or --enforce-eager"
             ) from error
         self._settings = settings
         self._closed = False
@@ -145,12 +188,12 @@ class EngineRunner:
             "attention_backend": self._settings.attention_backend or "vLLM's choice",
             "enforce_eager": self._settings.enforce_eager,
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
-            "sampling": f"temperature 1, top_p {self._settings.top_p:g}",
+            "sampling": "temperature 1",
             "kv_cache_tokens": self._kv_tokens,
         }
 
     def start_decodes(self, batch: int, context_tokens: int) -> None:
-        """Computes the prompts; returns once all requests decode."""
+        """Computes `batch` prompts; returns once all of them decode, a token more each step."""
         self.clear()
         self._core.scheduler.max_num_scheduled_tokens = self._token_budget
         most = self._settings.max_model_len - context_tokens - 1
@@ -165,7 +208,7 @@ class EngineRunner:
         raise EngineError(f"vLLM did not bring {batch} requests of {context_tokens} tokens to run")
 
     def start_chunks(self, context_tokens: int, chunk_tokens: int, count: int) -> None:
-        """Fills the prefix cache with a context and queues `count` prompts that share it."""
+        """Makes the next `count` steps chunks of one size, each after `context_tokens` tokens."""
         self.clear()
         scheduler = self._core.scheduler
         scheduler.max_num_scheduled_tokens = self._token_budget
@@ -179,7 +222,7 @@ class EngineRunner:
             self._add([*prefix, *self._prompt(chunk_tokens)], 1)
 
     def step(self) -> bool:
-        """One turn of the engine core's loop."""
+        """One step right behind the last; False when nothing is left to run."""
         core = self._core
         if not core.scheduler.has_requests() and not core.batch_queue:
             return False
@@ -225,10 +268,9 @@ class EngineRunner:
         from vllm.v1.request import Request
 
         self._count += 1
-        name = f"characterise-{self._count}"
+        name = f"study-{self._count}"
         parameters = SamplingParams(
             temperature=1.0,
-            top_p=self._settings.top_p,
             max_tokens=output_tokens,
             ignore_eos=True,
             detokenize=False,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib
-import importlib.util
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from shaper.core.types import GpuSample
-from shaper.errors import ConfigError
+from shaper.errors import GpuError
+from shaper.gpu.capabilities import describe_gpus
+from shaper.gpu.nvml import NvmlReader, visible_gpus
+from shaper.gpu.nvml_driver import Driver
 from shaper.gpu.profiles import profile_for_device
 from shaper.gpu.reader import GpuReader
 
@@ -30,7 +30,7 @@ _MOST_IDLE_WATTS = 150.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class GpuState:
-    """The GPU at rest, and what speaks against starting there."""
+    """The GPU at rest, without an engine, and what speaks against starting there."""
 
     name: str
     uuid: str
@@ -44,22 +44,15 @@ class GpuState:
     default_limit_watts: float | None
     memory_used_bytes: int | None
     processes: tuple[int, ...]
-    objections: tuple[str, ...]
+    objections: tuple[str, ...] = ()
 
 
 def open_gpu() -> GpuReader:
     """The first GPU of this process.
 
     Raises:
-        GpuError: there is none.
-        ConfigError: NVIDIA's binding is missing.
+        GpuError: there is none, or NVIDIA's binding is missing.
     """
-    if importlib.util.find_spec("pynvml") is None:
-        raise ConfigError(
-            "NVIDIA's Python binding is missing: pip install nvidia-ml-py, or give --emulate"
-        )
-    from shaper.gpu.nvml import NvmlReader, visible_gpus
-
     return NvmlReader(visible_gpus(os.environ, 1))
 
 
@@ -74,27 +67,19 @@ def look(reader: GpuReader) -> GpuState:
     for _ in range(max(1, round(WATCH_SECONDS / _SAMPLE_SECONDS))):
         samples += reader.read()[:1]
         time.sleep(_SAMPLE_SECONDS)
-    identity = reader.gpus[0]
-    watts = [
-        value
-        for sample in samples
-        if (value := sample.instant_watts or sample.average_watts) is not None
-    ]
-    last = samples[-1]
-    driver = _driver(identity.index)
+    watts = [w for s in samples if (w := s.instant_watts or s.average_watts) is not None]
+    gpu, last = describe_gpus(reader)[0], samples[-1]
     state = GpuState(
-        name=identity.name,
-        uuid=identity.uuid,
-        driver=driver.get("driver", "unknown"),
+        name=gpu.gpu.name,
+        uuid=gpu.gpu.uuid,
+        driver=gpu.driver_version or "unknown",
         idle_watts=statistics.median(watts) if watts else None,
         highest_watts=max(watts, default=None),
         temperature_celsius=last.temperature_celsius,
         sm_clock_hertz=last.sm_clock_hertz,
-        enforced_limit_watts=identity.enforced_limit_watts,
-        default_limit_watts=driver.get("default_limit_watts"),
-        memory_used_bytes=driver.get("memory_used_bytes"),
-        processes=driver.get("processes", ()),
-        objections=(),
+        enforced_limit_watts=gpu.gpu.enforced_limit_watts,
+        default_limit_watts=gpu.default_limit_watts,
+        **_users(gpu.gpu.index),
     )
     return dataclasses.replace(state, objections=_objections(state))
 
@@ -116,32 +101,14 @@ def _objections(state: GpuState) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _driver(index: int) -> dict[str, Any]:
-    """What the readings don't have; what this driver does not say is left out."""
-    nvml: Any = sys.modules.get("pynvml") or importlib.import_module("pynvml")
-    found: dict[str, Any] = {}
-
-    def ask(name: str, getter: Callable[[], Any]) -> None:
-        try:
-            found[name] = getter()
-        except (nvml.NVMLError, AttributeError, TypeError):
-            # Not said here: the field stays unknown, and the report shows it so.
-            found.pop(name, None)
-
-    ask("driver", lambda: str(nvml.nvmlSystemGetDriverVersion()))
-
-    def handle() -> Any:
-        return nvml.nvmlDeviceGetHandleByIndex(index)
-
-    ask(
-        "default_limit_watts",
-        lambda: nvml.nvmlDeviceGetPowerManagementDefaultLimit(handle()) * 1e-3,
-    )
-    ask("memory_used_bytes", lambda: int(nvml.nvmlDeviceGetMemoryInfo(handle()).used))
-    ask(
-        "processes",
-        lambda: tuple(
-            int(each.pid) for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle())
-        ),
-    )
+def _users(index: int) -> dict[str, Any]:
+    """Memory and processes; what this driver does not say stays unknown, and is shown so."""
+    found: dict[str, Any] = {"memory_used_bytes": None, "processes": ()}
+    driver = Driver()
+    with contextlib.suppress(GpuError):
+        handle = driver.call("nvmlDeviceGetHandleByIndex", index)
+        with contextlib.suppress(GpuError):
+            found["memory_used_bytes"] = int(driver.call("nvmlDeviceGetMemoryInfo", handle).used)
+        running = driver.call("nvmlDeviceGetComputeRunningProcesses", handle)
+        found["processes"] = tuple(int(each.pid) for each in running)
     return found

@@ -1,19 +1,24 @@
-"""Runs of `bench.gpu_serve` without a server: steps of an emulated GPU in virtual time, and
-requests that get their tokens from them. They are emulated, and say so."""
+"""Without a server: steps of an emulated GPU in virtual time, and requests that get their
+tokens from them. Without vLLM: an engine whose steps an emulated GPU runs on the real clock."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bench.gpu_serving.plan import Run
-from bench.gpu_serving.store import RECORDING, RunMeta, write_run
 from bench.harness.client import Replay, RequestRecord
+from bench.studies.gpu.engine import EngineRunner, EngineSettings, StepLog
+from bench.studies.gpu.plan import QUICK, Run
+from bench.studies.gpu.store import RECORDING, RunMeta, write_run
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import GpuSample, PowerLimit, StepBatch
+from shaper.emulator.device import EmulatedDevice
 from shaper.emulator.shapes import load_model_config, load_shape
 from shaper.emulator.silicon import EmulatedGpus
 from shaper.emulator.trace import PowerTrace
@@ -32,6 +37,95 @@ META = {
     "model_config": load_model_config(MODEL),
     "source": SOURCE,
 }
+
+
+TINY = dataclasses.replace(
+    QUICK,
+    seconds_per_point=0.1,
+    idle_seconds=0.1,
+    heat_seconds=0.1,
+    cadence_seconds=(0.012, 0.025),
+    decode_batches=(1, 8),
+    chunks_tokens=(128, 512),
+    wave_total_seconds=0.1,
+)
+
+
+class BareEngine(EngineRunner):
+    """Takes vLLM's place: a batch of fixed shape, two steps in flight, on an emulated GPU."""
+
+    def __init__(self, settings: EngineSettings, reader: Any = None) -> None:
+        self._emulated = EmulatedDevice(settings.emulate or GPU, load_shape(settings.model))
+        self._log = StepLog()
+        self._flying: deque[Any] = deque()
+        self._decodes = self._context = 0
+        self._chunk = self._chunk_context = self._chunks_left = 0
+
+    @property
+    def reader(self) -> Any:
+        return self._emulated.reader
+
+    @property
+    def kv_tokens(self) -> int:
+        return 500_000
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"runner": "emulated steps, no engine"}
+
+    def start_decodes(self, batch: int, context_tokens: int) -> None:
+        self.clear()
+        self._decodes, self._context = batch, context_tokens
+
+    def start_chunks(self, context_tokens: int, chunk_tokens: int, count: int) -> None:
+        self.clear()
+        self._chunk_context, self._chunk, self._chunks_left = context_tokens, chunk_tokens, count
+
+    def step(self) -> bool:
+        work = self._next()
+        if work is None and not self._flying:
+            return False
+        if work is not None:
+            self._log.launched(time.monotonic(), work)
+            self._flying.append(self._emulated.launch(work))
+        if work is None or len(self._flying) > 1:
+            self._land()
+        return True
+
+    def drain(self) -> None:
+        while self._flying:
+            self._land()
+
+    def clear(self) -> None:
+        self.drain()
+        self._decodes = self._chunks_left = 0
+
+    def close(self) -> None:
+        self._emulated.close()
+
+    def _land(self) -> None:
+        self._emulated.wait(self._flying.popleft())
+        self._log.returned(time.monotonic())
+
+    def _next(self) -> StepBatch | None:
+        if self._decodes:
+            self._context += 1
+            return StepBatch(
+                decode_requests=self._decodes,
+                decode_tokens=self._decodes,
+                decode_context_tokens=self._decodes * self._context,
+            )
+        if not self._chunks_left:
+            return None
+        self._chunks_left -= 1
+        ends = self._chunk_context + self._chunk
+        return StepBatch(
+            prefill_requests=1,
+            prefill_tokens=self._chunk,
+            prefill_context_tokens=ends,
+            prefill_token_context_product=self._chunk * ends,
+            prefill_squared_tokens=self._chunk**2,
+        )
 
 
 def batch(decodes: int, prefill_tokens: int) -> StepBatch:

@@ -1,6 +1,7 @@
-"""Packed recordings of real traffic, replayed: does the shipped profile predict their steps?
+"""The study of a GPU runs its stages, and packed recordings are replayed: does the shipped
+profile predict their steps?
 
-`tests/recordings/gpu_serve/NAME/` is what `python -m bench.gpu_serve --pack` wrote. There is
+`tests/recordings/gpu/NAME/` is what `python -m bench.studies.gpu --pack` wrote. There is
 none of a real GPU yet. Until then a pack is made here of an emulated GPU: it proves that a pack
 can be replayed, and nothing about a real GPU, which is why its source is checked as well.
 """
@@ -8,22 +9,25 @@ can be replayed, and nothing about a real GPU, which is why its source is checke
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
-from bench.gpu_serving.figures import run_figures
-from bench.gpu_serving.measure import PowerView, power_view, recording_model
-from bench.gpu_serving.pack import MOST_BYTES, pack
-from bench.gpu_serving.plan import runs
+from bench.studies.gpu.engine import EngineSettings
+from bench.studies.gpu.measure import PowerView, power_view, recording_model
+from bench.studies.gpu.pack import MOST_BYTES, pack
+from bench.studies.gpu.plan import DEFAULT_STAGES, ENGINE_STAGES, RUNS
+from bench.studies.gpu.process import EngineJob, run_stages
+from bench.studies.gpu.report import as_data, run_figures
+from bench.studies.gpu.store import is_done, read_json
 from shaper.errors import ConfigError
 from shaper.fitting.power import energy_windows
 from shaper.recording.format import read_recording
-from tests.bench.gpu_serve_fakes import SOURCE, write_emulated_run
+from tests.studies.gpu_fakes import GPU, SOURCE, TINY, BareEngine, write_emulated_run
 
-COMMITTED = sorted((Path(__file__).parents[1] / "recordings" / "gpu_serve").glob("*/meta.json"))
+COMMITTED = sorted((Path(__file__).parents[1] / "recordings" / "gpu").glob("*/meta.json"))
 # The profiles' error on published serving measurements is about a tenth (docs/fidelity.md); a
 # model that is off by more than this has missed what the GPU does.
 WORST_SECONDS_RATIO = 0.30
@@ -32,14 +36,37 @@ WORST_WATTS_RATIO = 0.20
 ALLOWED_LOSS_RATIO = 0.02
 
 
-def packed(folder: Path, seconds: float = 6.0, most_bytes: int = MOST_BYTES) -> Path:
+def packed(folder: Path, most_bytes: int = MOST_BYTES, **arguments: Any) -> Path:
     """Two runs of an emulated GPU, packed."""
     found = []
-    for run in runs((0.7,), 0.05, (2048, 64))[:2]:
-        write_emulated_run(folder / run.name, run, run.limit(700.0), seconds=seconds)
-        found.append(run_figures(folder / run.name))
-    pack(folder / "pack", {"source": SOURCE, "emulated": True}, found, most_bytes)
+    for name in ("unshaped", "shaped"):
+        run = RUNS[name]
+        write_emulated_run(folder / name, run, run.limit(700.0), **arguments)
+        found.append(run_figures(folder / name))
+    about = {"source": SOURCE, "emulated": True, "runs": {run.name: as_data(run) for run in found}}
+    recordings = {run.name: (run.recording, run.meta.started_seconds) for run in found}
+    pack(folder / "pack", about, recordings, most_bytes)
     return folder / "pack"
+
+
+def test_the_stages_run_in_order_and_leave_their_files(tmp_path, capsys):
+    """Gap power cold and hot first; each stage has its points and its recording."""
+    assert DEFAULT_STAGES == ("gap", "decode", "prefill", "cap", "unshaped", "shaped")
+    settings = EngineSettings(emulate=GPU)
+    run_stages(EngineJob(tmp_path, ENGINE_STAGES, settings, TINY, math.inf), BareEngine)
+    assert all(is_done(tmp_path / name) for name in ENGINE_STAGES)
+    gap = read_json(tmp_path / "gap" / "stage.json")
+    whens = list(dict.fromkeys(point["extra"]["when"] for point in gap["points"]))
+    assert whens == ["idle, cold", "cold", "heating", "hot", "idle, hot"]
+    assert not gap["skipped"]
+    cap = read_json(tmp_path / "cap" / "stage.json")
+    assert cap["findings"]["power_cap"]["enforced_limit_watts"] == 700.0
+    sizes = {
+        step.batch.prefill_tokens
+        for step in read_recording(tmp_path / "prefill" / "recording.parquet").steps
+    }
+    assert sizes == set(TINY.chunks_tokens)
+    assert "decode: batch 8, context 256" in capsys.readouterr().out
 
 
 def replayed(folder: Path, meta: dict[str, Any]) -> dict[str, PowerView]:
@@ -86,7 +113,7 @@ def test_a_pack_of_an_emulated_gpu_is_replayed(tmp_path):
 
 
 def test_packing_keeps_what_the_figures_need(tmp_path):
-    """Steps to 10 microseconds, the same windows of the energy counter, requests of all runs."""
+    """Steps to 10 microseconds, and the same windows of the energy counter."""
     folder = packed(tmp_path)
     whole = read_recording(tmp_path / "unshaped" / "recording.parquet")
     thin = read_recording(folder / "unshaped.parquet")
@@ -102,9 +129,6 @@ def test_packing_keeps_what_the_figures_need(tmp_path):
     for got, wanted in zip(kept, inside, strict=True):
         assert got[0] == pytest.approx(wanted[0] - start, abs=2e-5)
         assert got[2] == pytest.approx(wanted[2], abs=0.01)
-    requests = pq.read_table(folder / "requests.parquet").to_pylist()
-    assert {row["run"] for row in requests} == {"unshaped", "shaped-70"}
-    assert all(row["ttft_seconds"] > 0 for row in requests)
 
 
 def test_a_pack_that_is_too_large_is_cut(tmp_path):
@@ -117,18 +141,12 @@ def test_a_pack_that_is_too_large_is_cut(tmp_path):
     assert steps[-1].end_seconds <= meta["packed_seconds"] + 1e-4
     with pytest.raises(ConfigError, match="don't fit"):
         packed(tmp_path / "b", most_bytes=1000)
-
-
-def test_nothing_to_pack_is_an_error(tmp_path):
-    """No empty pack that would pass every test."""
-    with pytest.raises(ConfigError, match="no finished run"):
-        pack(tmp_path, {}, [])
+    with pytest.raises(ConfigError, match="no finished stage"):
+        pack(tmp_path, {}, {})
 
 
 def test_a_model_that_is_off_fails_the_replay(tmp_path):
     """The bound can be missed: a GPU that draws a quarter less than the profile says."""
-    run = runs((0.7,), 0.05, (2048, 64))[0]
-    write_emulated_run(tmp_path / "run", run, None, joules_ratio=0.75)
-    pack(tmp_path / "pack", {"emulated": True}, [run_figures(tmp_path / "run")])
+    folder = packed(tmp_path, joules_ratio=0.75)
     with pytest.raises(AssertionError, match="unshaped"):
-        check(tmp_path / "pack")
+        check(folder)

@@ -63,25 +63,25 @@ class Point:
 
     def label(self) -> str:
         """The settings in words."""
-        if not self.settings:
-            return str(self.extra.get("when", ""))
-        return ", ".join(
-            _SETTING_WORDS[name].format(value)
-            if name in _SETTING_WORDS
-            else f"{name.removesuffix('_tokens')} {value:g}"
+        parts = [
+            _SETTING_WORDS.get(name, name.removesuffix("_tokens") + " {:g}").format(value)
             for name, value in self.settings.items()
-        )
+        ]
+        return ", ".join([*parts, *filter(None, [str(self.extra.get("when", ""))])])
 
 
-def energy_changes(samples: Sequence[GpuSample]) -> list[tuple[float, float]]:
-    """(time, joules) where the energy counter changed: half way between two readings."""
-    changes = []
-    known = [s for s in samples if s.energy_joules is not None]
-    for before, after in itertools.pairwise(known):
-        if (after.energy_joules or 0.0) > (before.energy_joules or 0.0):
-            middle = (before.read_seconds + after.read_seconds) / 2.0
-            changes.append((middle, float(after.energy_joules or 0.0)))
-    return changes
+def changes(series: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(seconds, value) where a reading changed: half way between the two samples around it."""
+    return [
+        ((before + after) / 2.0, value)
+        for (before, old), (after, value) in itertools.pairwise(series)
+        if value != old
+    ]
+
+
+def series(samples: Sequence[GpuSample], name: str) -> list[tuple[float, float]]:
+    """(seconds, value) of one reading, where it was read."""
+    return [(s.read_seconds, v) for s in samples if (v := getattr(s, name)) is not None]
 
 
 def make_point(
@@ -97,11 +97,11 @@ def make_point(
     inside = [s for s in samples if start <= s.read_seconds <= end]
     ran = [s for s in steps if s.start_seconds >= start - 1e-3 and s.end_seconds <= end + 1e-3]
     lengths = [s.end_seconds - s.start_seconds for s in ran]
-    changes = energy_changes(inside)
+    moved = changes(series(inside, "energy_joules"))
     watts, apart = None, 0.0
-    if len(changes) >= 2:
-        apart = changes[-1][0] - changes[0][0]
-        watts = (changes[-1][1] - changes[0][1]) / apart
+    if len(moved) >= 2:
+        apart = moved[-1][0] - moved[0][0]
+        watts = (moved[-1][1] - moved[0][1]) / apart
     reasons = ClockEventReasons.NONE
     for sample in inside:
         reasons |= sample.clock_event_reasons
@@ -133,36 +133,40 @@ def make_point(
 class BetweenSteps:
     """A line through the cadence points of one batch: watts = gap + excess * steps/s."""
 
+    when: str
+    """`cold`, or `hot` after the heaviest load."""
     batch: int
+    temperature_celsius: float | None
     gap_watts: float
     """What the GPU draws between steps."""
-    error_watts: float
-    """Standard error of that; infinity with two points."""
+    error_watts: float | None
+    """Standard error of that; None with two points."""
     step_excess_joules: float
     """What a step takes above the gap level."""
 
 
 def between_steps(points: Sequence[Point]) -> list[BetweenSteps]:
-    """The power between steps, per batch, from the cadence points."""
+    """The power between steps, cold and hot and per batch, from the cadence points."""
+    groups: dict[tuple[str, int], list[Point]] = {}
+    for point in points:
+        if "cadence_seconds" in point.settings and point.watts is not None:
+            key = str(point.extra.get("when", "")), int(point.settings["batch"])
+            groups.setdefault(key, []).append(point)
     found = []
-    mine = [p for p in points if p.stage == "cadence" and p.watts is not None]
-    for batch in sorted({int(p.settings["batch"]) for p in mine}):
-        # Steps that ran back to back say nothing of gaps; they lie on the line all the same.
-        rows = [p for p in mine if int(p.settings["batch"]) == batch]
-        if len(rows) < 2:
-            continue
+    for (when, batch), rows in groups.items():
         rates = np.array([p.steps / p.seconds for p in rows])
         watts = np.array([p.watts for p in rows], dtype=np.float64)
         matrix = np.column_stack([np.ones_like(rates), rates])
         if np.linalg.matrix_rank(matrix) < 2:
             continue
         (gap, excess), *_ = np.linalg.lstsq(matrix, watts, rcond=None)
-        error = float("inf")
+        error = None
         if len(rows) > 2:
             rest = watts - matrix @ np.array([gap, excess])
             spread = float(rest @ rest) / (len(rows) - 2)
             error = float(np.sqrt(spread * np.linalg.inv(matrix.T @ matrix)[0, 0]))
-        found.append(BetweenSteps(batch, float(gap), error, float(excess)))
+        celsius = _mean(p.temperature_celsius for p in rows)
+        found.append(BetweenSteps(when, batch, celsius, float(gap), error, float(excess)))
     return found
 
 

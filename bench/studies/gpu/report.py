@@ -1,0 +1,396 @@
+"""What a study has found: summary.md, figures.json and report.html, from its folder alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from bench.harness import latency
+from bench.harness.client import Replay
+from bench.harness.decisions import read_decision_log
+from bench.harness.latency import LatencyFigures, latency_figures
+from bench.harness.page import tail_plots
+from bench.harness.tables import latency_rows, throughput_rows
+from bench.studies.gpu.measure import PowerView, power_view, recording_model
+from bench.studies.gpu.plan import WINDOW_SECONDS
+from bench.studies.gpu.points import Point, between_steps
+from bench.studies.gpu.store import DECISIONS, RECORDING, TRUE_POWER, RunMeta, read_run, write_json
+from shaper.core.types import ClockEventReasons
+from shaper.emulator.trace import read_power_trace
+from shaper.recording.format import Recording, read_recording
+from shaper.report.html import Block, Plot, Section, definitions, paragraph, render
+from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
+from shaper.report.style import COLOURS, PLAIN_COLOUR, base
+from shaper.report.table import Heading, Row, Table, to_html, to_text
+from shaper.traffic.figures import PowerFigures, grid_between, power_figures, window_means
+
+NAN = float("nan")
+REBUILT = (
+    "A 100 ms mean is not measured: no reading resolves it. It is rebuilt from the recorded steps, "
+    "each at the model's watts, times one ratio that makes the run's joules those of the energy "
+    "counter. Measured are the counter (windows of 0.5 s and more) and the instant reading."
+)
+_POINT_COLUMNS: tuple[tuple[str, str, int, float], ...] = (
+    ("W", "watts", 1, 1.0),
+    ("W instant", "instant_watts", 1, 1.0),
+    ("W average", "average_watts", 1, 1.0),
+    ("ms/step", "step_seconds", 2, 1e3),
+    ("J/step", "step_joules", 3, 1.0),
+    ("tokens/J", "tokens_per_joule", 3, 1.0),
+    ("busy", "busy_ratio", 2, 1.0),
+    ("context", "mean_context_tokens", 0, 1.0),
+    ("MHz", "sm_clock_hertz", 0, 1e-6),
+    ("lowest", "lowest_sm_clock_hertz", 0, 1e-6),
+    ("°C", "temperature_celsius", 0, 1.0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFigures:
+    """One server under the traffic."""
+
+    meta: RunMeta
+    recording: Recording
+    replay: Replay
+    view: PowerView
+    power: PowerFigures
+    """Of the rebuilt power."""
+    latency: LatencyFigures
+    true_peak_watts: float | None
+    """Highest true 100 ms mean; of an emulated GPU only."""
+    reasons: tuple[tuple[str, int], ...]
+    """Decisions by reason, most frequent first."""
+
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.meta.run.name
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """All that a report shows."""
+
+    source: str
+    about: str
+    """Model and traffic, in words."""
+    gpu: Mapping[str, Any]
+    """The GPU at rest; empty for an emulated one."""
+    stages: Mapping[str, Mapping[str, Any]]
+    """What the engine's stages have left, by name."""
+    runs: tuple[RunFigures, ...]
+    virtual: Mapping[str, Mapping[str, Any]]
+    """Figures of the same runs in virtual time, by name."""
+
+
+def run_figures(folder: Path, profile: str | None = None) -> RunFigures:
+    """The figures of a finished server's run.
+
+    Args:
+        folder: of the run.
+        profile: to predict with; None: the recording's own.
+
+    Raises:
+        TraceError: the run is not finished, or a file is broken.
+        ConfigError: there is no such profile.
+    """
+    meta, replay = read_run(folder)
+    recording = read_recording(folder / RECORDING)
+    span = meta.started_seconds, meta.finished_seconds
+    view = power_view(recording, recording_model(recording, profile), *span)
+    log = read_decision_log(folder / DECISIONS)
+    reasons = Counter(() if log is None else log.between(*span).reasons)
+    true = folder / f"{TRUE_POWER}.rank0"
+    return RunFigures(
+        meta=meta,
+        recording=recording,
+        replay=replay,
+        view=view,
+        power=power_figures(view.grid, () if meta.limit is None else (meta.limit,)),
+        latency=latency_figures(replay),
+        true_peak_watts=power_figures(grid_between(read_power_trace(true), *span)).peak_watts
+        if true.exists()
+        else None,
+        reasons=tuple(reasons.most_common()),
+    )
+
+
+def write_report(folder: Path, found: Found) -> None:
+    """Writes the three files."""
+    title = f"The study of {found.source}"
+    points = "\n".join(_stage_lines(found.stages))
+    parts = [f"# {title}", found.about, points]
+    sections = [Section("One engine, step by step", (Block(f"<pre>{points}</pre>"),))]
+    if found.runs:
+        tables = [measured_table(found.runs), prediction_table(found.runs)]
+        if found.virtual:
+            tables.append(virtual_table(found))
+        parts += [f"## Servers under traffic\n\n{REBUILT}", *map(to_text, tables)]
+        sections += [
+            Section("Servers", (*(Block(to_html(t)) for t in tables), paragraph(REBUILT, "note"))),
+            Section("Power", _power(found.runs)),
+            Section("Latency", _latency(found.runs)),
+        ]
+    about = _about(found)
+    parts.append("## How it was run\n\n" + "\n".join(f"- {name}: {text}" for name, text in about))
+    sections.append(Section("How it was run", (definitions(about),)))
+    (folder / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    page = render(title, found.about, sections)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    data = {
+        "source": found.source,
+        "between_steps": [asdict(each) for each in between_steps(_points(found.stages))],
+        "runs": {run.name: as_data(run) for run in found.runs},
+        "virtual": dict(found.virtual),
+    }
+    write_json(folder / "figures.json", data)
+
+
+def as_data(run: RunFigures) -> dict[str, Any]:
+    """The figures of a run as plain data."""
+    return {
+        "meta": asdict(run.meta),
+        "power": asdict(run.power),
+        "true_peak_watts": run.true_peak_watts,
+        "highest_half_second_watts": _largest(run.view.measured_watts),
+        "highest_instant_watts": _largest(run.view.instant_watts),
+        "latency": asdict(run.latency),
+        "prediction": {
+            "decodes_alone": asdict(run.view.step_errors(False)),
+            "with_prompts": asdict(run.view.step_errors(True)),
+            "joules_ratio": 1 / run.view.counter_ratio,
+        },
+        "reasons": dict(run.reasons),
+    }
+
+
+def _points(stages: Mapping[str, Mapping[str, Any]]) -> list[Point]:
+    return [Point(**point) for stage in stages.values() for point in stage["points"]]
+
+
+def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The engine's stages as Markdown."""
+    lines: list[str] = []
+    names = ["load", *(column[0] for column in _POINT_COLUMNS), "clock events"]
+    for name, stage in stages.items():
+        unfinished = "" if stage["done"] else " (not finished)"
+        lines += [f"## {name.capitalize()}{unfinished}", "", "| " + " | ".join(names) + " |"]
+        lines += ["|---" * len(names) + "|"]
+        for point in (Point(**each) for each in stage["points"]):
+            cells = [_number(getattr(point, n), d, scale) for _, n, d, scale in _POINT_COLUMNS]
+            held = ClockEventReasons(point.clock_event_reasons)
+            events = ", ".join((e.name or "").lower() for e in ClockEventReasons if e & held)
+            lines.append("| " + " | ".join([point.label(), *cells, events]) + " |")
+        lines.append("")
+        lines += [
+            f"- {each.when}, batch {each.batch}: {each.gap_watts:.1f} W between steps "
+            f"(standard error {_number(each.error_watts, 1)} W) at "
+            f"{_number(each.temperature_celsius, 0)} °C, and {each.step_excess_joules:.3f} J a step"
+            for each in between_steps(_points({name: stage}))
+        ]
+        lines.append(f"- the meter: {_words(stage['meter'])}")
+        if stage["findings"].get("power_cap"):
+            lines.append(f"- the step from rest: {_words(stage['findings']['power_cap'])}")
+        if stage["read_errors"]:
+            lines.append(f"- {stage['read_errors']} reads of the meter failed")
+        lines += [*(f"- skipped: {why}" for why in stage["skipped"]), ""]
+    return lines
+
+
+def _number(value: float | None, digits: int, scale: float = 1.0) -> str:
+    return "" if value is None else f"{value * scale:.{digits}f}"
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+        if value is not None
+    )
+
+
+def _largest(values: Sequence[float] | np.ndarray[Any, Any]) -> float:
+    return float(max(values)) if len(values) else NAN
+
+
+def measured_table(runs: Sequence[RunFigures]) -> Table:
+    """All servers side by side."""
+
+    def row(label: str, unit: str, values: Sequence[float | None], digits: int = 1) -> Row:
+        return Row(label, unit, tuple(values), digits)
+
+    limits = [run.power.limits[0] if run.power.limits else None for run in runs]
+    figures = [run.latency for run in runs]
+    return Table(
+        "the same traffic on each server",
+        tuple(run.name for run in runs),
+        (
+            Heading("power, measured"),
+            row("mean, energy counter", "W", [r.power.mean_watts for r in runs]),
+            row("highest 0.5 s mean", "W", [_largest(r.view.measured_watts) for r in runs]),
+            row("highest instant reading", "W", [_largest(r.view.instant_watts) for r in runs]),
+            Heading("power over 100 ms, rebuilt from the steps in the counter's watts"),
+            row("limit", "W", [r.meta.limit.watts if r.meta.limit else None for r in runs]),
+            row("highest mean", "W", [r.power.peak_watts for r in runs]),
+            row("highest mean, true (emulated only)", "W", [r.true_peak_watts for r in runs]),
+            row(
+                "windows above the limit", "%", [100 * x.over_share if x else None for x in limits]
+            ),
+            row("worst window / limit", "", [x.worst_ratio if x else None for x in limits], 3),
+            Heading("as the client saw it"),
+            *latency_rows(figures),
+            *throughput_rows(figures),
+            row("output tokens per joule", "1/J", [_tokens_per_joule(r) for r in runs], 3),
+            row("sent over 20 ms late", "", [float(f.late_sends) for f in figures], 0),
+            row("server's start", "s", [r.meta.start_up_seconds for r in runs], 0),
+        ),
+        compare=False,
+    )
+
+
+def _tokens_per_joule(run: RunFigures) -> float:
+    return run.latency.output_tokens / run.power.joules if run.power.joules else NAN
+
+
+def prediction_table(runs: Sequence[RunFigures]) -> Table:
+    """The step model beside what was measured, over the very steps that ran."""
+    rows: list[Row | Heading] = [Heading("seconds of steps, predicted over measured")]
+    for label, prompts in (("decodes alone", False), ("with prompts", True)):
+        errors = [run.view.step_errors(prompts) for run in runs]
+        rows += [
+            Row(f"{label}: steps", "", tuple(float(e.steps) for e in errors), 0),
+            Row(f"{label}: median error", "%", tuple(100 * e.median_ratio for e in errors)),
+            Row(
+                f"{label}: p90 of its size", "%", tuple(100 * e.p90_absolute_ratio for e in errors)
+            ),
+        ]
+    sizes = [
+        np.append(100 * abs(run.view.window_errors), [] if len(run.view.window_errors) else NAN)
+        for run in runs
+    ]
+    rows += [
+        Heading("power, in windows of 0.5 s of the energy counter"),
+        Row("median size of the error", "%", tuple(float(np.median(e)) for e in sizes)),
+        Row("p90 of the error's size", "%", tuple(float(np.quantile(e, 0.9)) for e in sizes)),
+        Row(
+            "all joules, predicted over measured",
+            "",
+            tuple(1 / r.view.counter_ratio for r in runs),
+            3,
+        ),
+    ]
+    names = tuple(run.name for run in runs)
+    return Table("predicted and measured", names, tuple(rows), compare=False)
+
+
+def virtual_table(found: Found) -> Table:
+    """Measured and virtual runs; the ratio is virtual over measured."""
+    rows: list[Row | Heading] = []
+    for run in found.runs:
+        twin = found.virtual.get(run.name)
+        if twin is None:
+            continue
+        rows += [
+            Heading(run.name),
+            Row("mean power", "W", (run.power.mean_watts, twin["mean_watts"])),
+            Row("highest 100 ms mean, rebuilt", "W", (run.power.peak_watts, twin["peak_watts"])),
+        ]
+        for label, name in (("TTFT", "ttft_seconds"), ("ITL", "itl_seconds")):
+            for level in ("p50", "p99"):
+                pair = getattr(getattr(run.latency, name), level), twin[name][level]
+                rows.append(Row(f"{label} {level}", "ms", (1e3 * pair[0], 1e3 * pair[1])))
+        pair = _tokens_per_joule(run), twin["tokens_per_joule"]
+        rows.append(Row("output tokens per joule", "1/J", pair, 3))
+    return Table("measured and in virtual time", ("measured", "virtual time"), tuple(rows))
+
+
+def _power(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:
+    all_series = []
+    for run in runs:
+        means = window_means(run.view.grid, WINDOW_SECONDS)
+        all_series.append(
+            PowerSeries(
+                run.name,
+                np.asarray(np.arange(len(means)) * 0.001 + WINDOW_SECONDS, dtype=np.float64),
+                means,
+                run.view.grid.watts,
+                run.view.instant_times - run.view.grid.start_seconds,
+                run.view.instant_watts,
+            )
+        )
+    watts = sorted({run.meta.limit.watts for run in runs if run.meta.limit is not None})
+    limits = [LimitLine(f"limit {each:.0f} W", each) for each in watts]
+    return (
+        Plot(
+            "Rebuilt: mean power over 100 ms",
+            window_power(all_series, limits),
+            "From the recorded steps, in the energy counter's watts. The limits are on this curve.",
+            420,
+        ),
+        Plot(
+            "Rebuilt by the millisecond, and the instant reading",
+            fine_power(all_series, ()),
+            "Dots are what the meter said.",
+            max(320, 190 * len(runs)),
+        ),
+        Plot(
+            "Predicted and measured power",
+            _windows(runs),
+            "Each dot is a window of 0.5 s; on the line, the step model is right.",
+            460,
+            wide=False,
+        ),
+    )
+
+
+def _windows(runs: Sequence[RunFigures]) -> go.Figure:
+    figure = go.Figure()
+    for run, colour in zip(runs, COLOURS, strict=False):
+        figure.add_trace(
+            go.Scatter(
+                x=np.round(run.view.measured_watts, 1),
+                y=np.round(run.view.predicted_watts, 1),
+                mode="markers",
+                name=run.name,
+                marker={"color": colour, "size": 5, "opacity": 0.8},
+            )
+        )
+    values = [w for run in runs for w in (*run.view.measured_watts, *run.view.predicted_watts)]
+    ends = [min(values, default=0.0), max(values, default=0.0)]
+    line = {"color": PLAIN_COLOUR, "width": 1.5, "dash": "dash"}
+    figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", name="the same", line=line))
+    return base(figure, "measured (W)", "predicted (W)")
+
+
+def _latency(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:
+    done = [latency.finished(run.replay) for run in runs]
+    itl = [1e3 * latency.itl_seconds(records) for records in done]
+    ttft = [1e3 * latency.ttft_seconds(records) for records in done]
+    return tail_plots([run.name for run in runs], itl, ttft)
+
+
+def _about(found: Found) -> list[tuple[str, str]]:
+    lines = [("source", found.source), ("load", found.about)]
+    lines += [(name.replace("_", " "), str(value)) for name, value in found.gpu.items() if value]
+    lines += [
+        (f"{name} stage", _words(stage["about"]["about"])) for name, stage in found.stages.items()
+    ]
+    for run in found.runs:
+        about = run.meta.about
+        lines.append((f"{run.name} server", " ".join(run.meta.arguments)))
+        busy = about.get("cpus_busy_ratio")
+        text = f"{about.get('at')}; {about.get('versions')}; {about.get('machine')}"
+        if busy is not None and not math.isnan(busy):
+            text += f", CPUs {busy:.0%} busy, load average {about.get('load_average'):.1f}"
+        lines.append((f"{run.name} ran", text))
+        if run.reasons:
+            words = ", ".join(f"{reason} {count}" for reason, count in run.reasons)
+            lines.append((f"{run.name} decisions", words))
+    return lines
