@@ -86,8 +86,8 @@ def check(folder: Path) -> dict[str, Any]:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
     for name, view in replayed(folder, meta).items():
         before = meta["runs"][name]["prediction"]
-        for prompts, key in ((False, "decodes_alone"), (True, "with_prompts")):
-            now = view.step_errors(prompts).median_absolute_ratio
+        for errors, key in ((view.decodes, "decodes_alone"), (view.prompts, "with_prompts")):
+            now = errors.median_absolute_ratio
             assert now <= WORST_SECONDS_RATIO, (name, key)
             assert now <= before[key]["median_absolute_ratio"] + ALLOWED_LOSS_RATIO, (name, key)
         if len(view.measured_watts):

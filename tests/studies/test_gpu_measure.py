@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from bench.studies.gpu.measure import power_view, recording_model
@@ -23,10 +22,10 @@ def test_rebuilt_power_is_the_true_power():
     assert power_figures(view.grid).peak_watts == pytest.approx(true.peak_watts, rel=0.02)
     assert power_figures(view.grid).mean_watts == pytest.approx(true.mean_watts, rel=0.01)
     assert len(view.measured_watts) >= 18
-    assert float(np.median(np.abs(view.window_errors))) < 0.02
-    assert view.step_errors(False).median_absolute_ratio < 0.01
-    assert view.step_errors(True).median_absolute_ratio < 0.01
-    assert view.step_errors(True).steps > 50
+    assert view.windows.median_absolute_ratio < 0.02
+    assert view.decodes.median_absolute_ratio < 0.01
+    assert view.prompts.median_absolute_ratio < 0.01
+    assert view.prompts.count > 50
 
 
 @pytest.mark.parametrize("ratio", [0.85, 1.2])

@@ -22,7 +22,7 @@ from bench.harness import options as kinds
 from bench.harness.options import one_line
 from bench.studies.gpu import rest
 from bench.studies.gpu.engine import EngineSettings
-from bench.studies.gpu.pack import pack
+from bench.studies.gpu.pack import first_seconds, join, pack
 from bench.studies.gpu.plan import (
     DEFAULT_STAGES,
     ENGINE_STAGES,
@@ -58,7 +58,7 @@ from shaper.core.types import PowerLimit
 from shaper.emulator.shapes import load_model_config
 from shaper.errors import ConfigError, ShaperError
 from shaper.gpu.profiles import load_profile, profile_for_device
-from shaper.recording.format import Recording, RecordingWriter, read_recording
+from shaper.recording.format import Recording, read_recording
 
 PROGRAM = "bench.studies.gpu"
 # Of an H200 by the shipped profile in virtual time (docs/gpu-study.md): three quarters of its
@@ -335,13 +335,13 @@ class Study:
         )
         write_report(self._out, found)
         recordings = {name: read_recording(self._out / name / RECORDING) for name in stages}
-        _join(self._out / RECORDING, recordings)
+        join(self._out / RECORDING, recordings)
         if self._options.pack is not None:
             self._pack(found, recordings)
         self._say(f"wrote {self._out / 'summary.md'} and report.html")
 
     def _pack(self, found: Found, recordings: dict[str, Recording]) -> None:
-        started = {name: (each, _first(each)) for name, each in recordings.items()}
+        started = {name: (each, first_seconds(each)) for name, each in recordings.items()}
         started |= {r.name: (r.recording, r.meta.started_seconds) for r in found.runs}
         about = {
             "source": found.source,
@@ -352,23 +352,6 @@ class Study:
         }
         size = pack(self._options.pack, about, started)
         self._say(f"packed {len(started)} stages into {self._options.pack}: {size / 1e6:.2f} MB")
-
-
-def _first(recording: Recording) -> float:
-    return min((sample.read_seconds for sample in recording.samples), default=0.0)
-
-
-def _join(path: Path, recordings: dict[str, Recording]) -> None:
-    """One recording of the engine's stages, for `shaper fit`; what was recorded before the
-    machine was started anew has another clock, and is left out."""
-    stages = sorted((each for each in recordings.values() if each.samples), key=_first)
-    if not stages:
-        return
-    writer = RecordingWriter(path, stages[-1].meta)
-    for each in stages:
-        if each.meta.get("boot") == stages[-1].meta.get("boot"):
-            writer.write(each.steps, each.samples)
-    writer.close()
 
 
 if __name__ == "__main__":

@@ -34,18 +34,27 @@ FloatArray = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class StepErrors:
-    """Predicted over measured seconds of steps, less 1; above 0 the model says longer."""
+class Errors:
+    """Predicted over measured, less 1; above 0 the model says more. NaN where there is none."""
 
-    steps: int
+    count: int
     median_ratio: float
     median_absolute_ratio: float
     p90_absolute_ratio: float
 
 
+def errors_of(predicted: FloatArray, measured: FloatArray) -> Errors:
+    """Of two arrays, element by element."""
+    if not len(measured):
+        return Errors(0, np.nan, np.nan, np.nan)
+    error = predicted / measured - 1.0
+    middle, tail = np.quantile(np.abs(error), (0.5, 0.9))
+    return Errors(len(error), float(np.median(error)), float(middle), float(tail))
+
+
 @dataclass(frozen=True, slots=True)
 class PowerView:
-    """Power of a run. Arrays are by step [s] or by window of the energy counter [w].
+    """Power of a run. Arrays are by window of the energy counter [w] or by reading [r].
 
     Without an energy counter there is no window and `counter_ratio` is 1.
     """
@@ -55,27 +64,16 @@ class PowerView:
     counter_ratio: float
     """Joules of the counter over predicted joules."""
     measured_watts: FloatArray
-    predicted_watts: FloatArray
-    step_measured_seconds: FloatArray
-    step_predicted_seconds: FloatArray
-    step_has_prompts: NDArray[np.bool_]
+    """[w] of the energy counter."""
+    windows: Errors
+    """Of the watts of these windows."""
+    decodes: Errors
+    """Of the seconds of steps without prompts."""
+    prompts: Errors
+    """Of the seconds of steps with prompts."""
     instant_times: FloatArray
-    """When the instant reading changed."""
+    """[r] when the instant reading changed."""
     instant_watts: FloatArray
-
-    @property
-    def window_errors(self) -> FloatArray:
-        """[w] predicted over measured watts, less 1."""
-        return np.asarray(self.predicted_watts / self.measured_watts - 1.0, dtype=np.float64)
-
-    def step_errors(self, with_prompts: bool) -> StepErrors:
-        """Of the steps with or without prompts."""
-        keep = self.step_has_prompts == with_prompts
-        error = self.step_predicted_seconds[keep] / self.step_measured_seconds[keep] - 1.0
-        found = np.abs(error) if len(error) else np.array([np.nan])
-        middle = float(np.median(error)) if len(error) else float("nan")
-        levels = np.quantile(found, (0.5, 0.9))
-        return StepErrors(len(error), middle, float(levels[0]), float(levels[1]))
 
 
 def recording_model(recording: Recording, profile: str | None = None) -> StepModel:
@@ -137,14 +135,17 @@ def power_view(
     readings = np.array(changes(series(samples, "instant_watts"))).reshape(-1, 2)
     edges = np.arange(from_seconds, to_seconds, GRID_SECONDS, dtype=np.float64)
     fine = np.diff(predicted.joules_until(edges)) / GRID_SECONDS * ratio
+    measured = np.asarray(joules / (highs - lows), dtype=np.float64)
+    lengths = (ends - starts)[inside]
+    seconds = np.array([one.seconds for one in found])[inside]
+    prompts = np.array([step.batch.prefill_tokens > 0 for step in steps])[inside]
     return PowerView(
         grid=PowerGrid(from_seconds, np.asarray(fine, dtype=np.float64)),
         counter_ratio=ratio,
-        measured_watts=np.asarray(joules / (highs - lows), dtype=np.float64),
-        predicted_watts=np.asarray(parts / (highs - lows), dtype=np.float64),
-        step_measured_seconds=(ends - starts)[inside],
-        step_predicted_seconds=np.array([one.seconds for one in found])[inside],
-        step_has_prompts=np.array([step.batch.prefill_tokens > 0 for step in steps])[inside],
+        measured_watts=measured,
+        windows=errors_of(parts / (highs - lows), measured),
+        decodes=errors_of(seconds[~prompts], lengths[~prompts]),
+        prompts=errors_of(seconds[prompts], lengths[prompts]),
         instant_times=readings[:, 0],
         instant_watts=readings[:, 1],
     )

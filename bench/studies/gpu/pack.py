@@ -118,3 +118,21 @@ def _moved(sample: GpuSample, start: float) -> GpuSample:
     }
     at = round(sample.read_seconds - start, _TIME_DIGITS)
     return dataclasses.replace(sample, read_seconds=at, **rounded)
+
+
+def first_seconds(recording: Recording) -> float:
+    """When its first sample was read."""
+    return min((sample.read_seconds for sample in recording.samples), default=0.0)
+
+
+def join(path: Path, recordings: dict[str, Recording]) -> None:
+    """One recording of the engine's stages, for `shaper fit`; what was recorded before the
+    machine was started anew has another clock, and is left out."""
+    stages = sorted((each for each in recordings.values() if each.samples), key=first_seconds)
+    if not stages:
+        return
+    writer = RecordingWriter(path, stages[-1].meta)
+    for each in stages:
+        if each.meta.get("boot") == stages[-1].meta.get("boot"):
+            writer.write(each.steps, each.samples)
+    writer.close()

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
 
 from bench.harness import latency
 from bench.harness.client import Replay
 from bench.harness.decisions import read_decision_log
 from bench.harness.latency import LatencyFigures, latency_figures
 from bench.harness.page import tail_plots
-from bench.harness.tables import latency_rows, throughput_rows
+from bench.harness.tables import latency_rows
 from bench.studies.gpu.measure import PowerView, power_view, recording_model
 from bench.studies.gpu.plan import WINDOW_SECONDS
 from bench.studies.gpu.points import Point, between_steps
@@ -27,7 +25,6 @@ from shaper.emulator.trace import read_power_trace
 from shaper.recording.format import Recording, read_recording
 from shaper.report.html import Block, Plot, Section, definitions, paragraph, render
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
-from shaper.report.style import COLOURS, PLAIN_COLOUR, base
 from shaper.report.table import Heading, Row, Table, to_html, to_text
 from shaper.traffic.figures import PowerFigures, grid_between, power_figures, window_means
 
@@ -129,7 +126,7 @@ def write_report(folder: Path, found: Found) -> None:
     parts = [f"# {title}", found.about, points]
     sections = [Section("One engine, step by step", (Block(f"<pre>{points}</pre>"),))]
     if found.runs:
-        tables = [measured_table(found.runs), prediction_table(found.runs)]
+        tables = [servers_table(found.runs)]
         if found.virtual:
             tables.append(virtual_table(found))
         parts += [f"## Servers under traffic\n\n{REBUILT}", *map(to_text, tables)]
@@ -163,8 +160,9 @@ def as_data(run: RunFigures) -> dict[str, Any]:
         "highest_instant_watts": _largest(run.view.instant_watts),
         "latency": asdict(run.latency),
         "prediction": {
-            "decodes_alone": asdict(run.view.step_errors(False)),
-            "with_prompts": asdict(run.view.step_errors(True)),
+            "decodes_alone": asdict(run.view.decodes),
+            "with_prompts": asdict(run.view.prompts),
+            "windows": asdict(run.view.windows),
             "joules_ratio": 1 / run.view.counter_ratio,
         },
         "reasons": dict(run.reasons),
@@ -220,74 +218,63 @@ def _largest(values: Sequence[float] | np.ndarray[Any, Any]) -> float:
     return float(max(values)) if len(values) else NAN
 
 
-def measured_table(runs: Sequence[RunFigures]) -> Table:
-    """All servers side by side."""
-
-    def row(label: str, unit: str, values: Sequence[float | None], digits: int = 1) -> Row:
-        return Row(label, unit, tuple(values), digits)
-
-    limits = [run.power.limits[0] if run.power.limits else None for run in runs]
-    figures = [run.latency for run in runs]
-    return Table(
-        "the same traffic on each server",
-        tuple(run.name for run in runs),
-        (
-            Heading("power, measured"),
-            row("mean, energy counter", "W", [r.power.mean_watts for r in runs]),
-            row("highest 0.5 s mean", "W", [_largest(r.view.measured_watts) for r in runs]),
-            row("highest instant reading", "W", [_largest(r.view.instant_watts) for r in runs]),
-            Heading("power over 100 ms, rebuilt from the steps in the counter's watts"),
-            row("limit", "W", [r.meta.limit.watts if r.meta.limit else None for r in runs]),
-            row("highest mean", "W", [r.power.peak_watts for r in runs]),
-            row("highest mean, true (emulated only)", "W", [r.true_peak_watts for r in runs]),
-            row(
-                "windows above the limit", "%", [100 * x.over_share if x else None for x in limits]
-            ),
-            row("worst window / limit", "", [x.worst_ratio if x else None for x in limits], 3),
-            Heading("as the client saw it"),
-            *latency_rows(figures),
-            *throughput_rows(figures),
-            row("output tokens per joule", "1/J", [_tokens_per_joule(r) for r in runs], 3),
-            row("sent over 20 ms late", "", [float(f.late_sends) for f in figures], 0),
-            row("server's start", "s", [r.meta.start_up_seconds for r in runs], 0),
-        ),
-        compare=False,
-    )
-
-
 def _tokens_per_joule(run: RunFigures) -> float:
     return run.latency.output_tokens / run.power.joules if run.power.joules else NAN
 
 
-def prediction_table(runs: Sequence[RunFigures]) -> Table:
-    """The step model beside what was measured, over the very steps that ran."""
-    rows: list[Row | Heading] = [Heading("seconds of steps, predicted over measured")]
-    for label, prompts in (("decodes alone", False), ("with prompts", True)):
-        errors = [run.view.step_errors(prompts) for run in runs]
-        rows += [
-            Row(f"{label}: steps", "", tuple(float(e.steps) for e in errors), 0),
-            Row(f"{label}: median error", "%", tuple(100 * e.median_ratio for e in errors)),
-            Row(
-                f"{label}: p90 of its size", "%", tuple(100 * e.p90_absolute_ratio for e in errors)
-            ),
+def _limit(run: RunFigures, field: str) -> float:
+    return float(getattr(run.power.limits[0], field)) if run.power.limits else NAN
+
+
+Figure = tuple[str, str, int, Callable[[RunFigures], float | None]]
+"""Label, unit, digits, and the value of a run."""
+_MEASURED: tuple[Figure | str, ...] = (
+    "power, measured",
+    ("mean, energy counter", "W", 1, lambda r: r.power.mean_watts),
+    ("highest 0.5 s mean", "W", 1, lambda r: _largest(r.view.measured_watts)),
+    ("highest instant reading", "W", 1, lambda r: _largest(r.view.instant_watts)),
+    "power over 100 ms, rebuilt from the steps in the counter's watts",
+    ("limit", "W", 1, lambda r: r.meta.limit.watts if r.meta.limit else None),
+    ("highest mean", "W", 1, lambda r: r.power.peak_watts),
+    ("highest mean, true (emulated only)", "W", 1, lambda r: r.true_peak_watts),
+    ("windows above the limit", "%", 1, lambda r: 100 * _limit(r, "over_share")),
+    ("worst window / limit", "", 3, lambda r: _limit(r, "worst_ratio")),
+    "throughput and cost",
+    ("output tokens per second", "1/s", 1, lambda r: r.latency.output_tokens_per_second),
+    ("output tokens per joule", "1/J", 3, _tokens_per_joule),
+    ("requests finished", "", 0, lambda r: r.latency.requests_finished),
+    ("requests failed", "", 0, lambda r: r.latency.requests_failed),
+    ("sent over 20 ms late", "", 0, lambda r: r.latency.late_sends),
+    ("server's start", "s", 0, lambda r: r.meta.start_up_seconds),
+    "as the client saw it",
+)
+_PREDICTED: tuple[Figure | str, ...] = (
+    "the step model over what was measured",
+    ("seconds of decodes alone: median error", "%", 1, lambda r: 100 * r.view.decodes.median_ratio),
+    ("p90 of its size", "%", 1, lambda r: 100 * r.view.decodes.p90_absolute_ratio),
+    ("seconds with prompts: median error", "%", 1, lambda r: 100 * r.view.prompts.median_ratio),
+    ("p90 of its size", "%", 1, lambda r: 100 * r.view.prompts.p90_absolute_ratio),
+    ("power over 0.5 s: median error", "%", 1, lambda r: 100 * r.view.windows.median_ratio),
+    ("p90 of its size", "%", 1, lambda r: 100 * r.view.windows.p90_absolute_ratio),
+    ("all joules, predicted over measured", "", 3, lambda r: 1 / r.view.counter_ratio),
+)
+
+
+def servers_table(runs: Sequence[RunFigures]) -> Table:
+    """All servers side by side: power, cost, latency, and how far the step model was off."""
+
+    def rows(figures: Sequence[Figure | str]) -> list[Row | Heading]:
+        return [
+            Heading(each)
+            if isinstance(each, str)
+            else Row(each[0], each[1], tuple(each[3](run) for run in runs), each[2])
+            for each in figures
         ]
-    sizes = [
-        np.append(100 * abs(run.view.window_errors), [] if len(run.view.window_errors) else NAN)
-        for run in runs
-    ]
-    rows += [
-        Heading("power, in windows of 0.5 s of the energy counter"),
-        Row("median size of the error", "%", tuple(float(np.median(e)) for e in sizes)),
-        Row("p90 of the error's size", "%", tuple(float(np.quantile(e, 0.9)) for e in sizes)),
-        Row(
-            "all joules, predicted over measured",
-            "",
-            tuple(1 / r.view.counter_ratio for r in runs),
-            3,
-        ),
-    ]
+
+    latencies = latency_rows([run.latency for run in runs])
+    every = (*rows(_MEASURED), *latencies, *rows(_PREDICTED))
     names = tuple(run.name for run in runs)
-    return Table("predicted and measured", names, tuple(rows), compare=False)
+    return Table("the same traffic on each server", names, every, compare=False)
 
 
 def virtual_table(found: Found) -> Table:
@@ -340,33 +327,7 @@ def _power(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:
             "Dots are what the meter said.",
             max(320, 190 * len(runs)),
         ),
-        Plot(
-            "Predicted and measured power",
-            _windows(runs),
-            "Each dot is a window of 0.5 s; on the line, the step model is right.",
-            460,
-            wide=False,
-        ),
     )
-
-
-def _windows(runs: Sequence[RunFigures]) -> go.Figure:
-    figure = go.Figure()
-    for run, colour in zip(runs, COLOURS, strict=False):
-        figure.add_trace(
-            go.Scatter(
-                x=np.round(run.view.measured_watts, 1),
-                y=np.round(run.view.predicted_watts, 1),
-                mode="markers",
-                name=run.name,
-                marker={"color": colour, "size": 5, "opacity": 0.8},
-            )
-        )
-    values = [w for run in runs for w in (*run.view.measured_watts, *run.view.predicted_watts)]
-    ends = [min(values, default=0.0), max(values, default=0.0)]
-    line = {"color": PLAIN_COLOUR, "width": 1.5, "dash": "dash"}
-    figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", name="the same", line=line))
-    return base(figure, "measured (W)", "predicted (W)")
 
 
 def _latency(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:
@@ -383,14 +344,8 @@ def _about(found: Found) -> list[tuple[str, str]]:
         (f"{name} stage", _words(stage["about"]["about"])) for name, stage in found.stages.items()
     ]
     for run in found.runs:
-        about = run.meta.about
         lines.append((f"{run.name} server", " ".join(run.meta.arguments)))
-        busy = about.get("cpus_busy_ratio")
-        text = f"{about.get('at')}; {about.get('versions')}; {about.get('machine')}"
-        if busy is not None and not math.isnan(busy):
-            text += f", CPUs {busy:.0%} busy, load average {about.get('load_average'):.1f}"
-        lines.append((f"{run.name} ran", text))
-        if run.reasons:
-            words = ", ".join(f"{reason} {count}" for reason, count in run.reasons)
-            lines.append((f"{run.name} decisions", words))
+        lines.append((f"{run.name} ran", _words(run.meta.about)))
+        words = ", ".join(f"{reason} {count}" for reason, count in run.reasons)
+        lines.append((f"{run.name} decisions", words or "none"))
     return lines
