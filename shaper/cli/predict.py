@@ -93,7 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
         default="llama-3.1-8b",
         help=f"{', '.join(known_models())}, or a directory with a Hugging Face config.json",
     )
-    parser.add_argument("--tp", type=_count, default=1, help="GPUs of the engine")
+    parser.add_argument(
+        "--tp", dest="tensor_parallel", type=_count, default=1, help="GPUs of the engine"
+    )
     parser.add_argument("--decode-requests", type=_count, default=0)
     parser.add_argument("--context-tokens", type=_count, default=1024, help="of each decode")
     parser.add_argument("--prefill-tokens", type=_count, default=0, help="tokens of the chunk")
@@ -120,17 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     question = StepSpec(
-        gpu=arguments.gpu,
-        model=arguments.model,
-        tensor_parallel=arguments.tp,
-        decode_requests=arguments.decode_requests,
-        context_tokens=arguments.context_tokens,
-        prefill_tokens=arguments.prefill_tokens,
-        prefill_before_tokens=arguments.prefill_before_tokens,
-        returned_requests=arguments.returned_requests,
-        sm_clock_hertz=arguments.sm_clock_hertz,
-        temperature_celsius=arguments.temperature_celsius,
-        power_cap_watts=arguments.power_cap_watts,
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(StepSpec)}
     )
     if arguments.plot is not None and arguments.sweep is None:
         raise ConfigError("--plot draws a sweep: give --sweep too")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -114,10 +115,16 @@ def _add_traffic(group: argparse._ArgumentGroup) -> None:
         help="let the trace run so many times as fast; each engine gets the trace's rate (1)",
     )
     group.add_argument(
-        "--duration", type=_quantity(_duration), default=600.0, metavar="TIME", help="(600s)"
+        "--duration",
+        dest="duration_seconds",
+        type=_quantity(_duration),
+        default=600.0,
+        metavar="TIME",
+        help="(600s)",
     )
     group.add_argument(
         "--warm-up",
+        dest="warm_up_seconds",
         type=_warm_up,
         metavar="TIME",
         help="of the run's start, left out of latency, throughput and cost, but not of limits and "
@@ -161,12 +168,17 @@ def _add_rack(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-num-seqs", type=_count, default=1024)
     group.add_argument(
         "--gpu-power-cap",
+        dest="gpu_power_cap_watts",
         type=_quantity(parse_watts),
         metavar="WATTS",
         help="of each GPU, held by the emulated driver through its clock",
     )
     group.add_argument(
-        "--gpu-clock", type=_quantity(parse_hertz), metavar="MHZ", help="lock each GPU's clock here"
+        "--gpu-clock",
+        dest="gpu_clock_hertz",
+        type=_quantity(parse_hertz),
+        metavar="MHZ",
+        help="lock each GPU's clock here",
     )
     group.add_argument(
         "--exact",
@@ -193,10 +205,16 @@ def _add_power(group: argparse._ArgumentGroup) -> None:
     group.set_defaults(limits=[], group_limits=[], objective="latency")
     group.set_defaults(**dict.fromkeys(settings[3:]))
     group.add_argument(
-        "--static-prefill-tokens", type=_count, help="of each step, for --policy static"
+        "--static-prefill-tokens",
+        dest="prefill_tokens_cap",
+        type=_count,
+        help="of each step, for --policy static",
     )
     group.add_argument(
-        "--static-running-requests", type=_count, help="at once, for --policy static"
+        "--static-running-requests",
+        dest="running_requests_cap",
+        type=_count,
+        help="at once, for --policy static",
     )
 
 
@@ -253,32 +271,19 @@ def setup_of(arguments: argparse.Namespace) -> RackSetup:
             PowerLimit(limit.watts / arguments.engines, limit.window_seconds)
             for limit in group_limits
         )
+    given = {
+        field.name: getattr(arguments, field.name, field.default) for field in fields(RackSetup)
+    }
+    if given["warm_up_seconds"] is None:
+        given["warm_up_seconds"] = min(20.0, arguments.duration_seconds / 6.0)
     return RackSetup(
-        gpu=arguments.gpu,
-        model=arguments.model,
-        tensor_parallel=arguments.tensor_parallel,
-        engines=arguments.engines,
-        duration_seconds=arguments.duration,
-        warm_up_seconds=(
-            min(20.0, arguments.duration / 6.0) if arguments.warm_up is None else arguments.warm_up
-        ),
-        rate_scale=arguments.rate_scale,
-        router=arguments.router,
-        seed=arguments.seed,
-        policy=arguments.policy,
-        prefill_tokens_cap=arguments.static_prefill_tokens,
-        running_requests_cap=arguments.static_running_requests,
-        limits=limits,
-        group_limits=group_limits,
-        shared=arguments.policy == "predictive",
-        itl_target_seconds=arguments.itl_target_seconds,
-        ttft_target_seconds=arguments.ttft_target_seconds,
-        objective=arguments.objective,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        max_num_seqs=arguments.max_num_seqs,
-        gpu_power_cap_watts=arguments.gpu_power_cap,
-        gpu_clock_hertz=arguments.gpu_clock,
-        errors=NO_ERRORS if arguments.exact else Errors(),
+        **given
+        | {
+            "limits": limits,
+            "group_limits": group_limits,
+            "shared": arguments.policy == "predictive",
+            "errors": NO_ERRORS if arguments.exact else Errors(),
+        }
     )
 
 
@@ -290,7 +295,7 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
         TraceError: the file can't be read.
     """
     # A segment of its own for each engine.
-    seconds = arguments.duration * arguments.engines * arguments.rate_scale
+    seconds = arguments.duration_seconds * arguments.engines * arguments.rate_scale
     if arguments.trace != CONVERSATION:
         return load_trace(Path(arguments.trace), arguments.format, arguments.seed, seconds=seconds)
     check_count(seconds * load_summary().rate_hertz)

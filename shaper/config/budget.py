@@ -199,13 +199,9 @@ def check_limits(name: str, limits: Sequence[PowerLimit]) -> None:
     if pair is not None:
         loose, tight = pair
         raise ValueError(
-            f"{name} contradict each other: {_named(loose)} can never bind, because "
-            f"{_named(tight)} is already tighter; lower the first or remove it"
+            f"{name} contradict each other: {loose} can never bind, because "
+            f"{tight} is already tighter; lower the first or remove it"
         )
-
-
-def _named(limit: PowerLimit) -> str:
-    return f"{limit.watts:g} W over {limit.window_seconds:g} s"
 
 
 def check_pairs(terms: BudgetTerms, gpu_count: int, where: str) -> None:
@@ -224,8 +220,8 @@ def check_pairs(terms: BudgetTerms, gpu_count: int, where: str) -> None:
                 loose = "each GPU's"
             if loose is not None:
                 raise ConfigError(
-                    f"{where}: the limit of {_named(limit)} for the engine and that of "
-                    f"{_named(gpu_limit)} for each of its {gpu_count} GPU(s) contradict each "
+                    f"{where}: the limit of {limit} for the engine and that of "
+                    f"{gpu_limit} for each of its {gpu_count} GPU(s) contradict each "
                     f"other: {loose} can never bind; lower it or remove it"
                 )
 
@@ -250,7 +246,7 @@ def check_idle(terms: BudgetTerms, gpu_count: int, idle_watts: float, where: str
         for limit in limits:
             if limit.watts <= floor_watts:
                 raise ConfigError(
-                    f"{where}: power limit {_named(limit)} is not above what {whose} idle "
+                    f"{where}: power limit {limit} is not above what {whose} idle "
                     f"({floor_watts:.0f} W): no schedule can keep it; give more than "
                     f"{math.ceil(floor_watts)} W"
                 )
@@ -279,7 +275,7 @@ def loose_limits(
             most_watts = highest_watts(limit.window_seconds, watts)
             bursts = f", and {most_watts:.0f} W in bursts under {BURST_SECONDS:g} s"
             found.append(
-                f"{where}: power limit {_named(limit)} can never bind: the enforced limit of "
+                f"{where}: power limit {limit} can never bind: the enforced limit of "
                 f"{whose} is {watts:g} W{bursts if most_watts > watts else ''}; lower the power "
                 "limit or remove it"
             )

@@ -154,9 +154,9 @@ def check_group_idle(terms: GroupTerms, idle_watts: float, engines: int = 1) -> 
     for limit in terms.limits:
         if limit.watts <= idle_watts * engines:
             raise ConfigError(
-                f"power group {terms.name}: its limit leaves all GPUs {limit.watts:g} W over "
-                f"{limit.window_seconds:g} s, and those of this server's {engines} engine(s) "
-                f"alone draw {idle_watts * engines:.0f} W idle: no schedule can keep it; give more"
+                f"power group {terms.name}: its limit leaves all GPUs {limit}, and those of this "
+                f"server's {engines} engine(s) alone draw {idle_watts * engines:.0f} W idle: no "
+                "schedule can keep it; give more"
             )
 
 
@@ -170,8 +170,6 @@ def check_group_binds(terms: GroupTerms, limits: Sequence[PowerLimit]) -> None:
         for shared in terms.limits:
             if never_binds(limit, shared):
                 raise ConfigError(
-                    f"the engine's limit of {limit.watts:g} W over {limit.window_seconds:g} s "
-                    f"can never bind: power group {terms.name} has {shared.watts:g} W over "
-                    f"{shared.window_seconds:g} s for all its engines; lower the first or "
-                    "remove it"
+                    f"the engine's limit of {limit} can never bind: power group {terms.name} has "
+                    f"{shared} for all its engines; lower the first or remove it"
                 )

@@ -104,7 +104,7 @@ def _of_engine(gpu_limits: Iterable[PowerLimit], gpu_count: int) -> Iterable[Pow
 
 def describe(budget: PowerBudget) -> str:
     """A budget in words: `560 W over 1 s, rising 200 W/s`."""
-    parts = [f"{limit.watts:g} W over {limit.window_seconds:g} s" for limit in budget.limits]
+    parts = [str(limit) for limit in budget.limits]
     if budget.ramp_watts_per_second is not None:
         parts.append(f"rising {budget.ramp_watts_per_second:g} W/s at most")
     return ", ".join(parts) or "no limit"

@@ -113,6 +113,9 @@ class PowerLimit:
     watts: float
     window_seconds: float
 
+    def __str__(self) -> str:
+        return f"{self.watts:g} W over {self.window_seconds:g} s"
+
 
 @dataclass(frozen=True, slots=True)
 class PowerBudget:

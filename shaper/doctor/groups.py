@@ -70,7 +70,7 @@ def _group(name: str, directory: Path | None) -> Finding:
 def _standing(checks: Checks, name: str, state: GroupSnapshot, limits: str) -> Finding:
     count = {kind: sum(engine.state == kind for engine in state.engines) for kind in MEMBER_STATES}
     used = ", ".join(
-        f"{watts:.0f} of {limit.watts:g} W over {limit.window_seconds:g} s"
+        f"{watts:.0f} of {limit}"
         for watts, limit in zip(state.used_watts, state.limits, strict=True)
     )
     said = f"{name}: {_counted(count.items())}; committed {used}"

@@ -79,7 +79,7 @@ def group_directory() -> Path:
 
 def named(limits: Sequence[PowerLimit]) -> str:
     """Limits for a message."""
-    return ", ".join(f"{x.watts:g} W over {x.window_seconds:g} s" for x in limits)
+    return ", ".join(map(str, limits))
 
 
 class SharedFile:

@@ -98,6 +98,6 @@ def _check_floor(setup: RackSetup) -> None:
         for limit in limits:
             if limit.watts <= floor * engines:
                 raise ConfigError(
-                    f"power limit {limit.watts:g} W over {limit.window_seconds:g} s is not above "
-                    f"the floor: {whose} draws {floor * engines:.0f} W between steps; give more"
+                    f"power limit {limit} is not above the floor: {whose} draws "
+                    f"{floor * engines:.0f} W between steps; give more"
                 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,6 @@ import pytest
 from shaper.cli import main, simulate
 from shaper.cli.simulate_arguments import build_parser, setup_of
 from shaper.core.types import PowerLimit
-from shaper.errors import ConfigError
-from shaper.files.outputs import check_output
 from shaper.simulate.bar import ProgressBar
 from shaper.simulate.search import Factors, search_limit
 from shaper.simulate.setup import NO_ERRORS, RackResult, RackSetup
@@ -57,7 +54,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--policy", "static"], "no cap"),
         (["--policy", "reactive"], "no limit to react to"),
         (["--objective", "efficiency"], "ITL target"),
-        (["--trace", "missing.csv"], "can't be read"),
         (["--report", "out.txt"], "must end in .html"),
         (["--json", "no/such/place.json"], "no directory"),
         (["--search-limit", "--ttft-factor", "0.5"], "below 1"),
@@ -69,7 +65,7 @@ def test_what_cannot_be_run_is_said_in_one_line(capsys, arguments, said):
 
 
 def test_a_broken_trace_names_its_line(capsys, tmp_path):
-    """As the load test says it."""
+    """With the file and what is wrong in it."""
     path = tmp_path / "trace.csv"
     path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46,10,many\n")
     line = refused(capsys, "--trace", str(path), "--format", "azure")
@@ -284,12 +280,6 @@ def test_latency_that_was_not_measured_is_not_good():
     found = search(warm_up_seconds=1.0)  # all requests of `known` come at 0
     assert found.lowest is None
     assert all("ttft" in probe.failed for probe in found.probes)
-
-
-def test_a_path_that_nobody_can_write_is_refused(tmp_path):
-    """A directory is no file."""
-    with pytest.raises(ConfigError, match="can't be written"):
-        check_output(Path(tmp_path), "--json")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def test_cases_are_refused(
         pytest.param(HEADER + ROWS.replace(",", ', "').replace(', "4', '", "4').replace(
             ', "1', '", "1').replace("\n", '"\n'), id="quoted"),
         pytest.param(HEADER + ROWS.replace("374", "374.0").replace("109", "1.09e2"), id="floats"),
+        pytest.param("GeneratedTokens,TIMESTAMP,ContextTokens\n44,2023-11-16 18:15:46,374\n"
+                     "109,2023-11-16 18:15:47,396\n", id="columns in another order"),
         pytest.param(HEADER + ROWS.splitlines()[1] + "\n" + ROWS.splitlines()[0], id="unsorted"),
         pytest.param(HEADER + "2023-11-16 18:15:46.5+00:00,374,44\n"
                      "2023-11-16 20:15:47.5+02:00,396,109", id="two zones"),
