@@ -271,9 +271,8 @@ def setup_of(arguments: argparse.Namespace) -> RackSetup:
             PowerLimit(limit.watts / arguments.engines, limit.window_seconds)
             for limit in group_limits
         )
-    given = {
-        field.name: getattr(arguments, field.name, field.default) for field in fields(RackSetup)
-    }
+    found = vars(arguments)
+    given = {field.name: found[field.name] for field in fields(RackSetup) if field.name in found}
     if given["warm_up_seconds"] is None:
         given["warm_up_seconds"] = min(20.0, arguments.duration_seconds / 6.0)
     return RackSetup(
