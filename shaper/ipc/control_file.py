@@ -37,7 +37,7 @@ from shaper.config.budget import Frozen, TermsConfig, first_line
 from shaper.core.budget import BudgetChange, BudgetTerms, Source
 from shaper.core.types import PowerBudget
 from shaper.errors import ControlError
-from shaper.ipc.status_block import control_paths, read_blocks
+from shaper.ipc.status_block import block_paths, control_paths
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,8 @@ def sweep_control_files() -> None:
     stem, _ = control_paths("")
     for path in stem.parent.glob(f"{stem.name}*"):
         run = path.name.removeprefix(stem.name).partition(".")[0]
-        if not read_blocks(run):
+        # A block that can't be read is another version's: its engine lives all the same.
+        if not block_paths(run):
             with contextlib.suppress(OSError):
                 path.unlink()
 

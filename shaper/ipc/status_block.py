@@ -159,13 +159,16 @@ def _held(path: Path) -> bool:
     return False
 
 
+def block_paths(run: str) -> list[Path]:
+    """Where the blocks of a run's engines are, in the order of the engines."""
+    found = block_directory().glob(_pattern(run, "*"))
+    return sorted(found, key=lambda path: int(path.name.split("-")[-1]))
+
+
 def read_blocks(run: str) -> list[Block]:
     """The blocks of a run's engines, in the order of the engines; none is an empty list."""
-    paths = sorted(
-        block_directory().glob(_pattern(run, "*")), key=lambda path: int(path.name.split("-")[-1])
-    )
     blocks = []
-    for path in paths:
+    for path in block_paths(run):
         # An engine that is just starting or leaving is not an error.
         with contextlib.suppress(FileNotFoundError, ValueError, struct.error):
             blocks.append(_read(path))

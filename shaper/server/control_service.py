@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from fastapi import Request
 
@@ -27,8 +27,8 @@ from shaper.ipc.control_file import (
     Part,
     RecordOrder,
 )
-from shaper.ipc.enforcement import enforcement_of
 from shaper.ipc.engine_record import Status
+from shaper.ipc.wall_clock import wall_seconds
 from shaper.server import recordings
 from shaper.server.requests import (
     BudgetRequest,
@@ -50,48 +50,44 @@ _UNSIGNED = OperatorRequest()
 Make = Callable[[ControlRecord, int], object]
 
 
-@dataclass(frozen=True, slots=True)
-class Clocks:
-    """The two clocks of a service; the wall's is for calendar time and logs."""
-
-    monotonic: Callable[[], float]
-    wall: Callable[[], float]
-
-
 class ControlService:
     """Changes and shows what the engines of one run do.
 
     Args:
         file: the control file of the run.
         read_statuses: returns the engines' status blocks.
-        clocks: see there.
         config: the run's settings; None where this API server can't read them.
+        clock: monotonic seconds, the engines' own.
+        wall: seconds since 1970, for calendar time and logs.
     """
 
     def __init__(
         self,
         file: ControlFile,
         read_statuses: Callable[[], Sequence[Status]],
-        clocks: Clocks,
         config: ShaperConfig | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = wall_seconds,
     ) -> None:
-        self.file, self.clocks, self.config = file, clocks, config
-        self._read_statuses = read_statuses
+        self.config = config
+        self._file, self._read_statuses = file, read_statuses
+        self._clock, self._wall = clock, wall
 
     # --- the routes; their docstrings are shown in the OpenAPI document
 
     async def state(self) -> State:
         """What was asked for, what holds, and how each engine fares."""
         try:
-            record, problem = self.file.read(), ""
+            record, problem = self._file.read(), ""
         except ControlError as error:
             record, problem = None, str(error)
-        wall, now = self.clocks.wall(), self.clocks.monotonic()
+        wall, now = self._wall(), self._clock()
         return describe_state(record, problem, self._read_statuses(), self.config, wall, now)
 
     async def set_budget(self, asked: BudgetRequest, request: Request) -> State:
         """Put a budget in force; the answer comes when every engine holds it."""
-        wall, now = self.clocks.wall(), self.clocks.monotonic()
+        wall, now = self._wall(), self._clock()
         until = None if asked.until is None else asked.until.timestamp()
         if until is not None and until <= wall:
             raise RefusedError(
@@ -124,7 +120,7 @@ class ControlService:
         engines = self._some_engines()
         if self.config is not None:
             recordings.check_files(self.config.recording_directory, asked.file, engines)
-        now = self.clocks.monotonic()
+        now = self._clock()
 
         def order(record: ControlRecord, sequence: int) -> RecordOrder:
             recordings.check_idle(record.record, self._engines(), now)
@@ -229,18 +225,18 @@ class ControlService:
         return sequence
 
     def _write(self, part: Part, make: Make, who: str, why: str, engines: Sequence[Status]) -> int:
-        with self.file.locked():
+        with self._file.locked():
             try:
-                record = self.file.read()
+                record = self._file.read()
             except ControlError as error:
                 # Whoever spoilt the file: what is asked for now is whole, and goes on from there.
                 logger.error("the control file is replaced: %s", error)
-                record = ControlRecord(run=self.file.run)
+                record = ControlRecord(run=self._file.run)
             seen = [control.seen_sequence for control in _controls(engines).values()]
             sequence = 1 + max([record.sequence, *seen])
-            origin = Origin(sequence=sequence, who=who, why=why, at=iso(self.clocks.wall()))
+            origin = Origin(sequence=sequence, who=who, why=why, at=iso(self._wall()))
             changed = {part: make(record, sequence), "origins": record.origins | {part: origin}}
-            self.file.write(record.model_copy(update={"sequence": sequence, **changed}))
+            self._file.write(record.model_copy(update={"sequence": sequence, **changed}))
         return sequence
 
     async def _wait(self, waiting: Callable[[], list[str]], code: str, problem: str) -> None:
@@ -249,9 +245,9 @@ class ControlService:
         Raises:
             RefusedError: 504 it took too long.
         """
-        deadline = self.clocks.monotonic() + ACKNOWLEDGE_SECONDS
+        deadline = self._clock() + ACKNOWLEDGE_SECONDS
         while names := waiting():
-            if self.clocks.monotonic() >= deadline:
+            if self._clock() >= deadline:
                 raise RefusedError(504, code, problem.format(", ".join(names)))
             await asyncio.sleep(_POLL_SECONDS)
 
@@ -262,7 +258,7 @@ def _address(request: Request) -> str:
 
 def _controls(engines: Sequence[Status]) -> dict[str, EngineControl]:
     """By the engine's name."""
-    found = {str(status.info["engine"]): enforcement_of(status).control for status in engines}
+    found = {str(status.info["engine"]): status.record.control for status in engines}
     return {name: control for name, control in found.items() if control is not None}
 
 

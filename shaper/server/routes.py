@@ -20,7 +20,6 @@ import hmac
 import json
 import logging
 import os
-import time
 from collections.abc import Callable, Coroutine
 from typing import Any, get_type_hints
 
@@ -38,7 +37,6 @@ from shaper.ipc.control_file import ControlFile
 from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.logs import share_log_handlers
 from shaper.ipc.status_block import run_id
-from shaper.ipc.wall_clock import wall_seconds
 from shaper.server.asgi import (
     App,
     LogLimit,
@@ -50,7 +48,7 @@ from shaper.server.asgi import (
     route_path,
     server_config,
 )
-from shaper.server.control_service import Clocks, ControlService
+from shaper.server.control_service import ControlService
 from shaper.server.requests import ErrorAnswer, RefusedError, parsed
 from shaper.server.state import State
 
@@ -97,12 +95,7 @@ class ControlRoutes:
 
 def _service_of_run(scope: Scope) -> ControlService:
     run = run_id()
-    return ControlService(
-        ControlFile(run),
-        lambda: read_statuses(run),
-        Clocks(time.monotonic, wall_seconds),
-        server_config(scope),
-    )
+    return ControlService(ControlFile(run), lambda: read_statuses(run), server_config(scope))
 
 
 def control_app(service: ControlService, key: str) -> FastAPI:

@@ -16,7 +16,7 @@ from shaper.errors import ConfigError, ControlError
 from shaper.ipc.control_file import ControlFile, ControlRecord, EngineControl, sweep_control_files
 from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.status_block import StatusWriter, control_paths
-from shaper.server.control_service import Clocks, ControlService
+from shaper.server.control_service import ControlService
 from tests.controlled import Walls, engine, record, run, watts
 from tests.scraping import write
 
@@ -185,12 +185,15 @@ def test_only_its_user_can_read_the_file(run):
 
 
 def test_the_files_of_a_killed_server_are_swept(run):
-    """Those of a run with an engine stay."""
+    """Those of a run with an engine stay, also where this version can't read its block."""
     file = ControlFile(run)
     with file.locked():
         file.write(record(run, 1))
     writer = StatusWriter(run, 0, {})
     try:
+        sweep_control_files()
+        assert file.read().sequence == 1
+        writer.path.write_bytes(b"of another version")
         sweep_control_files()
         assert file.read().sequence == 1
     finally:
@@ -217,8 +220,7 @@ def test_what_an_engine_says_survives_the_block(run):
 def test_two_servers_changing_at_once_lose_nothing(run):
     """Each change has its own number and what others have asked for is kept."""
     file = ControlFile(run)
-    clocks = Clocks(lambda: 0.0, Walls())
-    services = [ControlService(file, lambda: [], clocks) for _ in range(4)]
+    services = [ControlService(file, lambda: []) for _ in range(4)]
 
     def change(service: ControlService) -> None:
         for _ in range(25):

@@ -13,7 +13,7 @@ import pytest
 from shaper.ipc.control_file import ControlFile
 from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.status_block import StatusWriter
-from shaper.server.control_service import Clocks, ControlService
+from shaper.server.control_service import ControlService
 from shaper.server.routes import ControlRoutes
 from tests.controlled import Walls, engine
 from tests.scraping import write
@@ -40,8 +40,9 @@ class Served:
         self.service = ControlService(
             ControlFile(run),
             lambda: read_statuses(run),
-            Clocks(self.clock, self.wall),
             options.pop("config", None),
+            clock=self.clock,
+            wall=self.wall,
         )
         key = options.pop("key", KEY)
         self.routes = ControlRoutes(self.inner, key=key, service=self.service)
