@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.fidelity_plot import plot
+from bench.harness.fidelity_plot import plot
 from bench.harness.options import one_line
-from bench.steady_state import ServingPoint
 from bench.studies.calibrate import LAWS, PRIORS
 from bench.studies.meter_check import check_meter
 from bench.studies.published import (
@@ -33,6 +32,7 @@ from bench.studies.published import (
     serving_rows,
 )
 from bench.studies.serving_fit import Assumptions, fit_serving, predict_rows, replaced
+from bench.studies.steady_state import ServingPoint
 from shaper.cli.arguments import Parser
 from shaper.core.model.profile import GpuProfile
 from shaper.emulator.shapes import load_shape

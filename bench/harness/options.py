@@ -67,14 +67,23 @@ def seconds(text: str) -> float:
 
 def rate(text: str) -> float:
     """Requests per second."""
+    return _above_zero(text, MAX_RATE_HERTZ, " requests/s")
+
+
+def ratio(text: str) -> float:
+    """A share above 0 and up to 2."""
+    return _above_zero(text, 2.0)
+
+
+def _above_zero(text: str, most: float, unit: str = "") -> float:
     try:
         value = float(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of requests/s") from error
-    if not 0 < value <= MAX_RATE_HERTZ:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not above 0 and up to {MAX_RATE_HERTZ:g} requests/s"
-        )
+            f"{text!r} is not a number{unit and f' of{unit}'}"
+        ) from error
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and up to {most:g}{unit}")
     return value
 
 
@@ -90,17 +99,6 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
     return int(text)
-
-
-def ratio(text: str) -> float:
-    """A share above 0 and up to 2."""
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from error
-    if not 0 < value <= 2:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and up to 2")
-    return value
 
 
 def add_workload_options(parser: argparse.ArgumentParser, default_rate: float | None) -> None:

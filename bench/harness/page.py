@@ -11,7 +11,6 @@ from bench.harness import latency
 from bench.harness.live import Comparison, LiveRun
 from bench.harness.tables import comparison_checks, comparison_table
 from shaper.emulator.selfcheck import SelfCheck
-from shaper.gpu.profiles import load_profile
 from shaper.report.decisions import chunk_sizes, decision_counts, lines
 from shaper.report.distributions import distribution
 from shaper.report.html import Block, Plot, Section, checks, definitions, paragraph, render
@@ -95,51 +94,36 @@ def _stacked_plots(comparison: Comparison) -> tuple[Plot, ...]:
 
 def comparison_picture(comparison: Comparison) -> str:
     """Power over time of both runs, as an SVG."""
-    limit, gpu = comparison.limit, comparison.settings.gpu
-    series = [_power_series(run, gpu, limit.window_seconds) for run in comparison.runs]
+    limit = comparison.limit
+    series = [_power_series(run, limit.window_seconds) for run in comparison.runs]
     window = f"{limit.window_seconds * 1e3:g} ms"
     return power_picture(series, LimitLine(f"limit {limit.watts:.0f} W, {window}", limit.watts))
 
 
-def _power_series(run: LiveRun, gpu: str, window_seconds: float) -> PowerSeries:
+def _power_series(run: LiveRun, window_seconds: float) -> PowerSeries:
     means = window_means(run.total, window_seconds)
     first = round(window_seconds / GRID_SECONDS)
     times = np.asarray((np.arange(len(means)) + first) * GRID_SECONDS, dtype=np.float64)
-    meter_times, meter_watts = meter_series(run, gpu)
-    return PowerSeries(run.name, times, means, run.total.watts, meter_times, meter_watts)
+    return PowerSeries(run.name, times, means, run.total.watts, *_meter_readings(run))
 
 
-def meter_series(run: LiveRun, gpu: str) -> tuple[FloatArray, FloatArray]:
-    """What the GPU's power meter said, by seconds since the run's start.
-
-    From the decision log where there is one; else the true power as that
-    GPU's meter averages and refreshes it.
-    """
+def _meter_readings(run: LiveRun) -> tuple[FloatArray, FloatArray]:
+    """What the shaper read of the GPU's power meter, by seconds since the run's start."""
     log = run.decisions
-    if log is not None and np.isfinite(log.meter_watts).any():
-        keep = np.isfinite(log.meter_watts)
-        watts = log.meter_watts[keep]
-        # The meter holds a value until it refreshes: one point per new value.
-        new = np.concatenate(([True], np.diff(watts) != 0.0))
-        return log.times[keep][new] - run.total.start_seconds, watts[new]
-    meter = load_profile(gpu).meter
-    means = window_means(run.total, meter.instant_window_seconds)
-    width = round(meter.instant_window_seconds / GRID_SECONDS)
-    every = max(1, round(meter.instant_refresh_seconds / GRID_SECONDS))
-    places = np.arange(0, len(means), every)
-    return np.asarray((places + width) * GRID_SECONDS, dtype=np.float64), means[places]
+    if log is None:
+        return np.empty(0), np.empty(0)
+    keep = np.isfinite(log.meter_watts)
+    times, watts = log.times[keep] - run.total.start_seconds, log.meter_watts[keep]
+    # The meter holds a value until it refreshes: one point per new value.
+    new = np.concatenate((np.ones(min(1, len(watts)), dtype=bool), np.diff(watts) != 0.0))
+    return times[new], watts[new]
 
 
 def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
-    limit, gpu = comparison.limit, comparison.settings.gpu
-    series = [_power_series(run, gpu, limit.window_seconds) for run in comparison.runs]
+    limit = comparison.limit
+    series = [_power_series(run, limit.window_seconds) for run in comparison.runs]
     window = f"{limit.window_seconds * 1e3:g} ms"
     line = LimitLine(f"limit {limit.watts:.1f} W", limit.watts)
-    from_log = [
-        run.name
-        for run in comparison.runs
-        if run.decisions is not None and np.isfinite(run.decisions.meter_watts).any()
-    ]
     return (
         Plot(
             f"Mean power over {window}",
@@ -151,8 +135,7 @@ def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
             "Power by the millisecond, and the meter",
             fine_power(series, [line]),
             "Single milliseconds may lie above the limit: it holds for the mean over "
-            f"{window}. Dots are the GPU's instant power reading"
-            + _meter_source(from_log, [run.name for run in comparison.runs]),
+            f"{window}. Dots are the GPU's instant power reading, as the shaper read it.",
             560,
         ),
         Plot(
@@ -165,16 +148,6 @@ def _power_plots(comparison: Comparison) -> tuple[Plot, ...]:
             ),
             f"Share of the run's {window} windows at or below a power.",
         ),
-    )
-
-
-def _meter_source(from_log: list[str], names: list[str]) -> str:
-    others = [name for name in names if name not in from_log]
-    if not others:
-        return ", as the shaper read it."
-    return (
-        f"; for the {' and '.join(others)} run it is worked out from the true power with the "
-        "meter's window and refresh."
     )
 
 

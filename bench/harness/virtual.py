@@ -98,16 +98,6 @@ def _config() -> Any:
     return engine_config(MODEL, GPU)
 
 
-class _Reasons:
-    """Counts decisions by reason."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[Reason] = Counter()
-
-    def add(self, decision: Decision, meter_watts: float | None) -> None:
-        self.counts[decision.reason] += 1
-
-
 class VirtualRun:
     """An engine, its load so far and what it did.
 
@@ -127,7 +117,7 @@ class VirtualRun:
         self._replayed_seconds = 0.0
         self._crowd: list[str] = []
         self._segments: list[FloatArray] = []
-        self.reasons = _Reasons()
+        self.reasons: Counter[Reason] = Counter()
         self.engine = new_engine(
             self._config,
             GPU,
@@ -139,11 +129,15 @@ class VirtualRun:
             kv_blocks=setup.kv_blocks,
             supervise=setup.supervise,
             ambient_celsius=setup.ambient_celsius,
-            log=self.reasons,
+            log=self,
             on_output=self._on_output,
         )
         if setup.power_cap_watts is not None:
             self.engine.gpus.set_power_cap(setup.power_cap_watts)
+
+    def add(self, decision: Decision, meter_watts: float | None) -> None:
+        """Counts a decision."""
+        self.reasons[decision.reason] += 1
 
     def _on_output(self, output: Any) -> None:
         used = float(self.engine.scheduler.kv_cache_manager.usage)
@@ -272,6 +266,6 @@ class VirtualRun:
             kv_mean_ratio=self._kv_sum / max(1, self._kv_steps),
             kv_peak_ratio=self._kv_peak,
             preemptions=self._preemptions,
-            forced=self.reasons.counts[Reason.FORCED_OVER_BUDGET],
+            forced=self.reasons[Reason.FORCED_OVER_BUDGET],
             errors=shaper.counters.errors if shaper is not None else 0,
         )

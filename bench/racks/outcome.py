@@ -28,6 +28,12 @@ ITL_TARGET_SECONDS = 0.1
 OVER_RATIO = 1.005
 # Every tenth of the windows by millisecond: more than a screen has room for.
 _STACK_STRIDE = 10
+_OF_FIGURES = (
+    *("peak_watts", "metered_peak_watts", "mean_watts", "tokens_per_joule"),
+    *("output_tokens_per_second", "goodput_requests_per_second"),
+    *("requests_arrived", "requests_finished", "kv_mean_ratio", "kv_peak_ratio"),
+    *("preemptions", "forced_steps", "shaper_errors"),
+)
 _LEDGER_CALLS = ("query", "publish", "reserve", "commit")
 
 
@@ -150,34 +156,22 @@ def outcome_of(result: RackResult, ledger_seconds: float = 0.0) -> Outcome:
         itl_target_seconds=ITL_TARGET_SECONDS,
     )
     found = figures_of(result.engines, (), judged)
+    figures: dict[str, Any] = {name: getattr(found, name) for name in _OF_FIGURES}
+    figures |= {
+        f"{name}_{level}_seconds": float(getattr(getattr(found, f"{name}_seconds"), level))
+        for name in ("ttft", "itl", "e2el")
+        for level in ("p50", "p99")
+    }
     return Outcome(
         engines=len(result.engines),
         duration_seconds=result.setup.duration_seconds,
-        peak_watts=found.peak_watts,
-        metered_peak_watts=found.metered_peak_watts,
-        mean_watts=found.mean_watts,
-        ttft_p50_seconds=found.ttft_seconds.p50,
-        ttft_p99_seconds=found.ttft_seconds.p99,
-        itl_p50_seconds=found.itl_seconds.p50,
-        itl_p99_seconds=found.itl_seconds.p99,
-        e2el_p50_seconds=found.e2el_seconds.p50,
-        e2el_p99_seconds=found.e2el_seconds.p99,
-        output_tokens_per_second=found.output_tokens_per_second,
-        tokens_per_joule=found.tokens_per_joule,
-        goodput_requests_per_second=found.goodput_requests_per_second,
-        requests_arrived=found.requests_arrived,
-        requests_finished=found.requests_finished,
         too_long_requests=result.too_long_requests,
-        kv_mean_ratio=found.kv_mean_ratio,
-        kv_peak_ratio=found.kv_peak_ratio,
-        preemptions=found.preemptions,
-        forced_steps=found.forced_steps,
-        shaper_errors=found.shaper_errors,
         steps=sum(engine.steps for engine in result.engines),
         decisions=sum(count for engine in result.engines for _, count in engine.reasons),
         wall_seconds=result.wall_seconds,
         ledger_seconds=ledger_seconds,
         arrays=_arrays(result),
+        **figures,
     )
 
 

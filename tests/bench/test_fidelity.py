@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bench import fidelity
-from bench.steady_state import POINTS, ServingLoad, batches, steady_state
 from bench.studies.published import kernel_times, meter_recording, serving_rows
 from bench.studies.serving_fit import Assumptions, Prior, fit_serving, predict_rows, replaced
+from bench.studies.steady_state import POINTS, ServingLoad, batches, steady_state
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import StepBatch
