@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +13,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from shaper.core.types import Decision, PowerLimit
+from shaper.core.types import PowerLimit
+from tests.engine.harness import GPU, MODEL, RecordingLog
 
 vllm = pytest.importorskip("vllm", reason="these tests run vLLM's own scheduler: make setup")
-
-GPU, MODEL = "h200-sxm", "llama-3.1-8b"
-
-
-class RecordingLog:
-    """Keeps every decision."""
-
-    def __init__(self) -> None:
-        self.decisions: list[Decision] = []
-
-    def add(self, decision: Decision, meter_watts: float | None) -> None:
-        self.decisions.append(decision)
 
 
 @dataclass
@@ -99,25 +87,5 @@ def make_rig() -> Callable[..., Rig]:
         if v2_runner:
             engine.scheduler.use_v2_model_runner = True
         return Rig(engine, getattr(engine.scheduler, "shaper", None), log, outputs)
-
-    return make
-
-
-@pytest.fixture
-def random_traffic() -> Callable[..., list[tuple[float, list[int], int]]]:
-    """Seeded traffic: bursts, long and short prompts, some sharing a prefix."""
-
-    def make(seed: int, count: int = 60, rate: float = 8.0) -> list[tuple[float, list[int], int]]:
-        rng = random.Random(seed)
-        shared = [rng.randrange(256) for _ in range(640)]
-        traffic, now = [], 0.0
-        for _ in range(count):
-            now += rng.expovariate(rate) if rng.random() > 0.3 else 0.0
-            length = min(12_000, max(1, int(rng.lognormvariate(6.3, 1.1))))
-            prompt = [rng.randrange(256) for _ in range(length)]
-            if rng.random() < 0.3:
-                prompt = shared + prompt
-            traffic.append((now, prompt, rng.randint(1, 200)))
-        return traffic
 
     return make

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,24 @@ from tests.engine.attack import FaultyReader, Mood, StallingSampler
 GPU, MODEL = "h200-sxm", "llama-3.1-8b"
 GRID_SECONDS = 0.001
 BLOCK_TOKENS = 16
+
+
+def random_traffic(
+    seed: int, count: int = 60, rate: float = 8.0
+) -> list[tuple[float, list[int], int]]:
+    """Arrivals as (seconds, prompt, output tokens): bursts, long and short prompts, some sharing
+    a prefix."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(256) for _ in range(640)]
+    traffic, now = [], 0.0
+    for _ in range(count):
+        now += rng.expovariate(rate) if rng.random() > 0.3 else 0.0
+        length = min(12_000, max(1, int(rng.lognormvariate(6.3, 1.1))))
+        prompt = [rng.randrange(256) for _ in range(length)]
+        if rng.random() < 0.3:
+            prompt = shared + prompt
+        traffic.append((now, prompt, rng.randint(1, 200)))
+    return traffic
 
 
 class RecordingLog:
@@ -159,3 +179,9 @@ def worst_ratio(
     ends, means = sliding(segments, limit.window_seconds)
     inside = (ends - limit.window_seconds >= start_seconds) & (ends <= end_seconds)
     return float(means[inside].max() / limit.watts) if inside.any() else 0.0
+
+
+def gaps(engine: Any) -> list[float]:
+    """Seconds between a request's tokens, of all requests."""
+    records = engine.requests.values()
+    return [b - a for record in records for a, b in pairwise(record.token_seconds)]

@@ -61,6 +61,20 @@ DEFER, SHED = AdmissionState.DEFER, AdmissionState.SHED
 TURNS_WITHOUT_TIME = 3
 
 
+ENGINE: dict[str, st.SearchStrategy[Any]] = {
+    "asynchronous": st.booleans(),
+    "priorities": st.booleans(),
+    "kv_blocks": st.sampled_from(KV_BLOCKS),
+    # Longer than what decodes wait by themselves for the slack of the targets below.
+    "max_pause_seconds": st.sampled_from([0.05, 0.1, 0.5]),
+    "itl_target_seconds": st.sampled_from([None, None, 0.03, 0.1]),
+    "ttft_target_seconds": st.sampled_from([None, 0.2, 1.0]),
+    "spend_slack": st.booleans(),
+    "shadow": st.sampled_from([False, False, False, True]),
+    "supervise": st.booleans(),
+}
+
+
 class Liveness(RuleBasedStateMachine):
     """Rules do to an engine what the world does; `_turn` checks each step of it."""
 
@@ -74,55 +88,33 @@ class Liveness(RuleBasedStateMachine):
     @initialize(
         budget=strategies.budgets(),
         policy=st.sampled_from(["windowed", "windowed", "windowed", *POLICIES]),
-        asynchronous=st.booleans(),
-        priorities=st.booleans(),
-        kv_blocks=st.sampled_from(KV_BLOCKS),
-        # Longer than what decodes wait by themselves for the slack of the targets below.
-        max_pause_seconds=st.sampled_from([0.05, 0.1, 0.5]),
-        itl=st.sampled_from([None, None, 0.03, 0.1]),
-        ttft=st.sampled_from([None, 0.2, 1.0]),
-        spend_slack=st.booleans(),
-        shadow=st.sampled_from([False, False, False, True]),
-        supervise=st.booleans(),
+        engine=st.fixed_dictionaries(ENGINE),
         refuse=st.booleans(),
         state=st.sampled_from(AdmissionState),
-        count=st.integers(2, 12),
-        prompt_tokens=st.integers(200, MOST_TOKENS),
-        output_tokens=st.integers(2, 60),
+        first=st.tuples(st.integers(2, 12), st.integers(200, MOST_TOKENS), st.integers(2, 60)),
     )
-    def start(self, budget: PowerBudget, policy: str, asynchronous: bool, priorities: bool,
-              kv_blocks: int, max_pause_seconds: float, itl: float | None, ttft: float | None,
-              spend_slack: bool, shadow: bool, supervise: bool,
-              refuse: bool, state: AdmissionState, count: int, prompt_tokens: int,
-              output_tokens: int) -> None:  # fmt: skip
+    def start(self, budget: PowerBudget, policy: str, engine: dict[str, Any], refuse: bool,
+              state: AdmissionState, first: tuple[int, int, int]) -> None:  # fmt: skip
         make: Policy = POLICIES[policy]
         self.world = attacked(
             budget.limits,
             ramp_watts_per_second=budget.ramp_watts_per_second,
-            asynchronous=asynchronous,
-            priorities=priorities,
             policy=make,
-            kv_blocks=kv_blocks,
-            max_pause_seconds=max_pause_seconds,
-            itl_target_seconds=itl,
-            ttft_target_seconds=ttft,
-            spend_slack=spend_slack,
-            shadow=shadow,
-            supervise=supervise,
+            **engine,
             on_output=self._scheduled,
         )
         self.world.shaper.flex = FlexRules(FLEX_SECONDS, refuse)
         self.world.mood.say(state, 1.0)
         scheduler = self.world.engine.scheduler
-        self.pause_seconds = max_pause_seconds
+        self.pause_seconds = engine["max_pause_seconds"]
         self.settings = self._settings(scheduler)
         self.longest_seconds = self.since_seconds = 0.0
         self.turns_without_time = self.added = self.work_tokens = self.decode_tokens = 0
-        self.shaping = policy == "windowed" and not shadow
+        self.shaping = policy == "windowed" and not engine["shadow"]
         self.disturbed = False
         self.budgets: list[tuple[float, PowerBudget]] = [(0.0, budget)]
         # Something to do for all that comes.
-        self.arrive(count, prompt_tokens, output_tokens, 1, 0, False, 5)
+        self.arrive(*first, 1, 0, False, 5)
 
     # --- what the world does
 

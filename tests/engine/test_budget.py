@@ -3,82 +3,67 @@
 from __future__ import annotations
 
 import random
-from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from shaper.core.types import PowerLimit, Reason
+from tests.engine.harness import gaps, random_traffic, worst_ratio
 
 # A cadence of the meter's own: what the driver says is a window late, never exact.
 TOLERANCE_RATIO = 0.01
 
 
-def sliding(segments, window: float) -> np.ndarray:
-    """Mean power of every window of this length, each millisecond."""
-    edges = np.concatenate(([segments[0, 0]], segments[:, 1]))
-    joules = np.concatenate(([0.0], np.cumsum((segments[:, 1] - segments[:, 0]) * segments[:, 2])))
-    times = np.arange(edges[0] + window, edges[-1], 0.001)
-    means: np.ndarray = (
-        np.interp(times, edges, joules) - np.interp(times - window, edges, joules)
-    ) / window
-    return means
+@pytest.fixture(scope="module")
+def free(make_rig) -> np.ndarray:
+    """True power of the same requests without a shaper."""
+    unshaped = make_rig(None)
+    unshaped.run(random_traffic(11, count=60))
+    return unshaped.engine.gpus.take_segments()
 
 
 @pytest.mark.parametrize(
-    "limits",
+    ("limits", "itl"),
     [
-        (PowerLimit(560.0, 0.1),),
-        (PowerLimit(520.0, 0.1), PowerLimit(480.0, 1.0)),
-        (PowerLimit(420.0, 0.1),),
-        (PowerLimit(600.0, 0.05), PowerLimit(450.0, 3.0)),
+        ((PowerLimit(560.0, 0.1),), 0.05),
+        ((PowerLimit(520.0, 0.1), PowerLimit(480.0, 1.0)), None),
+        ((PowerLimit(420.0, 0.1),), 0.05),
+        ((PowerLimit(600.0, 0.05), PowerLimit(450.0, 3.0)), None),
     ],
     ids=["one", "two", "below-decode", "short-and-long"],
 )
-@pytest.mark.parametrize("itl", [None, 0.05])
-def test_no_window_is_exceeded(make_rig, random_traffic, limits, itl):
+def test_no_window_is_exceeded(make_rig, free, limits, itl):
     """With a model that knows the GPU, no window of any limit is over by more than 1%."""
-    rig, unshaped = make_rig(limits, itl_target_seconds=itl), make_rig(None)
-    rig.run(random_traffic(11, count=80))
-    unshaped.run(random_traffic(11, count=80))
-    power, free = rig.engine.gpus.take_segments(), unshaped.engine.gpus.take_segments()
+    rig = make_rig(limits, itl_target_seconds=itl)
+    rig.run(random_traffic(11, count=60))
+    power = rig.engine.gpus.take_segments()
     forced = [d for d in rig.log.decisions if d.reason is Reason.FORCED_OVER_BUDGET]
     assert not forced
     for limit in limits:
-        assert sliding(free, limit.window_seconds).max() > limit.watts  # it has to work for it
-        assert sliding(power, limit.window_seconds).max() <= limit.watts * (1 + TOLERANCE_RATIO)
+        assert worst_ratio(free, limit) > 1.0  # it has to work for it
+        assert worst_ratio(power, limit) <= 1 + TOLERANCE_RATIO
     records = rig.engine.requests.values()
     assert all(record.finished_seconds is not None for record in records)
 
 
-@pytest.mark.parametrize("most_late_seconds", [0.001, 0.004])
-def test_a_busy_host_does_not_break_the_budget(make_rig, random_traffic, most_late_seconds):
-    """Ends of steps that are seen some milliseconds late, at random, cost no window."""
-    late = random.Random(3)
-    rig = make_rig(
-        (PowerLimit(560.0, 0.1),), host_late_seconds=lambda: late.uniform(0.0, most_late_seconds)
-    )
-    rig.run(random_traffic(11, count=80))
-    power = sliding(rig.engine.gpus.take_segments(), 0.1)
+def test_a_busy_host_does_not_break_the_budget(make_rig):
+    """Ends of steps that are seen up to 4 ms late, at random, cost no window."""
+    late, limit = random.Random(3), PowerLimit(560.0, 0.1)
+    rig = make_rig((limit,), host_late_seconds=lambda: late.uniform(0.0, 0.004))
+    rig.run(random_traffic(11, count=60))
     assert rig.shaper.counters.forced == 0
-    assert power.max() <= 560.0 * (1 + TOLERANCE_RATIO)
+    assert worst_ratio(rig.engine.gpus.take_segments(), limit) <= 1 + TOLERANCE_RATIO
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_itl_target_bounds_the_chunk(make_rig, random_traffic, seed):
+def test_itl_target_bounds_the_chunk(make_rig):
     """With a target of 30 ms and no budget, no token waits longer than that behind a prompt."""
     rig = make_rig((), itl_target_seconds=0.03)
-    rig.run(random_traffic(seed))
-    gaps = [
-        later - earlier
-        for record in rig.engine.requests.values()
-        for earlier, later in zip(record.token_seconds, record.token_seconds[1:], strict=False)
-    ]
-    assert max(gaps) <= 0.03 * 1.02
+    rig.run(random_traffic(1))
+    assert max(gaps(rig.engine)) <= 0.03 * 1.02
     assert any(d.reason is Reason.CHUNK_ITL for d in rig.log.decisions)
 
 
-def test_an_itl_target_below_a_decode_step_starves_no_prompt(make_rig, random_traffic):
+def test_an_itl_target_below_a_decode_step_starves_no_prompt(make_rig):
     """A target that can't be kept costs some time to first token, not seconds a piece."""
     rig, plain = make_rig((), itl_target_seconds=0.004), make_rig(None)
     rig.run(random_traffic(3, count=20))
@@ -92,35 +77,12 @@ def test_an_itl_target_below_a_decode_step_starves_no_prompt(make_rig, random_tr
     assert rig.shaper.counters.forced == 0
 
 
-def test_a_budget_below_the_floor_serves_on_and_says_so(make_rig, random_traffic):
+def test_a_budget_below_the_floor_serves_on_and_says_so(make_rig):
     """No step fits 160 W; every request still finishes, over the budget, and is counted."""
     rig = make_rig((PowerLimit(160.0, 0.1),), max_pause_seconds=0.2)
     rig.run(random_traffic(3, count=4), seconds=400.0)
     assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
     assert rig.shaper.counters.forced > 0
-
-
-def test_preemption_and_a_small_cache_keep_requests_moving(make_rig, random_traffic):
-    """With a KV cache that preempts, a binding budget starves nobody."""
-    rig = make_rig((PowerLimit(430.0, 0.1),), kv_blocks=1100)
-    rig.run(random_traffic(9))
-    assert all(r.finished_seconds is not None for r in rig.engine.requests.values())
-    assert rig.shaper.counters.errors == 0
-
-
-def test_aborts_leave_nothing_behind(make_rig, random_traffic):
-    """Aborting held, running and waiting requests leaves no state in the shaper or scheduler."""
-    from vllm.v1.request import RequestStatus
-
-    rig = make_rig((PowerLimit(420.0, 0.1),))
-    rig.run(random_traffic(6), seconds=0.5)
-    scheduler = rig.engine.scheduler
-    assert scheduler.requests
-    scheduler.finish_requests(list(scheduler.requests), RequestStatus.FINISHED_ABORTED)
-    rig.engine.run_until(rig.engine.now_seconds + 1.0)
-    assert not rig.engine.busy
-    assert not scheduler.requests
-    assert not rig.shaper._controller._in_flight_steps
 
 
 def joules_per_token(rig) -> float:
@@ -131,20 +93,15 @@ def joules_per_token(rig) -> float:
     return float((seconds * segments[:, 2]).sum()) / tokens
 
 
-def test_slack_saves_joules_inside_the_itl_target(make_rig, random_traffic):
+def test_slack_saves_joules_inside_the_itl_target(make_rig):
     """With an ITL target of 50 ms and no budget: fewer joules a token, and no token late."""
-    traffic = random_traffic(5, count=150, rate=4.0)
+    traffic = random_traffic(5, count=80, rate=4.0)
     plain, slack = make_rig(None), make_rig((), itl_target_seconds=0.05, spend_slack=True)
     plain.run(traffic)
     slack.run(traffic)
     assert joules_per_token(slack) <= 0.82 * joules_per_token(plain)
     assert all(r.finished_seconds is not None for r in slack.engine.requests.values())
-    gaps = [
-        later - earlier
-        for record in slack.engine.requests.values()
-        for earlier, later in pairwise(record.token_seconds)
-    ]
-    assert max(gaps) <= 0.05 * 1.03
+    assert max(gaps(slack.engine)) <= 0.05 * 1.03
     assert {d.reason for d in slack.log.decisions} >= {Reason.ITL_SLACK, Reason.UNCONSTRAINED}
     assert slack.shaper.counters.forced == 0
 
@@ -160,7 +117,7 @@ def dense_burst(seed: int, count: int) -> list[tuple[float, list[int], int]]:
     return traffic
 
 
-@pytest.mark.parametrize(("window_seconds", "seed"), [(0.1, 1), (0.1, 2), (0.2, 3)])
+@pytest.mark.parametrize(("window_seconds", "seed"), [(0.1, 1), (0.2, 3)])
 def test_decodes_make_way_under_a_tight_limit(make_rig, window_seconds, seed):
     """A few watts less cost as much time: no chunk is forced where an empty window holds one."""
     seconds = {}
@@ -172,6 +129,5 @@ def test_decodes_make_way_under_a_tight_limit(make_rig, window_seconds, seed):
         assert all(record.finished_seconds is not None for record in records)
         assert rig.shaper.counters.forced == 0
         seconds[watts] = rig.engine.now_seconds
-        power = sliding(rig.engine.gpus.take_segments(), window_seconds)
-        assert power.max() <= watts * (1 + TOLERANCE_RATIO)
+        assert worst_ratio(rig.engine.gpus.take_segments(), limit) <= 1 + TOLERANCE_RATIO
     assert seconds[240.0] <= 1.5 * seconds[270.0]

@@ -36,10 +36,10 @@ def test_the_bound_on_long_prompts_is_the_one_that_holds(kind, monkeypatch):
         pytest.skip("this vLLM has no adaptive bound")
     compared = Compared(monkeypatch)
     made, config, log = engine(LIMIT, **THRESHOLDS[kind])
-    for index, arrival in enumerate((0.0, 3.0, 3.0, 3.0)):
+    for index, arrival in enumerate((0.0, 2.0, 2.0, 2.0)):
         made.run_until(arrival)
         made.add(new_request(f"r{index}", text(index, 9000), 20, config))
-    made.run_until(20.0)
+    made.run_until(10.0)
     assert all(each.finished_seconds is not None for each in made.requests.values())
     assert worst_ratio(made.gpus.take_segments(), LIMIT) <= 1.005
     assert not compared.other
@@ -54,7 +54,7 @@ def test_a_hybrid_model_gets_chunks_that_it_can_take(block, monkeypatch):
     scheduler = made.scheduler
     for index in range(200):
         made.add(new_request(f"d{index}", text(index, 100), 900, config))
-    made.run_until(2.0)
+    made.run_until(1.0)
     scheduler.cache_config = copy.copy(scheduler.cache_config)
     scheduler.cache_config.block_size = block
     scheduler.need_mamba_block_aligned_split = True
@@ -62,7 +62,7 @@ def test_a_hybrid_model_gets_chunks_that_it_can_take(block, monkeypatch):
     for index in range(4):
         # None begins as a decode does: a hybrid model caches whole blocks.
         made.add(new_request(f"p{index}", text(1000 + index, 3000), 5, config))
-    made.run_until(start + 8.0)
+    made.run_until(start + 4.0)
     assert scheduler.shaper.counters.errors == 0
     firsts = [made.requests[f"p{index}"].token_seconds for index in range(4)]
     assert all(firsts)
@@ -73,7 +73,7 @@ def test_a_hybrid_model_gets_chunks_that_it_can_take(block, monkeypatch):
 
 
 def speculating(drafts: int, coming: int = 0) -> tuple[float, float, RecordingLog]:
-    """Seconds in which 200 requests are served, and how far power went."""
+    """Seconds in which 100 requests are served, and how far power went."""
     limit = PowerLimit(560.0, 0.1)
     arguments: dict[str, Any] = {"async_scheduling": False}
     if drafts:
@@ -96,7 +96,7 @@ def speculating(drafts: int, coming: int = 0) -> tuple[float, float, RecordingLo
             return found
 
         scheduler.update_from_output = update
-    for index in range(200):
+    for index in range(100):
         made.run_until(0.01 * index)
         made.add(new_request(f"r{index}", text(index, 300), 150, config))
     while made.busy and made.now_seconds < 120.0:

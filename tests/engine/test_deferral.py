@@ -12,6 +12,7 @@ from shaper.engine.deferral import MAX_LET_IN
 from shaper.ipc.flex import REFUSED
 from shaper.simulate.engine import new_request
 from tests.engine.desk import DEFER, LIMIT, OPEN, SHAPED, SHED, Desk
+from tests.engine.harness import random_traffic
 
 
 @pytest.fixture
@@ -29,25 +30,26 @@ def test_flex_waits_outside_vllms_queue(desk: Desk, state: AdmissionState) -> No
     assert desk.scheduler.get_request_counts() == (0, 1)
     assert desk.scheduler.get_num_unfinished_requests() == 1
     assert desk.scheduler.has_requests()
-    desk.run(5.0)
+    desk.run(1.0)
     assert desk.engine.steps == 0
     assert desk.ends(name) is None
     # vLLM's own poll: one call a millisecond, no more.
-    assert desk.engine.now_seconds == pytest.approx(5.0, abs=0.01)
+    assert desk.engine.now_seconds == pytest.approx(1.0, abs=0.01)
     desk.say(OPEN)
     desk.run(1.0)
     assert desk.ends(name) is not None
     assert not desk.scheduler.has_requests()
 
 
-@pytest.mark.parametrize("state", list(AdmissionState))
-def test_interactive_requests_are_never_deferred(desk: Desk, state: AdmissionState) -> None:
+def test_interactive_requests_are_never_deferred(make_rig: Any) -> None:
     """In no state."""
-    desk.say(state, 1.0)
-    names = [desk.add() for _ in range(5)]
-    desk.run(2.0)
-    assert all(desk.ends(name) is not None for name in names)
-    assert desk.deferral.queue.deferrals == 0
+    for state in AdmissionState:
+        desk = Desk(make_rig((LIMIT,)))
+        desk.say(state, 1.0)
+        names = [desk.add() for _ in range(5)]
+        desk.run(2.0)
+        assert all(desk.ends(name) is not None for name in names)
+        assert desk.deferral.queue.deferrals == 0
 
 
 def test_a_priority_above_zero_is_flex(desk: Desk) -> None:
@@ -125,12 +127,12 @@ def test_preempted_flex_is_left_alone(make_rig: Any) -> None:
 
 def test_waiting_makes_the_bar_lower(make_rig: Any) -> None:
     """At a pressure of 0.6 the oldest enters at 0.6 of its bound, alone."""
-    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=100.0)
+    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=10.0)
     desk.say(DEFER, 0.6)
     names = [desk.add(flex=True) for _ in range(3)]
-    desk.run(59.9)
+    desk.run(5.9)
     assert desk.started == []
-    desk.run(5.0)
+    desk.run(1.0)
     assert desk.started == names
     ends = [desk.ends(name) for name in names]
     assert ends == sorted(ends)  # type: ignore[type-var]
@@ -153,29 +155,27 @@ def test_aged_requests_enter_one_at_a_time(make_rig: Any) -> None:
 
 def test_at_the_bound_it_runs(make_rig: Any) -> None:
     """Whatever the pressure; it is not taken back again."""
-    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=30.0)
+    desk = Desk(make_rig((LIMIT,)), max_wait_seconds=3.0)
     desk.say(SHED, 1.0)
     name = desk.add(flex=True)
-    desk.run(29.9)
+    desk.run(2.9)
     assert desk.started == []
     desk.run(1.0)
     ended = desk.ends(name)
     assert ended is not None
-    assert ended == pytest.approx(30.0, abs=0.2)
+    assert ended == pytest.approx(3.0, abs=0.2)
     assert desk.released()["timeout"] + desk.released()["aged"] == 1
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize(("kind", "reason"), [("FINAL_ONLY", "abort"), ("DELTA", "error")])
-def test_at_the_bound_it_is_refused(
-    make_rig: Any, monkeypatch: pytest.MonkeyPatch, asynchronous: bool, kind: str, reason: str
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason", "asynchronous"), [("FINAL_ONLY", "abort", True), ("DELTA", "error", False)]
+)
+def test_at_the_bound_it_is_refused(make_rig, monkeypatch, kind, reason, asynchronous) -> None:
     """As an abort whose stop reason says why, or as a stream's error; the client hears of it."""
     from vllm.sampling_params import RequestOutputKind
 
-    desk = Desk(
-        make_rig((LIMIT,), asynchronous=asynchronous), max_wait_seconds=30.0, refuse_on_timeout=True
-    )
+    rig = make_rig((LIMIT,), asynchronous=asynchronous)
+    desk = Desk(rig, max_wait_seconds=3.0, refuse_on_timeout=True)
     heard = []  # type: ignore[var-annotated]
     original = desk.scheduler.update_from_output
 
@@ -189,12 +189,12 @@ def test_at_the_bound_it_is_refused(
     name = desk.add(flex=True)
     waiting = desk.scheduler.requests[name]
     waiting.sampling_params.output_kind = RequestOutputKind[kind]
-    other = desk.add(tokens=3000)
-    desk.run(60.0)
+    other = desk.add(tokens=500)
+    desk.run(20.0)
     answer = next(each for each in heard if each.request_id == name)
     assert str(answer.finish_reason) == reason
     assert answer.stop_reason == REFUSED
-    assert desk.ends(name) == pytest.approx(30.0, abs=0.2)
+    assert desk.ends(name) == pytest.approx(3.0, abs=0.2)
     assert desk.ends(other) is not None
     assert desk.deferral.queue.refused == 1
     assert desk.scheduler.requests == {}
@@ -276,20 +276,18 @@ def test_a_reset_of_the_prefix_cache_keeps_deferred_requests(desk: Desk) -> None
     assert desk.ends(name) is not None
 
 
-@pytest.mark.parametrize("state", list(AdmissionState))
-def test_without_flex_vllm_schedules_the_same(
-    make_rig: Any, random_traffic: Any, state: AdmissionState
-) -> None:
+def test_without_flex_vllm_schedules_the_same(make_rig: Any) -> None:
     """Interactive traffic gets the same steps in every state."""
-    traffic = random_traffic(5, count=25)
+    traffic = random_traffic(5, count=12)
     plain = make_rig(())
     plain.run(traffic)
-    rig = make_rig(())
-    desk = Desk(rig)
-    desk.say(state, 1.0)
-    desk.shaper.standing = EngineStatus(1e9, desk.shaper.standing.admissibility)
-    rig.run(traffic)
-    assert rig.outputs == plain.outputs
+    for state in AdmissionState:
+        rig = make_rig(())
+        desk = Desk(rig)
+        desk.say(state, 1.0)
+        desk.shaper.standing = EngineStatus(1e9, desk.shaper.standing.admissibility)
+        rig.run(traffic)
+        assert rig.outputs == plain.outputs
 
 
 def test_the_priority_queue_gets_its_requests_back(make_rig: Any) -> None:

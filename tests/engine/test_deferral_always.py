@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from shaper.core.supervise.admission import Admission, AdmissionInput
@@ -15,6 +15,7 @@ from shaper.core.types import PowerLimit
 from shaper.engine import deferral as deferral_module
 from shaper.engine.deferral import MAX_LET_IN
 from tests.engine.desk import DEFER, LIMIT, OPEN, SHAPED, SHED, Desk
+from tests.strategies import examples
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def test_without_shaping_nothing_is_deferred(
     desk.run(3.0, lambda: len(desk.deferral) == 0)
     names.append(desk.add(flex=True))
     assert len(desk.deferral) == 0
-    desk.run(4.0)
+    desk.run(4.0, lambda: all(desk.ends(name) is not None for name in names))
     assert all(desk.ends(name) is not None for name in names)
     assert desk.released()["off"] == 3 * MAX_LET_IN
 
@@ -101,9 +102,7 @@ script = st.lists(
 )
 
 
-@settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@examples(15)
 @given(script=script, refuse=st.booleans(), asynchronous=st.booleans())
 def test_every_request_ends_within_its_bound(
     make_rig: Any, script: Any, refuse: bool, asynchronous: bool

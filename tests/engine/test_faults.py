@@ -23,7 +23,7 @@ from tests.engine.harness import Attacked, attacked, sliding, worst_ratio
 # The two reach over each other's windows; traffic below asks for more than both.
 LIMITS = (PowerLimit(500.0, 0.1), PowerLimit(470.0, 2.0))
 TOLERANCE = 1.01
-FAULT_SECONDS, WORKS_SECONDS, END_SECONDS = 4.0, 12.0, 18.0
+FAULT_SECONDS, WORKS_SECONDS, END_SECONDS = 4.0, 9.5, 15.5
 # A stuck counter is believed for 2 s; then readings are missing, which is known after
 # `STALE_SECONDS`; then the margin grows over a second.
 BLIND_WITHIN_SECONDS = 2.0 + STALE_SECONDS + 1.0 + 0.2
@@ -111,35 +111,12 @@ def test_a_sensor_that_never_was():
     """With no reading ever, the margin is there from the first step, and the budget holds."""
     world = attacked(LIMITS)
     world.reader.fault = "lost"
-    serve(world, traffic(9.0, 8.0), {}, 8.0)
+    serve(world, traffic(9.0, 5.0), {}, 5.0)
     assert world.shaper.demand.margin_ratio >= BLIND_MARGIN_RATIO
     segments = world.engine.gpus.take_segments()
     for limit in LIMITS:
         assert worst_ratio(segments, limit) <= TOLERANCE * (1 - BLIND_MARGIN_RATIO)
     drain(world)
-
-
-def test_a_sampler_that_hangs_for_half_a_minute():
-    """The last state ages, so the margin holds for as long as the thread hangs; then it goes."""
-    world = attacked(LIMITS)
-    events = {
-        3.0: lambda: setattr(world.sampler, "stalled", True),
-        33.0: lambda: setattr(world.sampler, "stalled", False),
-    }
-    margins: list[tuple[float, float]] = []
-    serve(
-        world,
-        traffic(4.0, 36.0),
-        events,
-        36.0,
-        lambda: margins.append((world.engine.now_seconds, world.shaper.demand.margin_ratio)),
-    )
-    held = [margin for at, margin in margins if 3.0 + STALE_SECONDS + 1.2 < at < 33.0]
-    assert min(held) >= BLIND_MARGIN_RATIO
-    assert margins[-1][1] < BLIND_MARGIN_RATIO
-    segments = world.engine.gpus.take_segments()
-    for limit in LIMITS:
-        assert worst_ratio(segments, limit) <= TOLERANCE
 
 
 @pytest.mark.parametrize("fault", ["lost", "stuck", "nan", "reset"])
@@ -152,26 +129,38 @@ def test_one_gpu_of_four(fault):
     margins: list[tuple[float, float]] = []
     serve(
         world,
-        traffic(30.0, 12.0),
-        {3.0: lambda: setattr(world.reader, "fault", fault)},
-        12.0,
+        traffic(30.0, 7.5),
+        {2.0: lambda: setattr(world.reader, "fault", fault)},
+        7.5,
         lambda: margins.append((world.engine.now_seconds, world.shaper.demand.margin_ratio)),
     )
     segments = world.engine.gpus.take_segments()
     for limit in limits:
         assert worst_ratio(segments, limit) <= TOLERANCE
     if fault != "reset":
-        blind = [margin for at, margin in margins if at > 3.0 + BLIND_WITHIN_SECONDS]
+        blind = [margin for at, margin in margins if at > 2.0 + BLIND_WITHIN_SECONDS]
         assert min(blind) >= BLIND_MARGIN_RATIO
     assert world.shaper.counters.errors == 0
 
 
-# What raises only where there is something of its kind to do, and the runtime is not asked.
-OUTSIDE_THE_RUNTIME = {seam for seam in SEAMS if "deferral" in seam}
+# Not what raises only where there is something of its kind to do, and the runtime is not asked.
+RAISED = [seam for seam in SEAMS if "deferral" not in seam]
+# Each raises once, and a new controller takes over; one of each part goes on raising.
+ALWAYS = (
+    "Controller.plan",
+    "Guard.check",
+    "Ledger.spend",
+    "Levers.apply",
+    "engine_load",
+    "Log.add",
+)
+ONCE_OR_ALWAYS = [
+    *((seam, 1) for seam in RAISED),
+    *((seam, 10**9) for seam in RAISED if seam.endswith(ALWAYS)),
+]
 
 
-@pytest.mark.parametrize("times", [1, 10**9], ids=["once", "always"])
-@pytest.mark.parametrize("seam", sorted(set(SEAMS) - OUTSIDE_THE_RUNTIME))
+@pytest.mark.parametrize(("seam", "times"), ONCE_OR_ALWAYS)
 def test_a_seam_that_raises(seam, times):
     """vLLM goes on under the safe cap; every request ends; no window is over, under the cap,
     when a new controller takes over, and after."""
@@ -183,7 +172,7 @@ def test_a_seam_that_raises(seam, times):
             world.shaper.set_budget(PowerBudget((*LIMITS, PowerLimit(490.0, 0.5))))
 
     try:
-        serve(world, traffic(9.0, 9.0), {3.0: break_it}, 9.0)
+        serve(world, traffic(9.0, 6.5), {1.0: break_it}, 6.5)
         errors = world.shaper.counters.errors
         sabotage.disarm()
         drain(world)
@@ -204,7 +193,7 @@ def test_a_new_controller_does_not_take_the_past_for_idle():
     world, sabotage = attacked(LIMITS), Sabotage()
     seam = "shaper.core.policy.windowed:WindowedPlanner.plan"
     try:
-        serve(world, traffic(12.0, 12.0), {3.0: lambda: sabotage.arm(seam)}, 12.0)
+        serve(world, traffic(12.0, 8.5), {1.5: lambda: sabotage.arm(seam)}, 8.5)
     finally:
         sabotage.remove()
     reasons = [(d.at_seconds, d.reason) for d in world.log.decisions]
@@ -213,7 +202,7 @@ def test_a_new_controller_does_not_take_the_past_for_idle():
         for (_, before), (at, reason) in itertools.pairwise(reasons)
         if before is Reason.FALLBACK_CAP and reason is not Reason.FALLBACK_CAP
     )
-    assert 3.0 + RETRY_SECONDS <= back <= 3.0 + RETRY_SECONDS + 0.2
+    assert 1.5 + RETRY_SECONDS <= back <= 1.5 + RETRY_SECONDS + 0.2
     segments = world.engine.gpus.take_segments()
     for limit in LIMITS:
         ends, means = sliding(segments, limit.window_seconds)

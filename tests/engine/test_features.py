@@ -12,7 +12,7 @@ import pytest
 from shaper.core.types import PowerLimit, Reason
 from shaper.simulate.build import new_engine
 from shaper.simulate.engine import engine_config, new_request
-from tests.engine.harness import GPU, MODEL, RecordingLog, worst_ratio
+from tests.engine.harness import GPU, MODEL, RecordingLog, random_traffic, worst_ratio
 
 BINDING = (PowerLimit(450.0, 0.1),)
 
@@ -54,15 +54,9 @@ def assert_kept(engine: Any, log: Any) -> None:
     assert not any(decision.reason is Reason.FORCED_OVER_BUDGET for decision in log.decisions)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False], ids=["async", "sync"])
-def test_async_scheduling(asynchronous):
-    """One batch in flight or two."""
-    assert_kept(*served({"async_scheduling": asynchronous}))
-
-
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "prefix-caching": {"enable_prefix_caching": True},
-    "no-prefix-caching": {"enable_prefix_caching": False},
+    "prefix-caching": {"enable_prefix_caching": True, "async_scheduling": True},
+    "no-prefix-caching": {"enable_prefix_caching": False, "async_scheduling": False},
     "priority": {"scheduling_policy": "priority"},
     "long-prefill-threshold": {"long_prefill_token_threshold": 256},
     # No drafts come, so that each decode takes one token of the four that are planned for it.
@@ -79,7 +73,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("arguments", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 def test_features_of_the_configuration(arguments):
-    """Each alone."""
+    """Each alone, with one batch in flight or two."""
 
     def prepare(index: int, request: Any) -> None:
         request.priority = index % 3 - 2  # none is of the class flex
@@ -102,7 +96,7 @@ def test_without_chunked_prefill_prompts_run_whole():
     assert not partial
 
 
-def test_the_second_model_runner(make_rig, random_traffic):
+def test_the_second_model_runner(make_rig):
     """Its branches of the scheduler, under a budget that binds."""
     rig = make_rig(BINDING, v2_runner=True)
     rig.run(random_traffic(8, count=30, rate=20.0))

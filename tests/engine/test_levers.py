@@ -17,6 +17,7 @@ from shaper.core.types import NOTHING, PowerLimit, Reason, StepLimits
 from shaper.engine.compat import admission_limit, has, may_enter, waiting_requests
 from shaper.engine.levers import LONGEST_BLOCK, Levers, Rotation
 from shaper.engine.load import engine_load
+from tests.engine.harness import random_traffic
 from tests.engine.test_running_batch import FakeRequest, fake_request
 
 
@@ -53,10 +54,12 @@ def test_a_rotation_is_fair(count, cap):
 
 
 @given(seed=st.integers(0, 10_000))
-def test_a_rotation_stays_fair_while_requests_come_and_go(seed):
-    """One that is ready waits for at most the turns of those that were there before it."""
+def test_a_rotation_stays_fair_while_requests_and_the_cap_move(seed):
+    """One that is ready waits for at most the turns of those that were there before it; a cap of
+    0 holds all decodes, and the turns go on afterwards."""
     rng = random.Random(seed)
     rotation, ready, made = Rotation(), names(12), 12
+    assert rotation.choose(ready, 0) == set()
     turns = []
     for _ in range(400):
         if rng.random() < 0.2:
@@ -65,25 +68,9 @@ def test_a_rotation_stays_fair_while_requests_come_and_go(seed):
         if rng.random() < 0.2 and len(ready) > 6:
             ready = list(ready)
             ready.pop(rng.randrange(len(ready)))
-        cap = min(len(ready) - 1, 4)
-        turns.append((ready, rotation.choose(ready, cap)))
+        turns.append((ready, rotation.choose(ready, min(len(ready) - 1, rng.randint(4, 20)))))
     most = max(len(ready) for ready, _ in turns)
     assert max(longest_waits(turns).values()) <= math.ceil(most / 4) + LONGEST_BLOCK
-
-
-def test_a_cap_that_moves_leaves_nobody_out():
-    """The number that fits changes from step to step."""
-    rng = random.Random(3)
-    rotation, ready = Rotation(), names(30)
-    turns = [(ready, rotation.choose(ready, rng.randint(3, 20))) for _ in range(500)]
-    assert max(longest_waits(turns).values()) <= math.ceil(30 / 3) + LONGEST_BLOCK
-
-
-def test_a_rotation_of_no_one_is_nobody():
-    """A cap of 0 holds all decodes, and the turns go on afterwards."""
-    rotation, ready = Rotation(), names(3)
-    assert rotation.choose(ready, 0) == set()
-    assert len(rotation.choose(ready, 2)) == 2
 
 
 def scheduler(running: list[Any], **values: Any) -> Any:
@@ -140,25 +127,22 @@ def test_a_lever_that_fails_half_way_is_put_back():
 def test_the_tighter_cap_on_admissions_holds():
     """Prompts that wait let nobody in, whatever may run at once; nor is a cap raised."""
     target = scheduler([fake_request("a")], max_num_active_reqs=4)
-    levers = Levers(target)
-    with levers.apply(StepLimits(prefill_tokens=0, running_requests=9), 1):
-        assert target.max_num_active_reqs == 0
-    with levers.apply(StepLimits(running_requests=9), 1):
-        assert target.max_num_active_reqs == 4
-    with levers.apply(StepLimits(running_requests=2), 1):
-        assert target.max_num_active_reqs == 2
+    for limits, cap in (
+        (StepLimits(prefill_tokens=0, running_requests=9), 0),
+        (StepLimits(running_requests=9), 4),
+        (StepLimits(running_requests=2), 2),
+    ):
+        with Levers(target).apply(limits, 1):
+            assert target.max_num_active_reqs == cap
 
 
-def test_a_session_that_waits_is_not_one_that_runs():
-    """Where vLLM counts it, the cap has to; for a cap of 0 it makes no difference."""
+def test_the_cap_on_admissions_by_version():
+    """Where vLLM counts a session that waits, the cap has to; for a cap of 0 it makes no
+    difference. Before 0.31 there is no cap on active requests; the running ones must fit it."""
     target = scheduler([fake_request("a")], num_waiting_for_streaming_input=2)
     counted = 2 if has("counted_sessions") else 0
     assert admission_limit(target, 1) == ("max_num_active_reqs", 1 + counted)
     assert admission_limit(target, 0) == ("max_num_active_reqs", 0)
-
-
-def test_admissions_of_an_older_vllm_are_capped_too():
-    """Before 0.31 there is no cap on active requests; the running ones must fit the cap."""
     older = SimpleNamespace(max_num_running_reqs=64, running=[1, 2, 3])
     assert admission_limit(older, 0) == ("max_num_running_reqs", 3)
     assert admission_limit(older, 5) == ("max_num_running_reqs", 5)
@@ -249,11 +233,8 @@ class EachAtATime:
         return Plan(StepLimits(decode_requests=self._cap), Reason.PARTIAL_DECODE)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("kv_blocks", [50_000, 700], ids=["ample", "little-kv"])
-def test_a_rotation_over_the_real_scheduler_ends_and_is_fair(
-    make_rig, random_traffic, asynchronous, kv_blocks
-):
+@pytest.mark.parametrize(("asynchronous", "kv_blocks"), [(True, 700), (False, 50_000)])
+def test_a_rotation_over_the_real_scheduler_ends_and_is_fair(make_rig, asynchronous, kv_blocks):
     """With arrivals, ends and preemptions: all finish, and the steps hold what they may."""
     rig = make_rig(
         (PowerLimit(2000.0, 0.1),),
@@ -274,16 +255,13 @@ def test_a_rotation_over_the_real_scheduler_ends_and_is_fair(
 class AtMost:
     """A policy: a cap on requests that run at once, always."""
 
-    def __init__(self, cap: int) -> None:
-        self._cap = cap
-
     def plan(self, view: Any) -> Plan:
-        return Plan(StepLimits(running_requests=self._cap), Reason.CAP)
+        return Plan(StepLimits(running_requests=3), Reason.CAP)
 
 
-def test_a_cap_on_running_requests_over_the_real_scheduler(make_rig, random_traffic):
+def test_a_cap_on_running_requests_over_the_real_scheduler(make_rig):
     """No more run at once, and all are served."""
-    rig = make_rig((PowerLimit(2000.0, 0.1),), policy=lambda: AtMost(3))
+    rig = make_rig((PowerLimit(2000.0, 0.1),), policy=AtMost)
     rig.run(random_traffic(6, count=25, rate=40.0))
     assert not rig.engine.busy
     most = max(len(output["tokens"]) for output in rig.outputs)

@@ -19,6 +19,7 @@ from shaper.engine import membership
 from shaper.engine.membership import Membership, join
 from shaper.engine.readers import EngineGpus, NoSensor
 from shaper.gpu.profiles import load_profile
+from tests.engine.harness import random_traffic
 
 FREE_WATTS = 700.0
 STATIC = (PowerLimit(500.0, 0.1), PowerLimit(450.0, 1.0))
@@ -107,9 +108,7 @@ def test_the_safe_cap_keeps_the_static_share_too(handle: FakeHandle, member: Mem
     assert member.capped(PowerBudget()) == PowerBudget(STATIC[:1])
 
 
-def test_a_cap_made_anew_holds_after_a_failure(
-    make_rig: Callable[..., Any], random_traffic: Callable[..., Any]
-) -> None:
+def test_a_cap_made_anew_holds_after_a_failure(make_rig: Callable[..., Any]) -> None:
     """A share that has become smaller is kept by the next safe cap, and changes nothing else."""
 
     class Broken(WindowedPlanner):

@@ -22,7 +22,7 @@ from shaper.ipc.engine_record import read_statuses
 from shaper.ipc.status_block import run_id
 from tests.controlled import ORIGIN, engine, record, run, watts
 from tests.engine.conftest import plain
-from tests.engine.harness import GPU, MODEL
+from tests.engine.harness import GPU, MODEL, random_traffic
 
 __all__ = ["run"]
 
@@ -102,7 +102,7 @@ def served() -> Iterator[Callable[..., tuple[Any, list[Any]]]]:
         scheduler.shutdown()
 
 
-def test_under_an_untried_version_vllm_schedules_alone(served, random_traffic, monkeypatch, caplog):
+def test_under_an_untried_version_vllm_schedules_alone(served, monkeypatch, caplog):
     """Under a budget that would bind every output is vLLM's; log, state and metrics say so."""
     monkeypatch.setattr(shapeable, "vllm_version", lambda: "0.99.0")
     traffic = random_traffic(4, count=30)

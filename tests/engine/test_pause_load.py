@@ -9,6 +9,7 @@ import pytest
 
 from shaper.core.types import PowerLimit
 from shaper.engine.load import engine_load
+from tests.engine.harness import random_traffic
 
 BINDING = (PowerLimit(420.0, 0.1),)
 
@@ -50,10 +51,11 @@ def replace_one(engine: Any, name: str, prompt: list[int], rng: random.Random) -
     engine.add(new_request(name, prompt, rng.randint(1, 60), scheduler.vllm_config))
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("settings", [{}, {"kv_blocks": 900}, {"itl_target_seconds": 0.1}])
-def test_plans_see_the_load_as_it_is(make_rig, random_traffic, settings, asynchronous, seed):
+@pytest.mark.parametrize(
+    ("settings", "asynchronous", "seed"),
+    [({}, True, 0), ({"kv_blocks": 900}, False, 1), ({"itl_target_seconds": 0.1}, True, 2)],
+)
+def test_plans_see_the_load_as_it_is(make_rig, settings, asynchronous, seed):
     """Whatever arrives, is aborted, is preempted or returns; and many polls read nothing."""
     rig = make_rig(BINDING, asynchronous=asynchronous, **settings)
     watched, rng = Watched(rig.shaper), random.Random(seed)

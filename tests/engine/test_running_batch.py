@@ -12,6 +12,7 @@ from shaper.core.policy import Plan
 from shaper.core.types import PowerLimit, Reason, StepBatch, StepLimits
 from shaper.engine import running_batch as tallies
 from shaper.engine.running_batch import RunningBatch, full_count
+from tests.engine.harness import random_traffic
 
 BINDING = (PowerLimit(420.0, 0.1),)
 
@@ -63,20 +64,18 @@ def abort_some(rig: Any, rng: random.Random) -> None:
     scheduler.finish_requests(names, RequestStatus.FINISHED_ABORTED)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("asynchronous", [True, False])
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "asynchronous", "seed"),
     [
-        {},
-        {"kv_blocks": 900},
-        {"v2_runner": True},
-        {"policy": RandomLimits},
-        {"policy": RandomLimits, "kv_blocks": 900},
+        ({}, True, 0),
+        ({"kv_blocks": 900}, False, 1),
+        ({"kv_blocks": 900, "v2_runner": True}, True, 2),
+        ({"policy": RandomLimits}, False, 0),
+        ({"policy": RandomLimits, "kv_blocks": 900}, True, 1),
     ],
     ids=["planner", "little-kv", "v2", "levers", "levers-little-kv"],
 )
-def test_kept_counts_are_the_full_ones(make_rig, random_traffic, settings, asynchronous, seed):
+def test_kept_counts_are_the_full_ones(make_rig, settings, asynchronous, seed):
     """At every step, whatever ends, is preempted, aborted or held, and most are kept."""
     settings = dict(settings)
     rng = random.Random(seed)
@@ -104,7 +103,7 @@ def test_kept_counts_are_the_full_ones(make_rig, random_traffic, settings, async
         assert watched.kept > 4 * watched.full
 
 
-def test_what_it_holds_does_not_grow(make_rig, random_traffic):
+def test_what_it_holds_does_not_grow(make_rig):
     """When all requests are gone it keeps nothing of them."""
     rig = make_rig(BINDING)
     rig.run(random_traffic(5, count=40, rate=30.0))
@@ -159,13 +158,10 @@ def run_step(scheduler: Any, tally: RunningBatch, ran: int | None = None) -> Any
     return counts
 
 
-def test_a_wrong_count_is_counted_logged_once_and_repaired(monkeypatch, caplog):
+def test_a_wrong_count_is_counted_logged_once_and_repaired(counted, monkeypatch, caplog):
     """A request whose tokens change behind its back is found by the next full count."""
     monkeypatch.setattr(tallies, "CHECK_EVERY", 10)
-    scheduler = fake_scheduler(4)
-    tally = RunningBatch(scheduler)
-    for _ in range(5):
-        run_step(scheduler, tally)
+    scheduler, tally = counted
     for wrong in (1, 2):
         scheduler.running[0].num_computed_tokens -= 7
         for _ in range(12):
@@ -176,12 +172,19 @@ def test_a_wrong_count_is_counted_logged_once_and_repaired(monkeypatch, caplog):
     assert len(caplog.records) == 1
 
 
-def test_a_step_that_was_not_seen_is_not_trusted():
-    """The shaper may have been off, or its controller out, for some steps."""
+@pytest.fixture
+def counted():
+    """A scheduler of four, and a tally that has seen its five steps."""
     scheduler = fake_scheduler(4)
     tally = RunningBatch(scheduler)
     for _ in range(5):
         run_step(scheduler, tally)
+    return scheduler, tally
+
+
+def test_a_step_that_was_not_seen_is_not_trusted(counted):
+    """The shaper may have been off, or its controller out, for some steps."""
+    scheduler, tally = counted
     scheduler.current_step += 1
     for request in scheduler.running:
         request.num_computed_tokens += 1
@@ -189,12 +192,9 @@ def test_a_step_that_was_not_seen_is_not_trusted():
     assert tally.read(previous) == full_count(scheduler, previous)
 
 
-def test_empty_steps_that_nobody_asked_about_lose_nothing():
+def test_empty_steps_that_nobody_asked_about_lose_nothing(counted):
     """A pause with its end known is not looked at again; after it the counts still stand."""
-    scheduler = fake_scheduler(4)
-    tally = RunningBatch(scheduler)
-    for _ in range(5):
-        run_step(scheduler, tally)
+    scheduler, tally = counted
     for _ in range(3):
         run_step(scheduler, tally, ran=0)
         for _ in range(7):
@@ -206,12 +206,9 @@ def test_empty_steps_that_nobody_asked_about_lose_nothing():
         scheduler.running[0].num_computed_tokens += 1
 
 
-def test_an_unread_step_with_tokens_is_not_trusted_after_empty_ones():
+def test_an_unread_step_with_tokens_is_not_trusted_after_empty_ones(counted):
     """Empty steps before it don't make a step known that nobody has counted."""
-    scheduler = fake_scheduler(4)
-    tally = RunningBatch(scheduler)
-    for _ in range(5):
-        run_step(scheduler, tally)
+    scheduler, tally = counted
     for ran in (0, 4, 0):
         scheduler.current_step += 1
         for request in scheduler.running[:ran]:
@@ -221,12 +218,9 @@ def test_an_unread_step_with_tokens_is_not_trusted_after_empty_ones():
     assert tally.read(previous) == full_count(scheduler, previous)
 
 
-def test_a_step_that_vllm_scheduled_otherwise_is_not_trusted():
+def test_a_step_that_vllm_scheduled_otherwise_is_not_trusted(counted):
     """One decode didn't get its token: the next count is a full one."""
-    scheduler = fake_scheduler(4)
-    tally = RunningBatch(scheduler)
-    for _ in range(5):
-        run_step(scheduler, tally)
+    scheduler, tally = counted
     run_step(scheduler, tally, ran=3)
     assert run_step(scheduler, tally).context_tokens == sum(
         request.num_computed_tokens - 1 for request in scheduler.running

@@ -11,6 +11,7 @@ import pytest
 
 from shaper.core.policy import Plan
 from shaper.core.types import PowerLimit, Reason, StepLimits
+from tests.engine.harness import random_traffic
 
 LOOSE = (PowerLimit(5000.0, 0.1), PowerLimit(4000.0, 1.0))
 TIGHT = (PowerLimit(420.0, 0.1),)
@@ -35,21 +36,18 @@ def same_outputs(make_rig, traffic, limits, engine, shaper):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("limits", [(), LOOSE], ids=["no-limit", "loose-limits"])
-def test_outputs_equal_vllms(make_rig, random_traffic, seed, asynchronous, limits):
-    """Every SchedulerOutput of random traffic equals that of vLLM's own scheduler."""
+def test_outputs_equal_vllms(make_rig, asynchronous):
+    """Without a limit every SchedulerOutput of random traffic is that of vLLM's own scheduler."""
     engine = {"asynchronous": asynchronous, "kv_blocks": 2500}
-    ours = same_outputs(make_rig, random_traffic(seed), limits, engine, {})
+    ours = same_outputs(make_rig, random_traffic(2), (), engine, {})
     assert ours.shaper.counters.held == 0
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("v2_runner", [True, False], ids=["v2", "v1"])
-@pytest.mark.parametrize("kv_blocks", [50_000, 900], ids=["large-cache", "small-cache"])
-def test_every_feature_at_once_changes_nothing(
-    make_rig, random_traffic, asynchronous, v2_runner, kv_blocks
-):
+@pytest.mark.parametrize(
+    ("asynchronous", "v2_runner", "kv_blocks"),
+    [(True, True, 50_000), (False, True, 900), (True, False, 900), (False, False, 50_000)],
+)
+def test_every_feature_at_once_changes_nothing(make_rig, asynchronous, v2_runner, kv_blocks):
     """Limits, a ramp, both targets and a margin that don't bind, whatever branch vLLM takes."""
     engine = {"asynchronous": asynchronous, "v2_runner": v2_runner, "kv_blocks": kv_blocks}
     traffic = random_traffic(7, rate=40.0)
@@ -80,12 +78,10 @@ class EveryLever:
         return Plan(choices[self.count % len(choices)], Reason.PAUSE)
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_shadow_holds_no_lever(make_rig, random_traffic, asynchronous):
+def test_a_shadow_holds_no_lever(make_rig):
     """In shadow every lever may be asked for, and none is pulled."""
     shaper = {"policy": EveryLever, "shadow": True}
-    engine = {"asynchronous": asynchronous, "kv_blocks": 2500}
-    ours = same_outputs(make_rig, random_traffic(4), TIGHT, engine, shaper)
+    ours = same_outputs(make_rig, random_traffic(4), TIGHT, {"kv_blocks": 2500}, shaper)
     asked = {limits for limits in (d.limits for d in ours.log.decisions) if limits.binding}
     assert len(asked) >= 5
     assert not any(decision.applied for decision in ours.log.decisions)
@@ -94,13 +90,12 @@ def test_a_shadow_holds_no_lever(make_rig, random_traffic, asynchronous):
 @pytest.mark.parametrize(
     "shaper",
     [
-        {},
         {"itl_target_seconds": 0.02, "ttft_target_seconds": 0.2, "ramp_watts_per_second": 200.0},
         {"itl_target_seconds": 0.05, "spend_slack": True},
     ],
-    ids=["budget", "targets-and-ramp", "slack"],
+    ids=["targets-and-ramp", "slack"],
 )
-def test_shadow_applies_nothing_and_still_decides(make_rig, random_traffic, shaper):
+def test_shadow_applies_nothing_and_still_decides(make_rig, shaper):
     """Under a tight budget a shadow leaves every output alone, and records what it would do."""
     ours = same_outputs(make_rig, random_traffic(4), TIGHT, {}, {**shaper, "shadow": True})
     would = [d for d in ours.log.decisions if d.limits.binding]
@@ -108,20 +103,12 @@ def test_shadow_applies_nothing_and_still_decides(make_rig, random_traffic, shap
     assert not any(decision.applied for decision in ours.log.decisions)
 
 
-def test_a_budget_that_binds_does_change_the_outputs(make_rig, random_traffic):
+def test_a_budget_that_binds_does_change_the_outputs(make_rig):
     """The comparison above is able to fail."""
     theirs, ours = make_rig(None), make_rig(TIGHT)
-    theirs.run(random_traffic(4))
-    ours.run(random_traffic(4))
+    for rig in (theirs, ours):
+        rig.run(random_traffic(4, count=20))
     assert ours.outputs != theirs.outputs
-
-
-def test_the_same_seed_gives_the_same_decisions(make_rig, random_traffic):
-    """Nothing in a decision depends on the wall clock or on chance."""
-    first, second = make_rig(TIGHT), make_rig(TIGHT)
-    first.run(random_traffic(5))
-    second.run(random_traffic(5))
-    assert first.log.decisions == second.log.decisions
 
 
 def decisions_digest() -> str:
@@ -153,7 +140,7 @@ def test_a_decision_does_not_depend_on_the_order_of_sets():
             capture_output=True,
             text=True,
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
-            timeout=200,
+            timeout=280,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]

@@ -14,7 +14,7 @@ from tests.engine.harness import Attacked, attacked, worst_ratio
 from tests.engine.test_faults import serve, traffic
 
 LIMIT = PowerLimit(450.0, 0.1)
-SECONDS = 14.0
+SECONDS = 10.0
 Bend = Callable[[GpuSample], GpuSample]
 
 
@@ -60,11 +60,8 @@ def served(bend: Bend, rate: float = 20.0) -> tuple[Attacked, float]:
     return world, worst_ratio(world.engine.gpus.take_segments(), LIMIT)
 
 
-@pytest.mark.parametrize("since_seconds", [0.0, 5.0])
-@pytest.mark.parametrize("ratio", [0.57, 0.75])
-def test_a_counter_that_counts_less(
-    ratio: float, since_seconds: float, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize(("ratio", "since_seconds"), [(0.57, 3.0), (0.75, 0.0)])
+def test_a_counter_that_counts_less(ratio, since_seconds, caplog) -> None:
     """No window is over, from the first second on or from when it began to; it is said."""
     world, worst = served(counts(ratio, since_seconds))
     assert worst <= 1.01
