@@ -106,7 +106,7 @@ class Liveness(RuleBasedStateMachine):
         self.world.shaper.flex = FlexRules(FLEX_SECONDS, refuse)
         self.world.mood.say(state, 1.0)
         scheduler = self.world.engine.scheduler
-        self.pause_seconds = engine["max_pause_seconds"]
+        self.pause_seconds: float = engine["max_pause_seconds"]
         self.settings = self._settings(scheduler)
         self.longest_seconds = self.since_seconds = 0.0
         self.turns_without_time = self.added = self.work_tokens = self.decode_tokens = 0

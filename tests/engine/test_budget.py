@@ -15,7 +15,7 @@ TOLERANCE_RATIO = 0.01
 
 
 @pytest.fixture(scope="module")
-def free(make_rig) -> np.ndarray:
+def free(make_rig):
     """True power of the same requests without a shaper."""
     unshaped = make_rig(None)
     unshaped.run(random_traffic(11, count=60))

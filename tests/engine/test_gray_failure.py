@@ -11,7 +11,8 @@ import pytest
 from shaper.core.model.power_model import StepModel
 from shaper.core.supervise.status import Cause
 from shaper.core.types import ClockEventReasons, StepPrediction
-from tests.engine.conftest import GPU, Rig
+from tests.engine.conftest import Rig
+from tests.engine.harness import GPU
 
 TOP_HERTZ = 1.98e9
 THERMAL = ClockEventReasons.SW_THERMAL_SLOWDOWN
