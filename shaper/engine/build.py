@@ -1,37 +1,45 @@
-"""Start-up: finds the GPUs, builds what an engine's shaper needs, and starts it."""
+"""Builds an engine's shaper: `build_engine` for one in a server and one in virtual time.
+
+`attach` is the start in a server: it finds the GPUs, builds what a live engine has, and starts it.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from shaper import __version__
 from shaper.config.model import ShaperConfig, check_floor, check_gpu_limits, loose_settings
 from shaper.config.sources import given_settings, load_config
-from shaper.core.budget import describe
+from shaper.core.budget import Constraints, describe
 from shaper.core.controller import Controller
+from shaper.core.ledger.shared import PowerGroup
 from shaper.core.model.power_model import StepModel
+from shaper.core.policy import Policy
 from shaper.core.supervise.admission import Admission, FlexRules
 from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget
 from shaper.engine.compat import abort_at_stop, check_scheduler, setting
 from shaper.engine.control import BudgetControl
 from shaper.engine.decision_log import DecisionLog
-from shaper.engine.fallback_cap import FallbackCap, fallback_cap
-from shaper.engine.membership import Membership, join
+from shaper.engine.fallback_cap import fallback_cap
+from shaper.engine.membership import join
 from shaper.engine.policies import POLICIES
-from shaper.engine.protocols import EngineShaper, NewController, PassThrough
+from shaper.engine.protocols import DecisionSink, EngineShaper, Mode, PassThrough
 from shaper.engine.readers import EngineGpus, engine_gpus
 from shaper.engine.recorder import Recorder
 from shaper.engine.refusal import refuse
 from shaper.engine.runtime import LiveShaper
 from shaper.engine.shapeable import engine_obstacle, refusal
-from shaper.engine.tick import EngineTick
+from shaper.engine.tick import EngineTick, Live
 from shaper.engine.work import engine_coefficients
 from shaper.errors import ShaperError
 from shaper.gpu.parts import Parts
+from shaper.gpu.reader import GpuReader
 from shaper.gpu.sampler import Sampler
 from shaper.ipc.control_file import ControlFile, EngineControl, Follower, sweep_control_files
 from shaper.ipc.flex import flex_queue
@@ -109,12 +117,165 @@ def _unwatched(vllm_config: Any, config: ShaperConfig, why: str) -> PassThrough:
     return PassThrough(status.close)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """What the shaper of one engine is built of."""
+
+    model: StepModel
+    reader: GpuReader
+    policy: Callable[[], Policy]
+    budget: PowerBudget
+    mode: Mode = "on"
+    targets: LatencyTargets = field(default_factory=LatencyTargets)
+    max_pause_seconds: float = 1.0
+    margin_ratio: float = 0.0
+    free_hertz: float = 0.0
+    """The SM clock that nothing holds down."""
+    group: PowerGroup | None = None
+    capped: Callable[[PowerBudget], PowerBudget] = lambda budget: budget
+    """What the safe cap has to keep, of a budget."""
+    parts: Parts = field(default_factory=Parts)
+    clock: Callable[[], float] = time.monotonic
+    sampler: Callable[..., Sampler] = Sampler
+    interval_seconds: float = 0.02
+    supervise: bool = True
+    """Judge health, heat and, with `admission`, what may enter."""
+    admission: Admission | None = None
+    shapes_heat: Callable[[Constraints], bool] = lambda constraints: True
+    """Whether heat may limit power, by what limits the engine now."""
+    log: DecisionSink | None = None
+    """Gets every decision."""
+    live: Live | None = None
+    """None in virtual time."""
+
+
+def build_engine(scheduler: Any, setup: EngineSetup) -> tuple[LiveShaper, Sampler]:
+    """The shaper of an engine and its sampler, which is not started."""
+    model, group, live = setup.model, setup.group, setup.live
+
+    def new_controller(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
+        return Controller(
+            model,
+            setup.policy(),
+            budget,
+            now_seconds,
+            targets=setup.targets,
+            max_pause_seconds=setup.max_pause_seconds,
+            margin_ratio=setup.margin_ratio,
+            rest_watts=model.idle_watts,
+            rest_after_seconds=model.profile.power.gap_hold_seconds,
+            full=full,
+            group=group,
+            free_hertz=setup.free_hertz,
+        )
+
+    reader = setup.reader if live is None else live.recorder.tap(setup.reader)
+    sampler = setup.sampler(reader, setup.clock, setup.interval_seconds, parts=setup.parts)
+
+    def close() -> None:
+        if live is not None:
+            live.status.close()
+        sampler.stop()
+        if live is not None:
+            live.close()
+
+    shaper = LiveShaper(
+        scheduler,
+        new_controller,
+        lambda budget: fallback_cap(model.predict, model.gap_watts, setup.capped(budget)),
+        setup.budget,
+        shared_limits=() if group is None else group.limits,
+        mode=setup.mode,
+        sampler=sampler,
+        log=setup.log,
+        record=None if live is None else live.recorder.add_step,
+        clock=setup.clock,
+        on_close=close,
+    )
+    if setup.supervise:
+        sampler.on_tick = _tick(scheduler, setup, shaper, sampler)
+    return shaper, sampler
+
+
+def _tick(scheduler: Any, setup: EngineSetup, shaper: LiveShaper, sampler: Sampler) -> EngineTick:
+    gpus, parts = setup.reader.gpus, setup.parts
+    supervisor = Supervisor(
+        setup.model.profile,
+        gpus,
+        admission=setup.admission,
+        metered=bool(gpus),
+        parts=parts,
+    )
+    return EngineTick(
+        parts,
+        shaper,
+        sampler,
+        supervisor,
+        setup.model.idle_watts,
+        lambda: flex_queue(scheduler),
+        setup.shapes_heat,
+        setup.live,
+    )
+
+
 def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = None) -> LiveShaper:
     vllm_config = scheduler.vllm_config
     gpus = engine_gpus(vllm_config, config)
     model = StepModel(gpus.profile, engine_coefficients(vllm_config, scheduler.kv_cache_config))
     check_floor(config, model.idle_watts, model.gpu_count)
     check_gpu_limits(config, model.gpu_count)
+    parts = Parts()
+    live = _live(config, gpus, model, vllm_config, passes_through, parts)
+    first, member = live.control.state, live.member
+
+    def capped(budget: PowerBudget) -> PowerBudget:
+        # Nothing is applied in other modes, and nothing is capped.
+        if member is not None and live.control.state.mode == "on":
+            return member.capped(budget)
+        return budget
+
+    shaper, sampler = build_engine(
+        scheduler,
+        EngineSetup(
+            model,
+            gpus.reader,
+            POLICIES[config.policy],
+            first.budget,
+            first.mode,
+            LatencyTargets(
+                config.itl_target_seconds,
+                config.ttft_target_seconds,
+                config.objective == "efficiency",
+            ),
+            max_pause_seconds=config.max_pause_seconds,
+            margin_ratio=config.margin_ratio,
+            free_hertz=gpus.free_hertz,
+            group=None if member is None else member.handle,
+            capped=capped,
+            parts=parts,
+            interval_seconds=config.sample_interval_seconds,
+            admission=Admission(config.ttft_target_seconds, time.monotonic()),
+            shapes_heat=config.shapes_heat,
+            log=live.log,
+            live=live,
+        ),
+    )
+    shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
+    live.recorder.start()
+    sampler.start()
+    logger.info("shaper on %s: %s", gpus.profile.name, _what_holds(config, first))
+    return shaper
+
+
+def _live(
+    config: ShaperConfig,
+    gpus: EngineGpus,
+    model: StepModel,
+    vllm_config: Any,
+    passes_through: str | None,
+    parts: Parts,
+) -> Live:
+    """Control first: what it refuses, nobody else hears of."""
     control = BudgetControl(
         config.budget_plan,
         "shadow" if config.shadow else "on",
@@ -125,7 +286,6 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
         passes_through=passes_through,
         unshaped_ok=config.unshaped_ok,
     )
-    first = control.state
     for warning in loose_settings(config, gpus.enforced_watts(model.gpu_count), model.gpu_count):
         logger.warning("%s", warning)
     rank = _rank(vllm_config)
@@ -135,68 +295,8 @@ def _start(scheduler: Any, config: ShaperConfig, passes_through: str | None = No
     )
     sweep_control_files()
     log = DecisionLog(config.decision_log and str(path_of_rank(config.decision_log, rank)))
-    parts = Parts()
     recorder = _recorder(config, rank, gpus.profile.name, vllm_config, parts)
-    supervisor = Supervisor(
-        gpus.profile,
-        gpus.reader.gpus,
-        admission=Admission(config.ttft_target_seconds, time.monotonic()),
-        metered=bool(gpus.reader.gpus),
-        parts=parts,
-    )
-    tick = EngineTick(
-        parts,
-        control,
-        supervisor,
-        model.idle_watts,
-        status,
-        log,
-        recorder,
-        member,
-        lambda: flex_queue(scheduler),
-        config.shapes_heat,
-    )
-
-    def cap(budget: PowerBudget) -> FallbackCap:
-        # Nothing is applied in other modes, and nothing is capped.
-        if member is not None and control.state.mode == "on":
-            budget = member.capped(budget)
-        return fallback_cap(model.predict, model.gap_watts, budget)
-
-    sampler = Sampler(
-        recorder.tap(gpus.reader),
-        time.monotonic,
-        interval_seconds=config.sample_interval_seconds,
-        on_tick=tick,
-        parts=parts,
-    )
-
-    def close() -> None:
-        status.close()
-        sampler.stop()
-        if member is not None:
-            member.leave()
-        log.close()
-        recorder.close()
-
-    shaper = LiveShaper(
-        scheduler,
-        _new_controller(config, gpus, model, member),
-        cap,
-        first.budget,
-        shared_limits=() if member is None else member.handle.limits,
-        mode=first.mode,
-        sampler=sampler,
-        log=log,
-        record=recorder.add_step,
-        on_close=close,
-    )
-    shaper.flex = FlexRules(config.flex_max_wait_seconds, config.flex_on_timeout == "refuse")
-    tick.shaper, tick.sampler = shaper, sampler
-    recorder.start()
-    sampler.start()
-    logger.info("shaper on %s: %s", gpus.profile.name, _what_holds(config, first))
-    return shaper
+    return Live(control, status, log, recorder, member)
 
 
 def _what_holds(config: ShaperConfig, first: EngineControl) -> str:
@@ -205,32 +305,6 @@ def _what_holds(config: ShaperConfig, first: EngineControl) -> str:
         return said
     shared = describe(PowerBudget(config.group.limits))
     return f"{said}, in power group {config.group.name} with {shared}"
-
-
-def _new_controller(
-    config: ShaperConfig, gpus: EngineGpus, model: StepModel, member: Membership | None
-) -> NewController:
-    targets = LatencyTargets(
-        config.itl_target_seconds, config.ttft_target_seconds, config.objective == "efficiency"
-    )
-
-    def make(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
-        return Controller(
-            model,
-            POLICIES[config.policy](),
-            budget,
-            now_seconds,
-            targets=targets,
-            max_pause_seconds=config.max_pause_seconds,
-            margin_ratio=config.margin_ratio,
-            rest_watts=model.idle_watts,
-            rest_after_seconds=gpus.profile.power.gap_hold_seconds,
-            full=full,
-            group=None if member is None else member.handle,
-            free_hertz=gpus.free_hertz,
-        )
-
-    return make
 
 
 def _rank(vllm_config: Any) -> int:

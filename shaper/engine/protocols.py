@@ -11,8 +11,7 @@ from shaper.core.budget import Constraints
 from shaper.core.controller import Controller
 from shaper.core.supervise.admission import FlexRules
 from shaper.core.supervise.status import EngineStatus
-from shaper.core.types import Decision, PowerBudget, PowerState, StepBatch
-from shaper.engine.fallback_cap import FallbackCap
+from shaper.core.types import Decision, PowerState, StepBatch
 from shaper.ipc.flex import ShapingState
 
 Mode = Literal["on", "shadow", "off"]
@@ -34,22 +33,6 @@ class LaunchedStep(NamedTuple):
     launched_seconds: float
     batch: StepBatch
     controller: Controller | None
-
-
-class NewController(Protocol):
-    """Makes a controller."""
-
-    def __call__(self, budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
-        """One that starts now; with `full` it takes every window as used up."""
-        ...
-
-
-class NewCap(Protocol):
-    """Makes the safe cap."""
-
-    def __call__(self, budget: PowerBudget) -> FallbackCap:
-        """The caps that keep a budget without a controller."""
-        ...
 
 
 class EngineShaper(ShapingState, Protocol):

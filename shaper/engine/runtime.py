@@ -34,14 +34,13 @@ from shaper.core.types import (
     StepLimits,
     StepPrediction,
 )
+from shaper.engine.fallback_cap import FallbackCap
 from shaper.engine.levers import Levers
 from shaper.engine.load import engine_load, has_everyone, launched_batch, whole_load
 from shaper.engine.protocols import (
     DecisionSink,
     LaunchedStep,
     Mode,
-    NewCap,
-    NewController,
     Sensing,
     Wanted,
 )
@@ -68,7 +67,8 @@ class LiveShaper:
 
     Args:
         scheduler: vLLM's.
-        new_controller: makes the controller of a budget.
+        new_controller: makes the controller of a budget that starts at a time; where the last
+            argument is true it takes every window as used up.
         new_cap: makes what holds while there is none.
         budget: the first budget.
         shared_limits: of the engine's power group.
@@ -82,8 +82,8 @@ class LiveShaper:
     def __init__(
         self,
         scheduler: Any,
-        new_controller: NewController,
-        new_cap: NewCap,
+        new_controller: Callable[[PowerBudget, float, bool], Controller],
+        new_cap: Callable[[PowerBudget], FallbackCap],
         budget: PowerBudget,
         *,
         shared_limits: tuple[PowerLimit, ...] = (),

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 from shaper.core.budget import Constraints
 from shaper.core.supervise.status import EngineStatus, Usage
@@ -24,6 +26,7 @@ from shaper.engine.control import BudgetControl
 from shaper.engine.decision_log import DecisionLog
 from shaper.engine.membership import Membership
 from shaper.engine.meter_windows import MeterWindows
+from shaper.engine.protocols import Mode
 from shaper.engine.recorder import Recorder
 from shaper.engine.runtime import LiveShaper
 from shaper.gpu.parts import Parts
@@ -35,44 +38,58 @@ from shaper.ipc.status_block import StatusWriter
 logger = logging.getLogger(__name__)
 
 
+class Live(NamedTuple):
+    """What an engine of a server has beside its steps, and one in virtual time does without."""
+
+    control: BudgetControl
+    """Of budget and mode."""
+    status: StatusWriter
+    """Where the record goes."""
+    log: DecisionLog
+    """Drained at each tick."""
+    recorder: Recorder
+    """Follows orders to record."""
+    member: Membership | None
+    """Of a power group."""
+
+    def close(self) -> None:
+        """End everything but the status block, which goes first."""
+        if self.member is not None:
+            self.member.leave()
+        self.log.close()
+        self.recorder.close()
+
+
 class EngineTick:
     """The sampler's `on_tick`.
 
     Args:
         parts: counts what fails.
-        control: budget and mode.
+        shaper: of the engine.
+        sampler: its own.
         supervisor: judges the engine.
         idle_watts: what the engine's GPUs draw with nothing to do.
-        status: the block that the record goes to.
-        log: of decisions; drained here.
-        recorder: follows orders to record.
-        member: of a power group; None where there is none.
         flex: what waits in the engine; None before there is a queue.
         shapes_heat: whether heat may limit power, by what limits the engine now.
+        live: takes orders and publishes; None: neither is done.
 
-    `shaper` and `sampler` are made later than this, and set before the first tick. Stateful
-    fields: what was sensed and judged last.
+    Stateful fields: what was sensed and judged last.
     """
-
-    shaper: LiveShaper
-    sampler: Sampler
 
     def __init__(
         self,
         parts: Parts,
-        control: BudgetControl,
+        shaper: LiveShaper,
+        sampler: Sampler,
         supervisor: Supervisor,
         idle_watts: float,
-        status: StatusWriter,
-        log: DecisionLog,
-        recorder: Recorder,
-        member: Membership | None,
         flex: Callable[[], FlexQueue | None],
         shapes_heat: Callable[[Constraints], bool],
+        live: Live | None,
     ) -> None:
-        self._parts, self._control, self._supervisor = parts, control, supervisor
-        self._status, self._log, self._recorder = status, log, recorder
-        self._member, self._flex, self._shapes_heat = member, flex, shapes_heat
+        self._parts, self._shaper, self._sampler = parts, shaper, sampler
+        self._supervisor, self._live = supervisor, live
+        self._flex, self._shapes_heat = flex, shapes_heat
         self._windows = MeterWindows(idle_watts)
         self._metered = Usage()
         self._state: PowerState | None = None
@@ -80,55 +97,66 @@ class EngineTick:
 
     def __call__(self, now_seconds: float) -> None:
         """Do everything once."""
-        run, shaper, recorder, member = self._parts.run, self.shaper, self._recorder, self._member
-        # Control. What its state says is set each time, also where the change was not logged.
-        run("control", self._control.tick, now_seconds)
-        control = self._control.state
-        shaper.set_budget(control.budget)
-        shaper.set_mode(control.mode)
-        run("recording", lambda: recorder.follow(self._control.record_order, now_seconds))
-        if member is not None:
-            run("group", self._beat, member)
+        if self._live is not None:
+            self._control(self._live, now_seconds)
         # Sense. What can't be sensed now stays as it was.
-        sensor = run("sensor_report", self.sampler.report, now_seconds) or self._record.sensor
+        run, shaper = self._parts.run, self._shaper
+        sensor = run("sensor_report", self._sampler.report, now_seconds) or self._record.sensor
         flex = run("flex", self._flex) or self._record.flex
-        usage = self._usage(self.sampler.latest)
+        usage = self._usage(self._sampler.latest)
         # Judge. Nobody is turned away for what is no longer known.
         wait_seconds = 0.0 if flex is None else flex.wait_seconds(now_seconds)
         shaper.standing = run("supervisor", self._judge, now_seconds, usage, wait_seconds)
-        # Publish.
         self._record = EngineRecord(
             at_seconds=now_seconds,
             power=self._state,
             sensor=sensor,
             usage=usage,
             standing=shaper.standing,
-            control=control,
-            group=None if member is None else member.status,
             flex=flex,
-            recording=recorder.state,
             counters=shaper.counters,
             failures=self._parts.errors,
         )
-        run("decision_log", self._log.drain)
-        run("status_block", lambda: self._status.write(packed(self._record)))
+        if self._live is not None:
+            run("decision_log", self._live.log.drain)
+            run("status_block", self._publish, self._live)
 
-    def _beat(self, member: Membership) -> None:
-        if member.tick(self._control.state.mode, decides=self.shaper.demand is not None):
-            self.shaper.renew_cap()
+    def _control(self, live: Live, now_seconds: float) -> None:
+        run, control, shaper = self._parts.run, live.control, self._shaper
+        run("control", control.tick, now_seconds)
+        # Each time: what `state` says holds, also where the change could not be logged.
+        shaper.set_budget(control.state.budget)
+        shaper.set_mode(control.state.mode)
+        run("recording", lambda: live.recorder.follow(control.record_order, now_seconds))
+        if live.member is not None:
+            run("group", self._beat, live.member, control.state.mode)
+
+    def _beat(self, member: Membership, mode: Mode) -> None:
+        if member.tick(mode, decides=self._shaper.demand is not None):
+            self._shaper.renew_cap()
+
+    def _publish(self, live: Live) -> None:
+        record = replace(
+            self._record,
+            control=live.control.state,
+            group=None if live.member is None else live.member.status,
+            recording=live.recorder.state,
+        )
+        live.status.write(packed(record))
 
     def _usage(self, state: PowerState | None) -> Usage:
         """Of the engine's limits, as metered, and of its group's, as committed."""
         if state is not None and state is not self._state:
             self._state = state
-            limits = self.shaper.constraints.own.limits
+            limits = self._shaper.constraints.own.limits
             metered = self._parts.run("meter_windows", self._windows.observe, state, limits)
             self._metered = metered or Usage()
-        return self._metered if self._member is None else self._metered.together(self._member.usage)
+        member = None if self._live is None else self._live.member
+        return self._metered if member is None else self._metered.together(member.usage)
 
     def _judge(self, now_seconds: float, usage: Usage, wait_seconds: float) -> EngineStatus:
         """Judge, and hand the limits on. Where that fails the last limit stays."""
-        shaper, constraints = self.shaper, self.shaper.constraints
+        shaper, constraints = self._shaper, self._shaper.constraints
         standing = self._supervisor.tick(
             now_seconds,
             self._state,
@@ -138,6 +166,7 @@ class EngineTick:
             wait_seconds=wait_seconds,
             shapes_heat=self._shapes_heat(constraints),
         )
+        shaper.standing = standing
         shaper.set_extra_limits(standing.limits)
         for line in standing.announcements:
             logger.warning("%s", line)

@@ -98,7 +98,7 @@ class Sampler:
         self._clock = clock
         self._interval_seconds = interval_seconds
         self._on_state = on_state
-        self._on_tick = on_tick
+        self.on_tick = on_tick
         # A sum over the GPUs that still answer would be too low.
         self._gpu_count = len(reader.gpus)
         self._screen = SampleValidator()
@@ -204,8 +204,8 @@ class Sampler:
 
     def _tell(self, now_seconds: float) -> None:
         self._told_seconds = now_seconds
-        if self._on_tick is not None:
-            self.parts.run("tick", self._on_tick, now_seconds)
+        if self.on_tick is not None:
+            self.parts.run("tick", self.on_tick, now_seconds)
 
     def _read(self) -> tuple[GpuSample, ...] | None:
         """One reading of all GPUs; None where it failed."""

@@ -6,20 +6,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from shaper.core.controller import Controller
 from shaper.core.ledger.shared import PowerGroup
 from shaper.core.model.power_model import StepModel
 from shaper.core.policy import Policy
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.supervise.admission import Admission
-from shaper.core.supervise.supervisor import Supervisor
 from shaper.core.types import LatencyTargets, PowerBudget, PowerLimit, PowerState
 from shaper.emulator.meter import EmulatedReader
 from shaper.emulator.silicon import EmulatedGpus
-from shaper.engine.fallback_cap import fallback_cap
+from shaper.engine.build import EngineSetup, build_engine
 from shaper.engine.protocols import DecisionSink
 from shaper.engine.runtime import LiveShaper
 from shaper.engine.work import engine_coefficients
+from shaper.gpu.parts import Part, Parts
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.reader import GpuReader
 from shaper.gpu.sampler import Sampler
@@ -30,29 +29,31 @@ from shaper.simulate.true_gpu import TrueGpu
 _SAMPLE_SECONDS = 0.02
 
 
-class VirtualSampler:
-    """The live engine's sampler without its thread: it ticks when somebody looks.
+class VirtualSampler(Sampler):
+    """The live engine's sampler without its thread: it ticks when somebody looks."""
 
-    Args:
-        reader: of the emulated GPUs, or one with faults in it.
-        clock: virtual seconds.
-    """
-
-    def __init__(self, reader: GpuReader, clock: Callable[[], float]) -> None:
-        self.sampler = Sampler(reader, clock, _SAMPLE_SECONDS)
-        self.on_tick: Callable[[float], None] = lambda now_seconds: None
-        self._clock = clock
-        self._due_seconds = 0.0
+    _due_seconds = 0.0
+    _published: PowerState | None = None
 
     @property
     def latest(self) -> PowerState | None:
         """What the sampler's thread would have published by now."""
         now = self._clock()
         if now >= self._due_seconds:
-            self._due_seconds = now + _SAMPLE_SECONDS
-            self.sampler.tick()
-            self.on_tick(now)
-        return self.sampler.latest
+            self._due_seconds = now + self._interval_seconds
+            self.tick()
+        return self._published
+
+    @latest.setter
+    def latest(self, state: PowerState | None) -> None:
+        self._published = state
+
+
+class _RaisingParts(Parts):
+    """A failure beside the steps ends the simulation, as one in them is counted."""
+
+    def failed(self, part: Part, error: Exception) -> None:
+        raise error
 
 
 def _models(config: Any, gpu: str, kv_blocks: int | None) -> tuple[StepModel, StepModel, Any]:
@@ -116,7 +117,6 @@ def new_engine(
     from shaper.simulate.pauses import VirtualAsyncScheduler, VirtualScheduler
 
     true, model, cache = _models(config, gpu, kv_blocks)
-    profile = model.profile
     gpus = EmulatedGpus(
         (plant or true).profile,
         plant or true,
@@ -127,51 +127,31 @@ def new_engine(
         ambient_celsius=ambient_celsius,
     )
     asynchronous = bool(config.scheduler_config.async_scheduling)
-    targets = LatencyTargets(itl_target_seconds, ttft_target_seconds, spend_slack)
     holder: list[VirtualEngine] = []
 
     def clock() -> float:
         return holder[0].now_seconds if holder else 0.0
 
-    def new_controller(budget: PowerBudget, now_seconds: float, full: bool) -> Controller:
-        return Controller(
+    def attach(scheduler: Any) -> LiveShaper:
+        setup = EngineSetup(
             model,
-            policy(),
-            budget,
-            now_seconds,
-            targets=targets,
+            faults(EmulatedReader(gpus, clock)),
+            policy,
+            PowerBudget(tuple(limits or ()), ramp_watts_per_second),
+            "shadow" if shadow else "on",
+            LatencyTargets(itl_target_seconds, ttft_target_seconds, spend_slack),
             max_pause_seconds=max_pause_seconds,
             margin_ratio=margin_ratio,
-            rest_watts=model.idle_watts,
-            rest_after_seconds=profile.power.gap_hold_seconds,
-            full=full,
+            free_hertz=model.profile.clocks.sm_max_hertz,
             group=group,
-            free_hertz=profile.clocks.sm_max_hertz,
-        )
-
-    def attach(scheduler: Any) -> LiveShaper:
-        sampler = VirtualSampler(faults(EmulatedReader(gpus, clock)), clock)
-        shaper = LiveShaper(
-            scheduler,
-            new_controller,
-            lambda budget: fallback_cap(model.predict, model.gap_watts, budget),
-            PowerBudget(tuple(limits or ()), ramp_watts_per_second),
-            shared_limits=() if group is None else group.limits,
-            mode="shadow" if shadow else "on",
-            sampler=sampler,
-            log=log,
+            parts=_RaisingParts(),
             clock=clock,
+            sampler=VirtualSampler,
+            supervise=supervise,
+            admission=admission,
+            log=log,
         )
-        if supervise:
-            supervisor = Supervisor(profile, gpus.identities, admission=admission)
-
-            def tick(now_seconds: float) -> None:
-                latest = sampler.sampler.latest
-                shaper.standing = supervisor.tick(now_seconds, latest, shaper.demand)
-                shaper.set_extra_limits(shaper.standing.limits)
-
-            sampler.on_tick = tick
-        return shaper
+        return build_engine(scheduler, setup)[0]
 
     own = AsyncScheduler if asynchronous else Scheduler
     shaped = VirtualAsyncScheduler if asynchronous else VirtualScheduler

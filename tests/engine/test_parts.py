@@ -24,7 +24,7 @@ from shaper.engine.decision_log import DecisionLog
 from shaper.engine.membership import Membership
 from shaper.engine.readers import NoSensor
 from shaper.engine.recorder import Recorder
-from shaper.engine.tick import EngineTick
+from shaper.engine.tick import EngineTick, Live
 from shaper.gpu.parts import PARTS, Parts
 from shaper.gpu.profiles import load_profile
 from shaper.gpu.sampler import Sampler
@@ -132,19 +132,17 @@ def wired(run: str, tmp_path: Path, gpu: Any) -> Iterator[Engine]:
     )
     recorder = Recorder(tmp_path, 0, {}, str(tmp_path / "run.csv"), parts)
     member = Membership(handle, 700.0, clock=lambda: gpu.now_seconds)  # type: ignore[arg-type]
-    flex = FlexQueue(2, None, None, 9, (5, 1, 0, 1), 3)
-    tick = EngineTick(
-        parts, control, supervisor, 115.0, status, log, recorder, member, lambda: flex,
-        lambda constraints: constraints.budgeted,
-    )  # fmt: skip
     sampler = Sampler(
         recorder.tap(gpu),
         lambda: gpu.now_seconds,
-        on_tick=tick,
         on_state=lambda _: None,
         parts=parts,
     )
-    tick.shaper, tick.sampler = shaper, sampler  # type: ignore[assignment]
+    flex = FlexQueue(2, None, None, 9, (5, 1, 0, 1), 3)
+    sampler.on_tick = tick = EngineTick(
+        parts, shaper, sampler, supervisor, 115.0, lambda: flex,  # type: ignore[arg-type]
+        lambda constraints: constraints.budgeted, Live(control, status, log, recorder, member),
+    )  # fmt: skip
     yield Engine(
         gpu, sampler, shaper, control, status, tick, supervisor, recorder, handle, member,
         admission, parts, log, run,

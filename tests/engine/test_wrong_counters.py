@@ -65,7 +65,7 @@ def test_a_counter_that_counts_less(ratio, since_seconds, caplog) -> None:
     """No window is over, from the first second on or from when it began to; it is said."""
     world, worst = served(counts(ratio, since_seconds))
     assert worst <= 1.01
-    report = world.sampler.inner.sampler.report(SECONDS)
+    report = world.sampler.inner.report(SECONDS)
     assert report.meter_disagrees
     assert report.read_over_counted_ratio == pytest.approx(1.0 / ratio, rel=0.05)
     assert [r for r in caplog.records if "what its energy counter" in r.getMessage()]
@@ -75,14 +75,14 @@ def test_a_counter_that_counts_more() -> None:
     """The higher of the two holds the limit, and why there is less throughput is said."""
     world, worst = served(counts(1.5))
     assert worst <= 1.0
-    assert world.sampler.inner.sampler.report(SECONDS).meter_disagrees
+    assert world.sampler.inner.report(SECONDS).meter_disagrees
 
 
 def test_a_healthy_meter_is_believed() -> None:
     """Nothing is said, and nothing is kept free."""
     world, worst = served(lambda sample: sample, rate=9.0)
     assert worst <= 1.005
-    report = world.sampler.inner.sampler.report(SECONDS)
+    report = world.sampler.inner.report(SECONDS)
     assert not report.meter_disagrees
     assert report.read_over_counted_ratio == 1.0
     assert world.shaper.demand.margin_ratio < 0.005
