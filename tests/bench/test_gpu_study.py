@@ -56,7 +56,7 @@ def test_the_stages_run_in_order_and_leave_their_files(tmp_path, capsys):
     run_stages(EngineJob(tmp_path, ENGINE_STAGES, settings, TINY, math.inf), BareEngine)
     assert all(is_done(tmp_path / name) for name in ENGINE_STAGES)
     gap = read_json(tmp_path / "gap" / "stage.json")
-    whens = list(dict.fromkeys(point["extra"]["when"] for point in gap["points"]))
+    whens = list(dict.fromkeys(point["when"] for point in gap["points"]))
     assert whens == ["idle, cold", "cold", "heating", "hot", "idle, hot"]
     assert not gap["skipped"]
     cap = read_json(tmp_path / "cap" / "stage.json")

@@ -56,22 +56,13 @@ class BareEngine(EngineRunner):
 
     def __init__(self, settings: EngineSettings, reader: Any = None) -> None:
         self._emulated = EmulatedDevice(settings.emulate or GPU, load_shape(settings.model))
+        self.reader = reader if reader is not None else self._emulated.reader
+        self.kv_tokens = 500_000
+        self.about = {"runner": "emulated steps, no engine"}
         self._log = StepLog()
         self._flying: deque[Any] = deque()
         self._decodes = self._context = 0
         self._chunk = self._chunk_context = self._chunks_left = 0
-
-    @property
-    def reader(self) -> Any:
-        return self._emulated.reader
-
-    @property
-    def kv_tokens(self) -> int:
-        return 500_000
-
-    @property
-    def about(self) -> dict[str, Any]:
-        return {"runner": "emulated steps, no engine"}
 
     def start_decodes(self, batch: int, context_tokens: int) -> None:
         self.clear()

@@ -61,11 +61,10 @@ def test_power_between_steps_is_the_line_s_foot() -> None:
         Point(
             stage="gap",
             settings={"batch": 16, "cadence_seconds": period},
-            start_seconds=0.0,
-            end_seconds=100 * period,
+            when=when,
+            seconds=100 * period,
             steps=100,
             watts=(150.0 if when == "hot" else 140.0) + 2.0 / period,
-            extra={"when": when},
         )
         for when in ("cold", "hot")
         for period in (0.01, 0.02, 0.04)
@@ -92,7 +91,7 @@ def test_the_power_cap_is_described() -> None:
         )
         for i in range(10)
     ]
-    found = describe_cap(samples, 0.0)
+    found = describe_cap(samples)
     assert found["first_capped_seconds"] == pytest.approx(0.2)
     assert found["capped_ratio"] == pytest.approx(0.8)
     assert found["settled_sm_clock_hertz"] == 1.5e9

@@ -18,7 +18,7 @@ import pytest
 from bench.harness.machine import group_members
 from bench.studies.gpu import __main__ as study
 from bench.studies.gpu import serve
-from bench.studies.gpu.plan import DEFAULT_STAGES, RUNS
+from bench.studies.gpu.plan import RUNS
 from bench.studies.gpu.store import is_done
 from shaper.gpu.profiles import load_profile
 from tests.bench import fake_server
@@ -119,7 +119,7 @@ def test_a_signal_ends_the_engine_s_process(tmp_path):
     assert process.returncode == 130
     assert not is_done(tmp_path / "gap")
     stage = json.loads((tmp_path / "gap" / "stage.json").read_text())
-    assert [point["extra"]["when"] for point in stage["points"]][:2] == ["idle, cold", "cold"]
+    assert [point["when"] for point in stage["points"]][:2] == ["idle, cold", "cold"]
     assert group_members(process.pid) == []
 
 
@@ -132,11 +132,10 @@ def test_a_whole_run_over_vllm(tmp_path):
     """vLLM's engine, then two servers, on the emulated GPU: each step is as it was asked for,
     the gap power is the profile's, the limit is kept, and the recording can be fitted."""
     pytest.importorskip("vllm")
-    stages = ",".join((*DEFAULT_STAGES, "virtual"))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "bench.studies.gpu", "--out", str(tmp_path)),
-            *("--emulate", "h200-sxm", "--quick", "--duration", "3s", "--stages", stages),
+            *("--emulate", "h200-sxm", "--quick", "--duration", "3s"),
             *("--pack", str(tmp_path / "pack")),
         ],
         cwd=ROOT,

@@ -267,10 +267,10 @@ class FakeReader:
 @pytest.mark.parametrize(
     ("watts", "users", "objection"),
     [
-        (78.0, {}, ""),
-        (78.0, {"processes": (4711,)}, "4711"),
-        (78.0, {"memory_used_bytes": 9 * 2**30}, "9.0 GiB"),
-        (160.0, {}, "160 W"),
+        (78.0, (None, []), ""),
+        (78.0, (None, [4711]), "4711"),
+        (78.0, (9 * 2**30, []), "9.0 GiB"),
+        (160.0, (None, []), "160 W"),
     ],
 )
 def test_a_gpu_that_is_not_idle_is_refused(
@@ -278,10 +278,9 @@ def test_a_gpu_that_is_not_idle_is_refused(
 ):
     """Unless --force is given; what it looked like is kept in either case."""
     reader = FakeReader(watts)
-    known = {"memory_used_bytes": None, "processes": ()} | users
     monkeypatch.setattr(rest, "open_gpu", lambda: reader)
     monkeypatch.setattr(rest, "WATCH_SECONDS", 0.0)
-    monkeypatch.setattr(rest, "_users", lambda index: known)
+    monkeypatch.setattr(rest, "_users", lambda index: users)
     arguments = ["--out", str(tmp_path), "--quick", "--stages", "unshaped"]
     code = study.main(arguments)
     assert reader.closed
@@ -315,27 +314,15 @@ def test_a_real_gpu_is_only_read(monkeypatch, tmp_path):
     monkeypatch.setattr(nvml_driver, "pynvml", fake)
     monkeypatch.setattr(rest, "WATCH_SECONDS", 0.1)
     reader = rest.open_gpu()
-    assert rest.look(reader).name
+    assert rest.look(reader)["name"]
     reader.close()
     job = process.EngineJob(tmp_path, ("gap", "cap"), EngineSettings(), TINY, float("inf"))
-    process.run_stages(job, lambda settings, driver: _Metered(settings, driver))
+    process.run_stages(job, BareEngine)
     getters = {name for name in fake.asked if name.startswith("nvmlDevice")}
     assert getters
     assert all(name.startswith("nvmlDeviceGet") for name in getters), getters
     assert fake.open_count == 0
     assert read_json(tmp_path / "cap" / "stage.json")["findings"]["power_cap"]
-
-
-class _Metered(BareEngine):
-    """Steps of an emulated GPU, and the readings of the driver."""
-
-    def __init__(self, settings: EngineSettings, reader: Any) -> None:
-        super().__init__(settings)
-        self._meter = reader
-
-    @property
-    def reader(self) -> Any:
-        return self._meter
 
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch, tmp_path):

@@ -33,7 +33,6 @@ from bench.studies.gpu.plan import (
     STAGES,
     TOTAL_MINUTES,
     UNSHAPED,
-    VIRTUAL,
     Budget,
     Plan,
     Run,
@@ -52,12 +51,11 @@ from bench.studies.gpu.store import (
     read_settings,
     write_json,
 )
-from bench.studies.gpu.virtual import virtual_figures
 from shaper.cli.arguments import Parser
 from shaper.core.types import PowerLimit
 from shaper.emulator.shapes import load_model_config
 from shaper.errors import ConfigError, ShaperError
-from shaper.gpu.profiles import load_profile, profile_for_device
+from shaper.gpu.profiles import load_profile
 from shaper.recording.format import Recording, read_recording
 
 PROGRAM = "bench.studies.gpu"
@@ -155,16 +153,16 @@ class Study:
                 rate_hertz=options.rate or rate,
                 warm_up_seconds=2.0 if options.quick else 4.0,
             )
-        for flag, given, kept in (
-            ("--emulate", options.emulate, before.emulate),
-            ("--model", options.model, before.model),
-            ("--duration", options.duration, before.duration_seconds),
-            ("--rate", options.rate, before.rate_hertz),
+        for flag, kept in (
+            ("emulate", before.emulate),
+            ("model", before.model),
+            ("duration", before.duration_seconds),
+            ("rate", before.rate_hertz),
         ):
-            if given is not None and given != kept:
+            if getattr(options, flag) not in (None, kept):
                 raise ConfigError(
-                    f"{flag} {given}: --out {options.out} was started with {kept} "
-                    f"({before.source}); leave it out, or give another folder"
+                    f"--{flag} {getattr(options, flag)}: --out {options.out} was started with "
+                    f"{kept} ({before.source}); leave it out, or give another folder"
                 )
         return before
 
@@ -181,8 +179,6 @@ class Study:
                 self._step_engine(engine)
             for name in servers:
                 self._guarded(name, lambda name=name: self._serve(RUNS[name]))  # type: ignore[misc]
-            if VIRTUAL in left:
-                self._guarded(VIRTUAL, self._virtual)
         finally:
             self._guarded("report", self._report)
         for line in self._trouble:
@@ -190,7 +186,7 @@ class Study:
         return 1 if self._trouble else 0
 
     def _done(self, name: str) -> bool:
-        done = name != VIRTUAL and is_done(self._out / name)
+        done = is_done(self._out / name)
         if done:
             self._say(f"{name}: done before; remove {self._out / name} to do it again")
         return done
@@ -215,15 +211,15 @@ class Study:
             state = rest.look(reader)
         finally:
             reader.close()
-        write_json(self._out / "gpu.json", dataclasses.asdict(state))
-        self._say(f"{state.name}, driver {state.driver}: {state.idle_watts} W at rest")
-        if state.objections and not self._options.force:
+        write_json(self._out / "gpu.json", state)
+        self._say(f"{state['name']}, driver {state['driver']}: {state['idle_watts']} W at rest")
+        objections = "; ".join(state["objections"])
+        if objections and not self._options.force:
             raise ConfigError(
-                f"{state.name} is not idle: {'; '.join(state.objections)} "
-                "(--force starts all the same)"
+                f"{state['name']} is not idle: {objections} (--force starts all the same)"
             )
-        if state.objections:
-            self._say(f"not idle, and started all the same: {'; '.join(state.objections)}")
+        if objections:
+            self._say(f"not idle, and started all the same: {objections}")
 
     def _engine_settings(self) -> EngineSettings:
         options, emulated = self._options, self._settings.emulate is not None
@@ -288,39 +284,16 @@ class Study:
             raise ConfigError("its limit is a share of the unshaped peak: run --stages unshaped")
         return run.limit(run_figures(unshaped, self._options.profile).power.peak_watts)
 
-    def _profile(self) -> str:
-        """The profile to predict with, by name or path."""
-        if self._options.profile is not None:
-            return str(self._options.profile)
-        if self._settings.emulate is not None:
-            return self._settings.emulate
-        found = profile_for_device(str(self._gpu().get("name", "")))
-        if found is None:
-            raise ConfigError("no profile is known for the GPU of this folder: give --profile")
-        return found.name
-
     def _gpu(self) -> dict[str, Any]:
         path = self._out / "gpu.json"
         return dict(read_json(path)) if path.exists() else {}
-
-    def _virtual(self) -> None:
-        # Before any server: the two of a default call, to see what a rate asks of a GPU.
-        names = [name for name in RUNS if is_done(self._out / name)] or [UNSHAPED, "shaped"]
-        found = virtual_figures(self._settings, names, self._profile())
-        write_json(self._out / "virtual.json", found)
-        for name, each in found.items():
-            self._say(
-                f"in virtual time, {name}: mean {each['mean_watts']:.0f} W, highest 100 ms "
-                f"{each['peak_watts']:.0f} W, p99 ITL {1e3 * each['itl_seconds']['p99']:.0f} ms, "
-                f"p99 TTFT {1e3 * each['ttft_seconds']['p99']:.0f} ms"
-            )
 
     def _report(self) -> None:
         names = [name for name in ENGINE_STAGES if (self._out / name / DONE).exists()]
         stages = {name: read_json(self._out / name / DONE) for name in names}
         done = [self._out / name for name in RUNS if is_done(self._out / name)]
         runs = tuple(run_figures(folder, self._options.profile) for folder in done)
-        virtual, settings = self._out / "virtual.json", self._settings
+        settings = self._settings
         if not stages and not runs:
             return
         name = str(self._gpu().get("name", ""))
@@ -331,7 +304,6 @@ class Study:
             gpu=self._gpu(),
             stages=stages,
             runs=runs,
-            virtual=read_json(virtual) if virtual.exists() else {},
         )
         write_report(self._out, found)
         recordings = {name: read_recording(self._out / name / RECORDING) for name in stages}

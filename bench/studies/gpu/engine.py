@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,8 @@ def engine_arguments(settings: EngineSettings) -> dict[str, Any]:
 def set_environment(emulate: str | None) -> None:
     """What vLLM reads from the environment at import. Call it before anything imports vLLM."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "VLLM_NO_USAGE_STATS"):
+        os.environ.setdefault(name, "1")
     # Without a network vLLM finds no address of its own.
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -144,8 +144,9 @@ class EngineRunner:
             self._core = _start(settings)
         # Whatever a driver, a compiler or a kernel library raises ends up here.
         except Exception as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise EngineError(
-                f"vLLM {version} does not start here ({_first_line(error)}); "
+                f"vLLM {version} does not start here ({first_line}); "
                 "try --attention-backend or --enforce-eager"
             ) from error
         self._settings = settings
@@ -158,38 +159,22 @@ class EngineRunner:
         self._token_budget = self._core.scheduler.max_num_scheduled_tokens
         self._watch(self._core.scheduler)
         config = self._core.vllm_config
-        self._reader = reader if reader is not None else _emulated_reader(config)
+        self.reader = reader if reader is not None else _emulated_reader(config)
+        """The meter of this engine's GPU."""
         self._vocabulary = int(config.model_config.get_vocab_size())
         cache = config.cache_config
-        self._kv_tokens = int(cache.num_gpu_blocks) * int(cache.block_size)
-        self._block_tokens = int(cache.block_size)
-        self._version = version
-
-    @property
-    def reader(self) -> GpuReader:
-        """The meter of this engine's GPU."""
-        return self._reader
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens of the KV cache; a margin is kept for blocks that are not full."""
-        return int(self._kv_tokens * 0.97) - self._settings.max_num_seqs * self._block_tokens
-
-    @property
-    def about(self) -> Mapping[str, Any]:
-        """Versions and settings."""
-        import torch
-
-        config = self._core.vllm_config
-        return {
+        tokens = int(cache.num_gpu_blocks) * int(cache.block_size)
+        # A margin for blocks that are not full.
+        self.kv_tokens = int(tokens * 0.97) - settings.max_num_seqs * int(cache.block_size)
+        self.about: Mapping[str, Any] = {
             "runner": "vllm",
-            "vllm": self._version,
-            "torch": str(torch.__version__),
-            "attention_backend": self._settings.attention_backend or "vLLM's choice",
-            "enforce_eager": self._settings.enforce_eager,
+            "vllm": version,
+            "torch": metadata.version("torch"),
+            "attention_backend": settings.attention_backend or "vLLM's choice",
+            "enforce_eager": settings.enforce_eager,
             "async_scheduling": bool(config.scheduler_config.async_scheduling),
             "sampling": "temperature 1",
-            "kv_cache_tokens": self._kv_tokens,
+            "kv_cache_tokens": tokens,
         }
 
     def start_decodes(self, batch: int, context_tokens: int) -> None:
@@ -269,16 +254,12 @@ class EngineRunner:
 
         self._count += 1
         name = f"study-{self._count}"
-        parameters = SamplingParams(
-            temperature=1.0,
-            max_tokens=output_tokens,
-            ignore_eos=True,
-            detokenize=False,
-        )
         request = Request(
             request_id=name,
             prompt_token_ids=prompt,
-            sampling_params=parameters,
+            sampling_params=SamplingParams(
+                temperature=1.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False
+            ),
             pooling_params=None,
             block_hasher=self._core.request_block_hasher,
         )
@@ -318,8 +299,3 @@ def _emulated_reader(config: Any) -> GpuReader:
     if reader is None:
         raise EngineError("the engine does not run on an emulated GPU: is the plug-in installed?")
     return reader
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -15,7 +15,6 @@ from shaper.core.types import PowerLimit
 
 ENGINE_STAGES = ("gap", "decode", "prefill", "cap")
 UNSHAPED = "unshaped"
-VIRTUAL = "virtual"
 TOTAL_MINUTES = 12.0
 STAGE_SECONDS = 240.0
 """Of one stage; a server's start is part of it, the engine's start is not."""
@@ -39,7 +38,7 @@ _STOP_SECONDS = 10.0
 class Plan:
     """The points of the engine's stages. Contexts of chunks count the tokens before the chunk."""
 
-    seconds_per_point: float = 4.0
+    seconds_per_point: float = 3.0
     idle_seconds: float = 8.0
     heat_seconds: float = 30.0
     """Of the heaviest load, between the cold and the hot cadences."""
@@ -105,7 +104,7 @@ RUNS = {
     )
 }
 DEFAULT_STAGES = (*ENGINE_STAGES, UNSHAPED, "shaped")
-STAGES = (*ENGINE_STAGES, *RUNS, VIRTUAL)
+STAGES = (*ENGINE_STAGES, *RUNS)
 
 
 class Budget:

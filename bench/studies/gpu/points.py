@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from shaper.core.types import ClockEventReasons, GpuSample
+from shaper.core.types import GpuSample
 from shaper.recording.format import RecordedStep
 
 _SETTING_WORDS = {"on_seconds": "waves of {:g} s", "cadence_seconds": "every {:g} s"}
@@ -21,8 +22,9 @@ class Point:
 
     stage: str
     settings: Mapping[str, float]
-    start_seconds: float
-    end_seconds: float
+    when: str
+    """`cold`, `hot`, or what ran where there are no settings."""
+    seconds: float
     steps: int = 0
     tokens: int = 0
     mean_context_tokens: float | None = None
@@ -33,33 +35,15 @@ class Point:
     """Share of the time in which a step ran."""
     watts: float | None = None
     """From the energy counter between its first and last change inside the stretch."""
-    counter_seconds: float = 0.0
-    """How far those changes lie apart: the shorter, the coarser `watts`."""
+    step_joules: float | None = None
+    """Mean joules per step, the gaps between steps included."""
+    tokens_per_joule: float | None = None
     instant_watts: float | None = None
     average_watts: float | None = None
     sm_clock_hertz: float | None = None
     lowest_sm_clock_hertz: float | None = None
     temperature_celsius: float | None = None
     clock_event_reasons: int = 0
-    samples: int = 0
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def seconds(self) -> float:
-        """Length of the stretch."""
-        return self.end_seconds - self.start_seconds
-
-    @property
-    def step_joules(self) -> float | None:
-        """Mean joules per step, the gaps between steps included."""
-        if self.watts is None or not self.steps:
-            return None
-        return self.watts * self.seconds / self.steps
-
-    @property
-    def tokens_per_joule(self) -> float | None:
-        """Tokens computed per joule."""
-        return self.tokens / (self.watts * self.seconds) if self.watts and self.tokens else None
 
     def label(self) -> str:
         """The settings in words."""
@@ -67,7 +51,7 @@ class Point:
             _SETTING_WORDS.get(name, name.removesuffix("_tokens") + " {:g}").format(value)
             for name, value in self.settings.items()
         ]
-        return ", ".join([*parts, *filter(None, [str(self.extra.get("when", ""))])])
+        return ", ".join([*parts, *filter(None, [self.when])])
 
 
 def changes(series: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -90,42 +74,41 @@ def make_point(
     span: tuple[float, float],
     steps: Sequence[RecordedStep],
     samples: Sequence[GpuSample],
-    extra: Mapping[str, Any] | None = None,
+    when: str = "",
 ) -> Point:
     """Sums up what happened in `span` (start and end, in seconds of the monotonic clock)."""
     start, end = span
     inside = [s for s in samples if start <= s.read_seconds <= end]
     ran = [s for s in steps if s.start_seconds >= start - 1e-3 and s.end_seconds <= end + 1e-3]
     lengths = [s.end_seconds - s.start_seconds for s in ran]
+    tokens = sum(s.batch.tokens for s in ran)
     moved = changes(series(inside, "energy_joules"))
-    watts, apart = None, 0.0
+    watts = joules = None
     if len(moved) >= 2:
-        apart = moved[-1][0] - moved[0][0]
-        watts = (moved[-1][1] - moved[0][1]) / apart
-    reasons = ClockEventReasons.NONE
-    for sample in inside:
-        reasons |= sample.clock_event_reasons
-    clocks = _known(s.sm_clock_hertz for s in inside)
+        watts = (moved[-1][1] - moved[0][1]) / (moved[-1][0] - moved[0][0])
+        joules = watts * (end - start)
+    clocks = [hertz for _, hertz in series(inside, "sm_clock_hertz")]
     return Point(
         stage=stage,
         settings=settings,
-        start_seconds=start,
-        end_seconds=end,
+        when=when,
+        seconds=end - start,
         steps=len(ran),
-        tokens=sum(s.batch.tokens for s in ran),
+        tokens=tokens,
         mean_context_tokens=_mean_context(ran),
         step_seconds=float(np.median(lengths)) if lengths else None,
         busy_ratio=min(1.0, sum(lengths) / (end - start)) if end > start else 0.0,
         watts=watts,
-        counter_seconds=apart,
-        instant_watts=_mean(s.instant_watts for s in inside),
-        average_watts=_mean(s.average_watts for s in inside),
-        sm_clock_hertz=_mean(s.sm_clock_hertz for s in inside),
-        lowest_sm_clock_hertz=min(clocks) if clocks else None,
-        temperature_celsius=_mean(s.temperature_celsius for s in inside),
-        clock_event_reasons=int(reasons),
-        samples=len(inside),
-        extra=dict(extra or {}),
+        step_joules=joules / len(ran) if joules and ran else None,
+        tokens_per_joule=tokens / joules if joules and tokens else None,
+        instant_watts=_mean(series(inside, "instant_watts")),
+        average_watts=_mean(series(inside, "average_watts")),
+        sm_clock_hertz=_mean(series(inside, "sm_clock_hertz")),
+        lowest_sm_clock_hertz=min(clocks, default=None),
+        temperature_celsius=_mean(series(inside, "temperature_celsius")),
+        clock_event_reasons=functools.reduce(
+            operator.or_, (int(s.clock_event_reasons) for s in inside), 0
+        ),
     )
 
 
@@ -150,7 +133,7 @@ def between_steps(points: Sequence[Point]) -> list[BetweenSteps]:
     groups: dict[tuple[str, int], list[Point]] = {}
     for point in points:
         if "cadence_seconds" in point.settings and point.watts is not None:
-            key = str(point.extra.get("when", "")), int(point.settings["batch"])
+            key = point.when, int(point.settings["batch"])
             groups.setdefault(key, []).append(point)
     found = []
     for (when, batch), rows in groups.items():
@@ -165,8 +148,8 @@ def between_steps(points: Sequence[Point]) -> list[BetweenSteps]:
             rest = watts - matrix @ np.array([gap, excess])
             spread = float(rest @ rest) / (len(rows) - 2)
             error = float(np.sqrt(spread * np.linalg.inv(matrix.T @ matrix)[0, 0]))
-        celsius = _mean(p.temperature_celsius for p in rows)
-        found.append(BetweenSteps(when, batch, celsius, float(gap), error, float(excess)))
+        known = [(0.0, c) for p in rows if (c := p.temperature_celsius) is not None]
+        found.append(BetweenSteps(when, batch, _mean(known), float(gap), error, float(excess)))
     return found
 
 
@@ -181,10 +164,5 @@ def _mean_context(steps: Sequence[RecordedStep]) -> float | None:
     return before / chunks
 
 
-def _known(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = _known(values)
-    return sum(known) / len(known) if known else None
+def _mean(series: Sequence[tuple[float, float]]) -> float | None:
+    return sum(value for _, value in series) / len(series) if series else None

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from shaper.errors import ShaperError
 from shaper.gpu.profiles import profile_for_device
 from shaper.recording.format import RecordingWriter
 
+# With less left no point fits, and what an earlier call has left of a stage stays.
+_LEAST_SECONDS = 1.0
+# Of the engine's process, to save and to end after the time is over.
+_END_SECONDS = 30.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -47,11 +52,11 @@ def run_apart(job: EngineJob) -> int:
     process = multiprocessing.get_context("spawn").Process(target=_in_process, args=(job,))
     process.start()
     try:
-        process.join()
+        process.join(job.end_seconds + _END_SECONDS - time.monotonic())
     finally:
         if process.is_alive():
             process.terminate()
-            process.join(60.0)
+            process.join(_END_SECONDS)
             process.kill()
             process.join()
     return process.exitcode or 0
@@ -90,34 +95,28 @@ def run_stages(job: EngineJob, start: Callable[..., EngineRunner] = EngineRunner
     def say(text: str) -> None:
         print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
 
-    driver = None if job.settings.emulate else open_gpu()
-    try:
+    with ExitStack() as opened:
+        driver = None if job.settings.emulate else opened.enter_context(closing(open_gpu()))
         say("starting vLLM's engine; on a GPU it compiles and captures graphs first")
-        runner = start(job.settings, driver)
-        try:
-            _warm_up(runner)
-            ready = time.monotonic() - begin
-            say(f"the engine is ready: {runner.about.get('runner')}")
-            device = runner.reader.gpus[0]
-            known = profile_for_device(device.name)
-            meta = {
-                "tensor_parallel": 1,
-                "boot": _BOOT.read_text().strip() if _BOOT.exists() else "",
-                "model_config": load_model_config(job.settings.model),
-                "device": device.name,
-                "enforced_limit_watts": device.enforced_limit_watts,
-                "gpu": job.settings.emulate or (known.name if known else None),
-                "about": {**runner.about, "ready_after_seconds": round(ready, 1)},
-            }
-            budget = Budget(job.end_seconds)
-            for name in job.stages:
-                budget.start_stage()
+        runner = opened.enter_context(closing(start(job.settings, driver)))
+        _warm_up(runner)
+        say(f"the engine is ready: {runner.about['runner']}")
+        device = runner.reader.gpus[0]
+        known = profile_for_device(device.name)
+        meta = {
+            "tensor_parallel": 1,
+            "boot": _BOOT.read_text().strip() if _BOOT.exists() else "",
+            "model_config": load_model_config(job.settings.model),
+            "device": device.name,
+            "enforced_limit_watts": device.enforced_limit_watts,
+            "gpu": job.settings.emulate or (known.name if known else None),
+            "about": {**runner.about, "ready_after_seconds": time.monotonic() - begin},
+        }
+        budget = Budget(job.end_seconds)
+        for name in job.stages:
+            budget.start_stage()
+            if budget.left_seconds > _LEAST_SECONDS:
                 _run_stage(job, name, runner, budget, meta, say)
-        finally:
-            runner.close()
-    finally:
-        if driver is not None:
-            driver.close()
 
 
 def _run_stage(

@@ -83,8 +83,6 @@ class Found:
     stages: Mapping[str, Mapping[str, Any]]
     """What the engine's stages have left, by name."""
     runs: tuple[RunFigures, ...]
-    virtual: Mapping[str, Mapping[str, Any]]
-    """Figures of the same runs in virtual time, by name."""
 
 
 def run_figures(folder: Path, profile: str | None = None) -> RunFigures:
@@ -126,12 +124,10 @@ def write_report(folder: Path, found: Found) -> None:
     parts = [f"# {title}", found.about, points]
     sections = [Section("One engine, step by step", (Block(f"<pre>{points}</pre>"),))]
     if found.runs:
-        tables = [servers_table(found.runs)]
-        if found.virtual:
-            tables.append(virtual_table(found))
-        parts += [f"## Servers under traffic\n\n{REBUILT}", *map(to_text, tables)]
+        table = servers_table(found.runs)
+        parts += [f"## Servers under traffic\n\n{REBUILT}", to_text(table)]
         sections += [
-            Section("Servers", (*(Block(to_html(t)) for t in tables), paragraph(REBUILT, "note"))),
+            Section("Servers", (Block(to_html(table)), paragraph(REBUILT, "note"))),
             Section("Power", _power(found.runs)),
             Section("Latency", _latency(found.runs)),
         ]
@@ -145,7 +141,6 @@ def write_report(folder: Path, found: Found) -> None:
         "source": found.source,
         "between_steps": [asdict(each) for each in between_steps(_points(found.stages))],
         "runs": {run.name: as_data(run) for run in found.runs},
-        "virtual": dict(found.virtual),
     }
     write_json(folder / "figures.json", data)
 
@@ -275,27 +270,6 @@ def servers_table(runs: Sequence[RunFigures]) -> Table:
     every = (*rows(_MEASURED), *latencies, *rows(_PREDICTED))
     names = tuple(run.name for run in runs)
     return Table("the same traffic on each server", names, every, compare=False)
-
-
-def virtual_table(found: Found) -> Table:
-    """Measured and virtual runs; the ratio is virtual over measured."""
-    rows: list[Row | Heading] = []
-    for run in found.runs:
-        twin = found.virtual.get(run.name)
-        if twin is None:
-            continue
-        rows += [
-            Heading(run.name),
-            Row("mean power", "W", (run.power.mean_watts, twin["mean_watts"])),
-            Row("highest 100 ms mean, rebuilt", "W", (run.power.peak_watts, twin["peak_watts"])),
-        ]
-        for label, name in (("TTFT", "ttft_seconds"), ("ITL", "itl_seconds")):
-            for level in ("p50", "p99"):
-                pair = getattr(getattr(run.latency, name), level), twin[name][level]
-                rows.append(Row(f"{label} {level}", "ms", (1e3 * pair[0], 1e3 * pair[1])))
-        pair = _tokens_per_joule(run), twin["tokens_per_joule"]
-        rows.append(Row("output tokens per joule", "1/J", pair, 3))
-    return Table("measured and in virtual time", ("measured", "virtual time"), tuple(rows))
 
 
 def _power(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:

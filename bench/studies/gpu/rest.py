@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import statistics
 import time
@@ -28,25 +27,6 @@ _CONTEXT_TOLERANCE_RATIO = 1.15
 _MOST_IDLE_WATTS = 150.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class GpuState:
-    """The GPU at rest, without an engine, and what speaks against starting there."""
-
-    name: str
-    uuid: str
-    driver: str
-    idle_watts: float | None
-    """Median instant reading (the average one where that is all there is)."""
-    highest_watts: float | None
-    temperature_celsius: float | None
-    sm_clock_hertz: float | None
-    enforced_limit_watts: float | None
-    default_limit_watts: float | None
-    memory_used_bytes: int | None
-    processes: tuple[int, ...]
-    objections: tuple[str, ...] = ()
-
-
 def open_gpu() -> GpuReader:
     """The first GPU of this process.
 
@@ -56,8 +36,12 @@ def open_gpu() -> GpuReader:
     return NvmlReader(visible_gpus(os.environ, 1))
 
 
-def look(reader: GpuReader) -> GpuState:
+def look(reader: GpuReader) -> dict[str, Any]:
     """Watches the GPU for a while; its first reading is left out, since it wakes the driver.
+
+    Returns:
+        Its name, driver, limits and readings at rest; `objections` says what speaks against
+        starting there. None stands where the driver does not say.
 
     Raises:
         GpuError: the driver refuses.
@@ -68,47 +52,37 @@ def look(reader: GpuReader) -> GpuState:
         samples += reader.read()[:1]
         time.sleep(_SAMPLE_SECONDS)
     watts = [w for s in samples if (w := s.instant_watts or s.average_watts) is not None]
-    gpu, last = describe_gpus(reader)[0], samples[-1]
-    state = GpuState(
-        name=gpu.gpu.name,
-        uuid=gpu.gpu.uuid,
-        driver=gpu.driver_version or "unknown",
-        idle_watts=statistics.median(watts) if watts else None,
-        highest_watts=max(watts, default=None),
-        temperature_celsius=last.temperature_celsius,
-        sm_clock_hertz=last.sm_clock_hertz,
-        enforced_limit_watts=gpu.gpu.enforced_limit_watts,
-        default_limit_watts=gpu.default_limit_watts,
-        **_users(gpu.gpu.index),
-    )
-    return dataclasses.replace(state, objections=_objections(state))
+    gpu = describe_gpus(reader)[0]
+    memory_bytes, processes = _users(gpu.gpu.index)
+    profile = profile_for_device(gpu.gpu.name)
+    most = profile.power.context_watts * _CONTEXT_TOLERANCE_RATIO if profile else _MOST_IDLE_WATTS
+    objections = []
+    if processes:
+        objections.append(f"processes {', '.join(map(str, processes))} run on it")
+    if memory_bytes is not None and memory_bytes > _MOST_MEMORY_BYTES:
+        objections.append(f"{memory_bytes / 2**30:.1f} GiB of its memory are in use")
+    if max(watts, default=0.0) > most:
+        objections.append(f"it draws {max(watts):.0f} W, and idle it would be below {most:.0f}")
+    return {
+        "name": gpu.gpu.name,
+        "uuid": gpu.gpu.uuid,
+        "driver": gpu.driver_version or "unknown",
+        "idle_watts": statistics.median(watts) if watts else None,
+        "temperature_celsius": samples[-1].temperature_celsius,
+        "sm_clock_hertz": samples[-1].sm_clock_hertz,
+        "enforced_limit_watts": gpu.gpu.enforced_limit_watts,
+        "default_limit_watts": gpu.default_limit_watts,
+        "objections": objections,
+    }
 
 
-def _objections(state: GpuState) -> tuple[str, ...]:
-    profile = profile_for_device(state.name)
-    most = (
-        _MOST_IDLE_WATTS
-        if profile is None
-        else profile.power.context_watts * _CONTEXT_TOLERANCE_RATIO
-    )
-    found = []
-    if state.processes:
-        found.append(f"processes {', '.join(map(str, state.processes))} run on it")
-    if state.memory_used_bytes is not None and state.memory_used_bytes > _MOST_MEMORY_BYTES:
-        found.append(f"{state.memory_used_bytes / 2**30:.1f} GiB of its memory are in use")
-    if state.highest_watts is not None and state.highest_watts > most:
-        found.append(f"it draws {state.highest_watts:.0f} W, and idle it would be below {most:.0f}")
-    return tuple(found)
-
-
-def _users(index: int) -> dict[str, Any]:
-    """Memory and processes; what this driver does not say stays unknown, and is shown so."""
-    found: dict[str, Any] = {"memory_used_bytes": None, "processes": ()}
-    driver = Driver()
+def _users(index: int) -> tuple[int | None, list[int]]:
+    """Bytes of memory in use, and processes."""
+    memory_bytes, driver = None, Driver()
     with contextlib.suppress(GpuError):
         handle = driver.call("nvmlDeviceGetHandleByIndex", index)
         with contextlib.suppress(GpuError):
-            found["memory_used_bytes"] = int(driver.call("nvmlDeviceGetMemoryInfo", handle).used)
+            memory_bytes = int(driver.call("nvmlDeviceGetMemoryInfo", handle).used)
         running = driver.call("nvmlDeviceGetComputeRunningProcesses", handle)
-        found["processes"] = tuple(int(each.pid) for each in running)
-    return found
+        return memory_bytes, [int(each.pid) for each in running]
+    return memory_bytes, []

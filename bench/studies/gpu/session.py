@@ -111,8 +111,7 @@ class Session:
         self.runner.drain()
         end = time.monotonic()
         steps, samples = self.collect()
-        extra = {"when": when} if when else {}
-        point = make_point(self.stage, settings, (start, end), steps, samples, extra)
+        point = make_point(self.stage, settings, (start, end), steps, samples, when)
         self.points.append(point)
         watts = "no energy reading" if point.watts is None else f"{point.watts:.1f} W"
         length = "" if point.step_seconds is None else f", {point.step_seconds * 1e3:.2f} ms a step"

@@ -146,10 +146,10 @@ def cap(session: Session) -> None:
         _chunks(runner, context, plan.cap_chunk_tokens, seconds)
         time.sleep(min(1.0, plan.seconds_per_point))
         settings = {"chunk_tokens": plan.cap_chunk_tokens, "context_tokens": context}
-        point, samples = session.measure(
+        _, samples = session.measure(
             settings, lambda: run_steps(runner, seconds), "a step from rest"
         )
-        session.findings["power_cap"] = describe_cap(samples, point.start_seconds)
+        session.findings["power_cap"] = describe_cap(samples)
     runner.clear()
 
 
@@ -164,8 +164,8 @@ def _waves(runner: EngineRunner, on_seconds: float, cycles: int) -> None:
     sleep_until(begin + period * cycles)
 
 
-def describe_cap(samples: Sequence[GpuSample], start_seconds: float) -> dict[str, Any]:
-    """When the cap set in, and where power and clock went."""
+def describe_cap(samples: Sequence[GpuSample]) -> dict[str, Any]:
+    """When after the first sample the cap set in, and where power and clock went."""
     limits = [s.enforced_limit_watts for s in samples if s.enforced_limit_watts]
     capped = [s for s in samples if s.clock_event_reasons & ClockEventReasons.SW_POWER_CAP]
     instant = [s.instant_watts for s in samples if s.instant_watts is not None]
@@ -174,7 +174,9 @@ def describe_cap(samples: Sequence[GpuSample], start_seconds: float) -> dict[str
     found: dict[str, Any] = {
         "enforced_limit_watts": limits[-1] if limits else None,
         "capped_ratio": len(capped) / len(samples) if samples else None,
-        "first_capped_seconds": capped[0].read_seconds - start_seconds if capped else None,
+        "first_capped_seconds": capped[0].read_seconds - samples[0].read_seconds
+        if capped
+        else None,
         "highest_instant_watts": max(instant) if instant else None,
         "first_sm_clock_hertz": clocks[0] if clocks else None,
         "lowest_sm_clock_hertz": min(clocks) if clocks else None,

@@ -8,7 +8,6 @@ STAGE/decisions.jsonl   a server's own log of decisions
 STAGE/requests.json     what the client saw of each request
 STAGE/true.rank0        true power, of an emulated GPU only
 STAGE/server.log
-virtual.json            figures of the servers' runs in virtual time
 """
 
 from __future__ import annotations
