@@ -32,16 +32,16 @@ from shaper.engine.compat import (
     device_ids,
     drain_by_default,
     drain_seconds,
+    gpus_per_engine,
     set_up_command_line,
+    vllm_version,
 )
 from shaper.engine.preflight import (
     check_files,
     check_model,
     check_port,
-    check_vllm,
     early_address,
     engine_count,
-    engine_gpu_count,
 )
 from shaper.engine.shapeable import (
     SCHEDULER_PATH,
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
     take_replay(options, config)
     if config is not None:
         check_files(config)
-    check_vllm()
+    vllm_version()
     if config is not None and config.group is not None:
         with unless_unshaped_ok(config):
             check_group(config.group.name, config.group.limits)
@@ -102,9 +102,9 @@ def main(argv: Sequence[str]) -> int:
 
         idle_watts = fill_in(arguments, profile)
         if options.replay is not None:
-            check_gpu_count(options.replay, engine_gpu_count(arguments), engine_count(arguments))
+            check_gpu_count(options.replay, gpus_per_engine(arguments), engine_count(arguments))
         if config is not None:
-            check_floor(config, idle_watts, engine_gpu_count(arguments))
+            check_floor(config, idle_watts, gpus_per_engine(arguments))
             if config.group is not None:
                 engines = engine_count(arguments)
                 check_group_idle(config.group, idle_watts, engines)
@@ -117,7 +117,7 @@ def main(argv: Sequence[str]) -> int:
     if config is not None:
         if profile is None:
             _check_all_gpus(arguments, config)
-        check_gpu_limits(config, engine_gpu_count(arguments))
+        check_gpu_limits(config, gpus_per_engine(arguments))
         _use_scheduler(arguments)
     add_layers(arguments, shaped=config is not None)
     tell(_terms(arguments))
@@ -162,7 +162,7 @@ def _check_all_gpus(arguments: argparse.Namespace, config: ShaperConfig) -> None
         from shaper.engine.readers import check_gpus
 
         with unless_unshaped_ok(config):
-            check_gpus(config, engine_gpu_count(arguments), engine_count(arguments), named)
+            check_gpus(config, gpus_per_engine(arguments), engine_count(arguments), named)
 
 
 def _use_scheduler(arguments: argparse.Namespace) -> None:

@@ -6,11 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 from shaper.cli.arguments import Parser, add_settings
 from shaper.config.group import group_terms
-from shaper.config.model import ShaperConfig
 from shaper.config.suggest import suggest
 from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
@@ -188,9 +186,6 @@ def _add_rack(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_power(group: argparse._ArgumentGroup) -> None:
-    def choices(key: str) -> tuple[str, ...]:
-        return get_args(ShaperConfig.model_fields[key].annotation)
-
     group.add_argument(
         "--policy",
         type=_one_of("policy", POLICY_NAMES),

@@ -23,7 +23,7 @@ from shaper.config.sources import (
     parse_config_text,
     take_admin_key,
 )
-from shaper.engine.preflight import engine_gpu_count
+from shaper.engine.compat import gpus_per_engine
 from shaper.engine.refusal import show_refusals
 from shaper.engine.shapeable import (
     SCHEDULER_PATH,
@@ -164,7 +164,7 @@ def use_flag(args: argparse.Namespace) -> None:
         return
     check_arguments(args, config)
     check_scheduler_class(chosen, config)
-    check_gpu_limits(config, engine_gpu_count(args))
+    check_gpu_limits(config, gpus_per_engine(args))
     if is_ours(chosen):
         add_layers(args, shaped=True)
 

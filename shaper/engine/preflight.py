@@ -12,7 +12,7 @@ from pathlib import Path
 
 from shaper.config.model import ShaperConfig
 from shaper.emulator.shapes import known_models, load_model_config
-from shaper.engine.compat import gpus_per_engine, vllm_version
+from shaper.engine.compat import vllm_version
 from shaper.errors import ConfigError, EngineError, UnknownModelError
 from shaper.files.outputs import check_directory, check_output, check_package
 
@@ -21,22 +21,13 @@ DEFAULT_PORT = 8000
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.\-]*(/[\w.\-]+)?(:[\w.\-]+)?")
 
 
-def check_vllm() -> None:
-    """vLLM is installed.
-
-    Raises:
-        EngineError: it is not; the message says what to install.
-    """
-    vllm_version()
-
-
 def check_vllm_imports() -> None:
     """vLLM is installed and can be imported, for those that run its parts in this process.
 
     Raises:
         EngineError: it is not, or something that it needs is missing.
     """
-    check_vllm()
+    vllm_version()
     try:
         import vllm  # noqa: F401 - fails here, before anything is built
     except ImportError as error:
@@ -119,11 +110,6 @@ def check_port(host: str | None, port: int | None) -> None:
                 f"can't listen on {host or 'any address'}, port {port}: {error.strerror}; "
                 "give another --host or --port"
             ) from error
-
-
-def engine_gpu_count(arguments: argparse.Namespace) -> int:
-    """GPUs of each engine (of each data-parallel rank), by vLLM's parsed arguments."""
-    return gpus_per_engine(arguments)
 
 
 def engine_count(arguments: argparse.Namespace) -> int:

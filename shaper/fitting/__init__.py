@@ -23,31 +23,11 @@ from shaper.core.model.power_model import StepModel
 from shaper.core.model.profile import GpuProfile
 from shaper.core.model.work import WorkCoefficients
 from shaper.errors import TraceError
-from shaper.fitting.common import (
-    WIDEST_RATIO,
-    FittedParameter,
-    kept,
-    overlaps,
-    sampled,
-    throttled_seconds,
-)
+from shaper.fitting.common import FittedParameter, kept, overlaps, sampled, throttled_seconds
 from shaper.fitting.features import POWER_PARAMETERS
-from shaper.fitting.latency import LATENCY_PARAMETERS, fit_latency
-from shaper.fitting.power import (
-    SHORTEST_WINDOW_SECONDS,
-    energy_windows,
-    fit_power,
-)
+from shaper.fitting.latency import fit_latency
+from shaper.fitting.power import SHORTEST_WINDOW_SECONDS, energy_windows, fit_power
 from shaper.recording.format import Recording
-
-__all__ = [
-    "LATENCY_PARAMETERS",
-    "POWER_PARAMETERS",
-    "WIDEST_RATIO",
-    "FitResult",
-    "FittedParameter",
-    "fit_recording",
-]
 
 _FEWEST_STEPS = 50
 _FEWEST_WINDOWS = 12

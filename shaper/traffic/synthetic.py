@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,10 @@ class ConversationSummary:
 def load_summary(path: Path = SUMMARY_PATH) -> ConversationSummary:
     """The summary that ships with the benchmark: Azure's 2023 conversation trace."""
     data: dict[str, Any] = json.loads(path.read_text())
+    data["output_tokens"] = [tuple(row) for row in data["output_tokens"]]
+    data = {key: tuple(x) if isinstance(x, list) else x for key, x in data.items()}
     return ConversationSummary(
-        source=data["source"],
-        rate_hertz=data["rate_hertz"],
-        prompt_levels=tuple(data["prompt_levels"]),
-        prompt_tokens=tuple(data["prompt_tokens"]),
-        output_levels=tuple(data["output_levels"]),
-        output_prompt_edges=tuple(data["output_prompt_edges"]),
-        output_tokens=tuple(tuple(row) for row in data["output_tokens"]),
-        rate_correlation_seconds=tuple(data["rate_correlation_seconds"]),
-        rate_relative_variances=tuple(data["rate_relative_variances"]),
+        **{field.name: data[field.name] for field in fields(ConversationSummary)}
     )
 
 

@@ -92,7 +92,7 @@ def load_trace(
         raise TraceError(f"{path} holds no request{why}")
     found.sort(key=lambda request: request.arrival_seconds)
     shifted = tuple(replace(r, arrival_seconds=r.arrival_seconds - first) for r in found)
-    return Workload(_name(path, trace_format, len(found), left_out, cut), shifted, seed, left_out)
+    return Workload(_name(path, trace_format, len(found), left_out, cut), shifted, seed)
 
 
 def _name(path: Path, trace_format: str, count: int, left_out: int, cut: bool) -> str:

@@ -36,8 +36,6 @@ class Workload:
     name: str
     requests: tuple[TimedRequest, ...]
     seed: int = 0
-    left_out_requests: int = 0
-    """Recorded ones that can't be sent: they have no prompt or no answer."""
 
     @property
     def span_seconds(self) -> float:

@@ -6,10 +6,9 @@ import json
 import math
 
 import pytest
-from pydantic import ValidationError
 
 from shaper.config.budget import parse_power_limit
-from shaper.config.model import ShaperConfig, build_config, check_floor, check_gpu_limits
+from shaper.config.model import build_config, check_floor, check_gpu_limits
 from shaper.config.sources import load_config, parse_config_text, take_admin_key
 from shaper.core.budget import Constraints, resolve
 from shaper.core.types import PowerLimit
@@ -296,9 +295,3 @@ def test_heat_is_shaped_where_there_is_something_to_keep():
     assert build_config({"limits": "560W@1s"}).shapes_heat(free)
     assert build_config({"shape_heat": True}).shapes_heat(free)
     assert not build_config({"limits": "560W@1s", "shape_heat": False}).shapes_heat(later)
-
-
-def test_the_config_is_frozen():
-    """Built once, never changed."""
-    with pytest.raises(ValidationError):
-        ShaperConfig().shadow = True
