@@ -1,16 +1,15 @@
-"""What sharing costs: microseconds of a look, a claim and an entry in a power group.
+"""What sharing costs: microseconds of a query, a reservation and a commit in a power group.
 
     python -m bench.studies.contention [--engines 1,2,8,32] [--steps 300] [--json FILE]
 
 For each number of engines: so many processes join one group in shared memory, each takes a
-step about every 15 ms as a serving engine does, and looks twice, claims and enters for it.
-A look has a question about a step with it; one plan in two asks none and pays less.
-Beside it, the same rows in the memory of one process, where nobody claims meanwhile.
+step about every 15 ms as a serving engine does, and queries, reserves and commits for it. A
+query has a question about a step with it; one plan in two asks none and pays less.
 
-Looks, claims and entries are in CPU time of their thread, so that other work on the machine
-costs precision only; waiting for the lock is in wall time, with all processes on this
-machine's cores. `static` are claims that could not have the lock in 200 us, and were made on
-the static share; `refused` those that fitted no longer when they were made.
+These are in CPU time of their thread, so that other work on the machine costs precision only;
+waiting for the lock is in wall time, with all processes on this machine's cores. `static` are
+reservations that could not have the lock in 200 us, and were made on the static share;
+`refused` those that fitted no longer when they were made.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from shaper.core.ledger.shared import Committed, EngineShare, Step
 from shaper.core.types import PowerBudget, PowerLimit, StepPrediction
 from shaper.errors import ConfigError, ShaperError
 from shaper.files.outputs import check_output
-from shaper.group import GroupLedger, join_group, memory_groups
+from shaper.group import GroupLedger, join_group
 from shaper.group.shared_file import group_directory
 
 IDLE_WATTS, REST_WATTS, REST_AFTER_SECONDS = 140.0, 115.0, 1.0
@@ -53,7 +52,6 @@ class Cost:
     """Of one number of engines."""
 
     engines: int
-    processes: bool
     windows: int
     query_microseconds: float
     query_p99_microseconds: float
@@ -61,7 +59,7 @@ class Cost:
     reserve_p99_microseconds: float
     commit_microseconds: float
     lock_wait_microseconds: float
-    """Mean of all claims, in wall time."""
+    """Mean of all reservations, in wall time."""
     lock_wait_max_microseconds: float
     static_ratio: float
     refused_ratio: float
@@ -93,7 +91,7 @@ class Engine:
         return Committed(final, *self.ledger.corners(final - 0.05, runs))
 
     def step(self, now_seconds: float) -> tuple[float, float, float] | None:
-        """Look and claim; the run, if there was room for it."""
+        """Query and reserve; the run, if there was headroom for it."""
         share = EngineShare(IDLE_WATTS + 40.0, 3.0, 0.008, 60.0, 20.0, margin_ratio=0.02)
         seconds = STEP_SECONDS * self.random.uniform(0.6, 1.3)
 
@@ -187,44 +185,10 @@ def in_processes(engines: int, windows: int, steps: int) -> Cost:
         texts = [process.communicate()[0] for process in processes]
         if any(process.returncode for process in processes):
             raise ShaperError("an engine of the group failed; its message is above")
-    return _cost(engines, True, windows, [json.loads(text) for text in texts])
+    return _cost(engines, windows, [json.loads(text) for text in texts])
 
 
-def in_memory(engines: int, windows: int, steps: int) -> Cost:
-    """So many rows in this process, in virtual time."""
-    limits = limits_of(engines, windows)
-    groups = memory_groups(
-        limits,
-        engines,
-        idle_watts=IDLE_WATTS,
-        rest_watts=REST_WATTS,
-        rest_after_seconds=REST_AFTER_SECONDS,
-    )
-    made = [Engine(group, seed, 0.0) for seed, group in enumerate(groups)]
-    now = 0.0
-    runs: list[tuple[float, float, float] | None] = [None] * engines
-    for _ in range(max(steps * 4 // engines, 60)):
-        for index, engine in enumerate(made):
-            now += PERIOD_SECONDS / engines
-            run = runs[index]
-            if run is not None:
-                engine.finish(run, max(now, run[1]))
-            runs[index] = engine.step(max(now, run[1]) if run else now)
-    found = [
-        {
-            "nanoseconds": engine.nanoseconds,
-            "claims": engine.group.claims + engine.group.refused,
-            "refused": engine.group.refused,
-            "static": 0,
-            "lock_wait_seconds": 0.0,
-            "lock_wait_max_seconds": 0.0,
-        }
-        for engine in made
-    ]
-    return _cost(engines, False, windows, found)
-
-
-def _cost(engines: int, processes: bool, windows: int, found: Sequence[dict[str, Any]]) -> Cost:
+def _cost(engines: int, windows: int, found: Sequence[dict[str, Any]]) -> Cost:
     samples = {
         what: [value / 1e3 for each in found for value in each["nanoseconds"][what]]
         for what in ("query", "reserve", "commit")
@@ -232,7 +196,6 @@ def _cost(engines: int, processes: bool, windows: int, found: Sequence[dict[str,
     claims = sum(each["claims"] for each in found)
     return Cost(
         engines=engines,
-        processes=processes,
         windows=windows,
         query_microseconds=statistics.median(samples["query"]),
         query_p99_microseconds=float(np.quantile(samples["query"], 0.99)),
@@ -248,25 +211,26 @@ def _cost(engines: int, processes: bool, windows: int, found: Sequence[dict[str,
 
 def table(costs: Sequence[Cost]) -> str:
     """The costs as Markdown."""
-    lines = [
-        "| engines | in | limits | look | p99 | claim | p99 | entry | lock wait | at most "
-        "| static | refused |",
-        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    head = (
+        *("engines", "limits", "query", "p99", "reserve", "p99", "commit"),
+        *("lock wait", "at most", "static", "refused"),
+    )
+    lines = [f"| {' | '.join(head)} |", "| ---: " * len(head) + "|"]
     for cost in costs:
-        where = "processes" if cost.processes else "one process"
-        waits = (
-            f"{cost.lock_wait_microseconds:.0f} | {cost.lock_wait_max_microseconds:,.0f} "
-            f"| {cost.static_ratio:.2%}"
-            if cost.processes
-            else "- | - | -"
+        cells = (
+            f"{cost.engines}",
+            f"{cost.windows}",
+            f"{cost.query_microseconds:.0f}",
+            f"{cost.query_p99_microseconds:.0f}",
+            f"{cost.reserve_microseconds:.0f}",
+            f"{cost.reserve_p99_microseconds:.0f}",
+            f"{cost.commit_microseconds:.0f}",
+            f"{cost.lock_wait_microseconds:.0f}",
+            f"{cost.lock_wait_max_microseconds:,.0f}",
+            f"{cost.static_ratio:.2%}",
+            f"{cost.refused_ratio:.2%}",
         )
-        lines.append(
-            f"| {cost.engines} | {where} | {cost.windows} | {cost.query_microseconds:.0f} "
-            f"| {cost.query_p99_microseconds:.0f} | {cost.reserve_microseconds:.0f} "
-            f"| {cost.reserve_p99_microseconds:.0f} | {cost.commit_microseconds:.0f} | {waits} "
-            f"| {cost.refused_ratio:.2%} |"
-        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -300,8 +264,7 @@ def _main(argv: Sequence[str] | None) -> int:
     if not 10 <= options.steps <= 10_000:
         raise ConfigError(f"--steps {options.steps}: give 10 to 10000")
     check_output(options.json, "--json")
-    costs = [in_memory(count, windows, options.steps) for windows in (1, 2) for count in counts]
-    costs += [in_processes(count, 1, options.steps) for count in counts]
+    costs = [in_processes(count, windows, options.steps) for windows in (1, 2) for count in counts]
     print(table(costs))
     if options.json:
         options.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2))
