@@ -14,52 +14,52 @@ from shaper.core.supervise.status import AdmissionState, EngineStatus
 from shaper.core.types import PowerLimit
 from shaper.engine import deferral as deferral_module
 from shaper.engine.deferral import MAX_LET_IN
-from tests.engine.desk import DEFER, LIMIT, OPEN, SHAPED, SHED, Desk
+from tests.engine.flex_engine import DEFER, LIMIT, OPEN, SHAPED, SHED, FlexEngine
 from tests.strategies import examples
 
 
 @pytest.fixture
-def desk(make_rig: Any) -> Desk:
-    return Desk(make_rig((LIMIT,)))
+def engine(make_rig: Any) -> FlexEngine:
+    return FlexEngine(make_rig((LIMIT,)))
 
 
 @pytest.mark.parametrize("way", ["off", "shadow", "silent", "stale", "failed"])
 def test_without_shaping_nothing_is_deferred(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, way: str
+    engine: FlexEngine, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     """What was deferred runs at once; what comes after is not deferred."""
-    desk.say(SHED, 1.0)
-    names = [desk.add(flex=True) for _ in range(3 * MAX_LET_IN)]
+    engine.say(SHED, 1.0)
+    names = [engine.add(flex=True) for _ in range(3 * MAX_LET_IN)]
     if way in ("off", "shadow"):
-        desk.shaper.set_mode(way)
+        engine.shaper.set_mode(way)
     elif way == "failed":
-        desk.shaper._controller = None
-        desk.shaper._failed_seconds = desk.engine.now_seconds
+        engine.shaper._controller = None
+        engine.shaper._failed_seconds = engine.simulated.now_seconds
     else:
-        monkeypatch.setattr(desk, "_tick", lambda: None)
+        monkeypatch.setattr(engine, "_tick", lambda: None)
         if way == "silent":
-            desk.shaper.standing = None
+            engine.shaper.standing = None
         else:
-            desk.run(1.9)
-            assert desk.started == []
-            desk.run(0.2)
-    desk.run(3.0, lambda: len(desk.deferral) == 0)
-    names.append(desk.add(flex=True))
-    assert len(desk.deferral) == 0
-    desk.run(4.0, lambda: all(desk.ends(name) is not None for name in names))
-    assert all(desk.ends(name) is not None for name in names)
-    assert desk.released()["off"] == 3 * MAX_LET_IN
+            engine.run(1.9)
+            assert engine.started == []
+            engine.run(0.2)
+    engine.run(3.0, lambda: len(engine.deferral) == 0)
+    names.append(engine.add(flex=True))
+    assert len(engine.deferral) == 0
+    engine.run(4.0, lambda: all(engine.ends(name) is not None for name in names))
+    assert all(engine.ends(name) is not None for name in names)
+    assert engine.released()["off"] == 3 * MAX_LET_IN
 
 
 @pytest.mark.parametrize(
     "what", ["_follow", "_defer", "_publish", "_take_back", "_release", "is_flex", "pop"]
 )
 def test_a_failure_gives_every_request_back(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+    engine: FlexEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
 ) -> None:
     """Wherever it happens no request is lost or doubled, and it is logged once."""
-    desk.say(DEFER)
-    names = [desk.add(flex=True) for _ in range(5)]
+    engine.say(DEFER)
+    names = [engine.add(flex=True) for _ in range(5)]
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("broken")
@@ -69,26 +69,26 @@ def test_a_failure_gives_every_request_back(
         if what == "is_flex":
             patch.setattr(deferral_module, what, broken)
         elif what == "pop":
-            patch.setattr(type(desk.scheduler.waiting), "pop", broken)
+            patch.setattr(type(engine.scheduler.waiting), "pop", broken)
         else:
-            patch.setattr(desk.deferral, what, broken)
+            patch.setattr(engine.deferral, what, broken)
         if what == "_release":
-            desk.say(OPEN)
-        names.append(desk.add(flex=True))
-        names.append(desk.add())
-        desk.run(0.5)
-    desk.say(OPEN)
-    desk.run(10.0)
-    assert all(desk.ends(name) is not None for name in names)
-    assert len(desk.started) == len(set(desk.started))
-    assert desk.deferral._counts.errors > 0
+            engine.say(OPEN)
+        names.append(engine.add(flex=True))
+        names.append(engine.add())
+        engine.run(0.5)
+    engine.say(OPEN)
+    engine.run(10.0)
+    assert all(engine.ends(name) is not None for name in names)
+    assert len(engine.started) == len(set(engine.started))
+    assert engine.deferral._counts.errors > 0
     assert sum("deferral failed" in record.message for record in caplog.records) == 1
     # Later it defers again.
-    desk.run(10.0)
-    desk.engine.now_seconds += 10.0
-    desk.say(DEFER)
-    desk.add(flex=True)
-    assert len(desk.deferral) == 1
+    engine.run(10.0)
+    engine.simulated.now_seconds += 10.0
+    engine.say(DEFER)
+    engine.add(flex=True)
+    assert len(engine.deferral) == 1
 
 
 script = st.lists(
@@ -112,7 +112,7 @@ def test_every_request_ends_within_its_bound(
     from vllm.v1.request import RequestStatus
 
     bound = 5.0
-    desk = Desk(
+    engine = FlexEngine(
         make_rig((LIMIT,), asynchronous=asynchronous),
         max_wait_seconds=bound,
         refuse_on_timeout=refuse,
@@ -120,61 +120,65 @@ def test_every_request_ends_within_its_bound(
     aborted: set[str] = set()
     for action, state, ratio, size in script:
         if action == "say":
-            desk.say(state, ratio)
+            engine.say(state, ratio)
         elif action in ("flex", "chat"):
-            desk.add(flex=action == "flex", prompt=size, tokens=1 + size % 20)
+            engine.add(flex=action == "flex", prompt=size, tokens=1 + size % 20)
         elif action == "run":
-            desk.run(2.0 * ratio)
+            engine.run(2.0 * ratio)
         elif action == "mode":
-            desk.shaper.set_mode(("on", "shadow", "off")[size % 3])
+            engine.shaper.set_mode(("on", "shadow", "off")[size % 3])
         elif action == "silent":
-            desk.shaper.standing = None
+            engine.shaper.standing = None
         elif action == "pause":
-            desk.scheduler.set_pause_state(PauseState.PAUSED_NEW)
-            desk.run(ratio)
-            desk.scheduler.set_pause_state(PauseState.UNPAUSED)
-        elif desk.scheduler.requests:
-            names = list(desk.scheduler.requests)
+            engine.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+            engine.run(ratio)
+            engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+        elif engine.scheduler.requests:
+            names = list(engine.scheduler.requests)
             aborted.add(names[size % len(names)])
-            desk.scheduler.finish_requests(names[size % len(names)], RequestStatus.FINISHED_ABORTED)
-        deferred = set(desk.deferral._deferred)
-        assert deferred.isdisjoint(desk.wait_queue())
-        assert deferred <= set(desk.scheduler.requests)
-        assert not deferred or desk.scheduler.has_requests()
-    desk.run(bound + 0.1)
+            engine.scheduler.finish_requests(
+                names[size % len(names)], RequestStatus.FINISHED_ABORTED
+            )
+        deferred = set(engine.deferral._deferred)
+        assert deferred.isdisjoint(engine.wait_queue())
+        assert deferred <= set(engine.scheduler.requests)
+        assert not deferred or engine.scheduler.has_requests()
+    engine.run(bound + 0.1)
     # vLLM serves what it was given; nothing of it waits for us any more.
-    assert len(desk.deferral) == 0
-    desk.run(120.0)
-    for name in desk.engine.requests:
-        assert desk.ends(name) is not None or name in aborted
-    assert not desk.engine.busy
+    assert len(engine.deferral) == 0
+    engine.run(120.0)
+    for name in engine.simulated.requests:
+        assert engine.ends(name) is not None or name in aborted
+    assert not engine.simulated.busy
 
 
 def test_a_flood_is_weathered_in_closed_loop(make_rig: Any) -> None:
     """With the real law of admission: interactive first, flex after, all served."""
     rig = make_rig((PowerLimit(450.0, 1.0), LIMIT))
-    desk = Desk(rig)
+    engine = FlexEngine(rig)
     admission = Admission(None, 0.0)
     seen: set[AdmissionState] = set()
 
     def tick() -> None:
-        now = desk.engine.now_seconds
-        demand = desk.shaper.demand
+        now = engine.simulated.now_seconds
+        demand = engine.shaper.demand
         held = demand.held_ratio if demand is not None and demand.busy else 0.0
-        waited = desk.deferral.queue.wait_seconds(now)
+        waited = engine.deferral.queue.wait_seconds(now)
         outcome = admission.update(AdmissionInput(held_ratio=held, wait_seconds=waited), now)
         seen.add(outcome.state)
-        desk.shaper.standing = EngineStatus(now, outcome)
+        engine.shaper.standing = EngineStatus(now, outcome)
 
-    desk._tick = tick  # type: ignore[method-assign]
+    engine._tick = tick  # type: ignore[method-assign]
     tick()
     for _ in range(60):
-        desk.add(prompt=3000, tokens=30)
-    desk.run(3.0)
-    flex = [desk.add(flex=True, prompt=500, tokens=10) for _ in range(20)]
-    chat = [desk.add(prompt=500, tokens=10) for _ in range(20)]
-    assert len(desk.deferral) == 20
-    desk.run(200.0)
-    assert all(desk.ends(name) is not None for name in desk.engine.requests)
-    assert max(desk.ends(name) or 0 for name in chat) < min(desk.ends(name) or 0 for name in flex)
+        engine.add(prompt=3000, tokens=30)
+    engine.run(3.0)
+    flex = [engine.add(flex=True, prompt=500, tokens=10) for _ in range(20)]
+    chat = [engine.add(prompt=500, tokens=10) for _ in range(20)]
+    assert len(engine.deferral) == 20
+    engine.run(200.0)
+    assert all(engine.ends(name) is not None for name in engine.simulated.requests)
+    assert max(engine.ends(name) or 0 for name in chat) < min(
+        engine.ends(name) or 0 for name in flex
+    )
     assert {SHAPED, DEFER, SHED} <= seen

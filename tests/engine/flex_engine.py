@@ -1,4 +1,4 @@
-"""A rig with requests of both classes and a standing that the test says."""
+"""An engine with requests of both classes, whose admission state the test sets."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ OPEN, SHAPED = AdmissionState.OPEN, AdmissionState.SHAPED
 DEFER, SHED = AdmissionState.DEFER, AdmissionState.SHED
 
 
-class Desk:
-    """A rig, with requests of both classes and a standing that the test says."""
+class FlexEngine:
+    """An engine with requests of both classes, whose admission state the test sets."""
 
     def __init__(self, rig: Any, **rules: Any) -> None:
-        self.engine, self.shaper = rig.engine, rig.shaper
+        self.simulated, self.shaper = rig.engine, rig.shaper
         self.scheduler = rig.engine.scheduler
         self.deferral = self.scheduler.deferral
         self.shaper.flex = FlexRules(**rules)
@@ -31,14 +31,14 @@ class Desk:
         self.say(OPEN)
 
     def say(self, state: AdmissionState, pressure: float = 0.9) -> None:
-        """How the engine stands from now on."""
+        """The admission state from now on."""
         self._standing = (state, pressure)
         self._tick()
 
     def _tick(self) -> None:
         state, pressure = self._standing
         self.shaper.standing = EngineStatus(
-            self.engine.now_seconds, Admissibility(state, pressure, "wait", 1.0)
+            self.simulated.now_seconds, Admissibility(state, pressure, "wait", 1.0)
         )
 
     def add(self, flex: bool = False, tokens: int = 3, prompt: int = 40, **extra: Any) -> str:
@@ -52,15 +52,15 @@ class Desk:
             request.sampling_params.extra_args = {"shaper_class": "flex"}
         for key, value in extra.items():
             setattr(request, key, value)
-        self.engine.add(request)
+        self.simulated.add(request)
         return name
 
     def run(self, seconds: float, until: Callable[[], bool] = lambda: False) -> None:
         """Go on, with the supervisor's ticks."""
-        end = self.engine.now_seconds + seconds
-        while self.engine.busy and self.engine.now_seconds < end and not until():
+        end = self.simulated.now_seconds + seconds
+        while self.simulated.busy and self.simulated.now_seconds < end and not until():
             self._tick()
-            self.engine.step()
+            self.simulated.step()
             self.started += [
                 request.request_id
                 for request in self.scheduler.running
@@ -69,7 +69,7 @@ class Desk:
 
     def ends(self, name: str) -> float | None:
         """When a request was finished."""
-        seconds: float | None = self.engine.requests[name].finished_seconds
+        seconds: float | None = self.simulated.requests[name].finished_seconds
         return seconds
 
     def wait_queue(self) -> list[str]:
