@@ -15,9 +15,8 @@ nor is an average that jumps as only an instant reading can (GA100's is one).
 
 from __future__ import annotations
 
-from bisect import bisect_right
-
 from shaper.core.types import GpuSample
+from shaper.gpu.energy_history import EnergyHistory
 
 # Above this the two are said to differ.
 APART_RATIO = 0.1
@@ -45,10 +44,8 @@ class EnergyCheck:
     """Compares the two of one GPU. Stateful fields: half a minute of both, and what was found."""
 
     def __init__(self) -> None:
-        self._times: list[float] = []
-        self._read: list[float] = []
-        self._moves: list[float] = []
-        self._counted: list[float] = []
+        self._read, self._counted = EnergyHistory(), EnergyHistory()
+        """The integral of the reading, and the moves of the counter."""
         self._last_watts: float | None = None
         self._due_seconds = 0.0
         self._seen_seconds = 0.0
@@ -58,51 +55,53 @@ class EnergyCheck:
     def observe(self, sample: GpuSample) -> None:
         """Take a screened sample, in the order of time."""
         now, watts, joules = sample.read_seconds, sample.average_watts, sample.energy_joules
-        if self._times and now <= self._times[-1]:
+        before, read_joules = self._read.last if self._read else (None, 0.0)
+        if before is not None and now <= before:
             return
         last, self._last_watts = self._last_watts, watts
-        hole = bool(self._times) and now - self._times[-1] > _HOLE_SECONDS
+        hole = before is not None and now - before > _HOLE_SECONDS
         jump = False
-        if watts is not None and last is not None and self._times:
+        if watts is not None and last is not None and before is not None:
             limit = sample.enforced_limit_watts or _UNKNOWN_LIMIT_WATTS
-            most = limit * (_JUMP_RATIO + _JUMP_PER_SECOND * (now - self._times[-1]))
+            most = limit * (_JUMP_RATIO + _JUMP_PER_SECOND * (now - before))
             jump = abs(watts - last) > most
         if watts is None or joules is None or last is None or hole or jump:
-            self._forget()
+            self._read.clear()
+            self._counted.clear()
             if watts is not None and joules is not None:
                 self._begin(now, joules)
             return
-        if not self._times:
+        if before is None:
             self._begin(now, joules)
             return
-        self._read.append(self._read[-1] + last * (now - self._times[-1]))
-        self._times.append(now)
-        if joules > self._counted[-1]:
+        self._read.add(now, read_joules + last * (now - before))
+        if joules > self._counted.last[1]:
             # It moved since the reading before this one.
-            self._moves.append((now + self._times[-2]) / 2.0)
-            self._counted.append(joules)
+            self._counted.add((now + before) / 2.0, joules)
         if now >= self._due_seconds:
             self._due_seconds = now + _PACE_SECONDS
             self._compare(now)
             self._trim(now)
 
     def _begin(self, now: float, joules: float) -> None:
-        self._times, self._read = [now], [0.0]
-        self._moves, self._counted = [now], [joules]
-
-    def _forget(self) -> None:
-        self._times, self._read, self._moves, self._counted = [], [], [], []
+        self._read.add(now, 0.0)
+        self._counted.add(now, joules)
 
     def _compare(self, now: float) -> None:
-        end = min(now, self._moves[-1])
+        end = min(now, self._counted.last[0])
         found = 1.0
         for span in _SPANS_SECONDS:
             begin = end - span
-            if begin - _MOST_LAG_SECONDS < self._moves[0] or begin < self._times[0]:
+            if begin - _MOST_LAG_SECONDS < self._counted.first_seconds:
                 break
-            read = _at(end, self._times, self._read) - _at(begin, self._times, self._read)
+            if begin < self._read.first_seconds:
+                break
+            read = self._read.joules_between(begin, end)
             lags = range(-round(_LEAD_SECONDS / _LAG_STEP_SECONDS), _lag_steps())
-            counted = [self._between(begin, end, step * _LAG_STEP_SECONDS) for step in lags]
+            counted = [
+                self._counted.joules_between(begin - lag, end - lag)
+                for lag in (step * _LAG_STEP_SECONDS for step in lags)
+            ]
             if min(counted) < _LEAST_WATTS * span:
                 continue
             above, below = read / max(counted), read / min(counted)
@@ -112,10 +111,6 @@ class EnergyCheck:
                 found = min(found, below)
         self._take(found, now)
 
-    def _between(self, begin: float, end: float, lag: float) -> float:
-        first = _at(begin - lag, self._moves, self._counted)
-        return _at(end - lag, self._moves, self._counted) - first
-
     def _take(self, found: float, now: float) -> None:
         """What is sure now; one that is less sure than before counts when it stays so."""
         as_sure = abs(found - 1.0) >= abs(self.ratio - 1.0) - _SLACK_RATIO
@@ -124,25 +119,9 @@ class EnergyCheck:
 
     def _trim(self, now: float) -> None:
         oldest = now - _SPANS_SECONDS[-1] - 2.0 * _MOST_LAG_SECONDS
-        first = bisect_right(self._times, oldest) - 1
-        if first > 0:
-            del self._times[:first], self._read[:first]
-        first = bisect_right(self._moves, oldest) - 1
-        if first > 0:
-            del self._moves[:first], self._counted[:first]
+        self._read.trim(oldest)
+        self._counted.trim(oldest)
 
 
 def _lag_steps() -> int:
     return round(_MOST_LAG_SECONDS / _LAG_STEP_SECONDS) + 1
-
-
-def _at(time: float, times: list[float], values: list[float]) -> float:
-    """The line through these points at a time; beyond their ends the last value."""
-    index = bisect_right(times, time)
-    if index == 0:
-        return values[0]
-    if index == len(times):
-        return values[-1]
-    before, after = times[index - 1], times[index]
-    share = (time - before) / (after - before)
-    return values[index - 1] + share * (values[index] - values[index - 1])

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, median_low, quantiles
 
 from shaper.core.types import GpuSample
+from shaper.gpu.energy_history import EnergyHistory
 from shaper.gpu.reader import GpuReader
 from shaper.gpu.validation import SampleValidator, same_reading
 
@@ -166,8 +166,7 @@ class _Window:
     """
 
     def __init__(self, before: _Window | None = None) -> None:
-        self._times: list[float] = []
-        self._joules: list[float] = []
+        self._history = EnergyHistory()
         self._counted = False
         self._last: tuple[float, float] | None = None
         self._summed = 0.0
@@ -181,50 +180,35 @@ class _Window:
             return
         now = sample.read_seconds
         self._extend(now, sample, energy_moved)
-        if average_moved and sample.average_watts is not None and self._times:
-            self._match(self._times[-1], sample.average_watts)
-        oldest = bisect_right(self._times, now - _HISTORY_SECONDS) - 1
-        if oldest > 0:
-            del self._times[:oldest], self._joules[:oldest]
+        if average_moved and sample.average_watts is not None and self._history:
+            self._match(self._history.last[0], sample.average_watts)
+        self._history.trim(now - _HISTORY_SECONDS)
 
     def _extend(self, now: float, sample: GpuSample, energy_moved: bool) -> None:
         if sample.energy_joules is not None:
             if not self._counted:
                 # From here on the counter is the measure, also where one reading is missing.
                 self._counted = True
-                self._times.clear()
-                self._joules.clear()
-            # Between two moves of the counter the time is known, not the energy.
-            if energy_moved and (not self._joules or sample.energy_joules > self._joules[-1]):
-                self._times.append(now)
-                self._joules.append(sample.energy_joules)
+                self._history.clear()
+            risen = not self._history or sample.energy_joules > self._history.last[1]
+            if energy_moved and risen:
+                self._history.add(now, sample.energy_joules)
         elif sample.instant_watts is not None and not self._counted:
             last, self._last = self._last, (now, sample.instant_watts)
             if last is not None:
                 self._summed += 0.5 * (last[1] + sample.instant_watts) * (now - last[0])
-            self._times.append(now)
-            self._joules.append(self._summed)
+            self._history.add(now, self._summed)
 
     def _match(self, now: float, average_watts: float) -> None:
-        if now - self._times[0] < _WINDOWS_SECONDS[-1]:
+        if now - self._history.first_seconds < _WINDOWS_SECONDS[-1]:
             return
-        means = [self._mean_watts(now, window) for window in _WINDOWS_SECONDS]
+        means = [self._history.joules_between(now - w, now) / w for w in _WINDOWS_SECONDS]
         # Steady power has the same mean over every window.
         if max(means) - min(means) < _SWING_WATTS:
             return
         self._matches += 1
         for step, mean in enumerate(means):
             self._errors[step] += (mean - average_watts) ** 2
-
-    def _mean_watts(self, now: float, window: float) -> float:
-        begin = now - window
-        index = max(0, bisect_right(self._times, begin) - 1)
-        after = min(index + 1, len(self._times) - 1)
-        joules, span = self._joules[index], self._times[after] - self._times[index]
-        if span > 0:
-            part = (begin - self._times[index]) / span
-            joules += part * (self._joules[after] - joules)
-        return (self._joules[-1] - joules) / window
 
     def seconds(self) -> float | None:
         if self._matches < _LEAST_MATCHES:

@@ -104,7 +104,7 @@ def test_it_remembers_no_more_after_an_hour_than_after_a_minute() -> None:
     def kept() -> int:
         gpu = watch._gpus[0]
         fields = sum(len(changes._intervals) for changes in gpu.fields.values())
-        return fields + len(gpu.reads) + len(gpu.window._times) + len(watch._costs)
+        return fields + len(gpu.reads) + len(gpu.window._history._times) + len(watch._costs)
 
     sizes = []
     for tick in range(30_000):
