@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from shaper.cli import main
-from shaper.server.requests import BudgetRequest, RecordRequest, RefusedError, parsed
 from tests.cli.test_cli import EMULATED, refused
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,18 +124,6 @@ def test_a_process_without_them_says_so(
     assert found.returncode == 2, found.stderr
     assert found.stderr.count("\n") == 1, found.stderr
     assert re.search(says, found.stderr)
-
-
-@pytest.mark.parametrize(
-    "name", ["../run.csv", "/tmp/run.csv", "run", "run.txt", "", ".csv", "é.csv"]
-)
-def test_a_wrong_name_of_a_recording_is_said_in_words(name: str) -> None:
-    """And not as the pattern that it does not match."""
-    with pytest.raises(RefusedError, match=r"write one like run-1\.csv") as caught:
-        parsed(RecordRequest, {"file": name})
-    assert "[A-Za-z" not in str(caught.value)
-    with pytest.raises(RefusedError, match="the request says no limits: give limits"):
-        parsed(BudgetRequest, {})
 
 
 @pytest.mark.parametrize(

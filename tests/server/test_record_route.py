@@ -93,12 +93,25 @@ def test_a_recording_changes_no_budget(run: str, served: Recording) -> None:
     "file",
     [
         *("../a.csv", "/etc/a.csv", "a/b.csv", "a", "a.txt", ".a.csv", "a.csv\n", "a\0.csv"),
-        *("a.CSV", "x" * 300 + ".csv", "a.partial.csv", "-rf.csv", "~.csv", "a b.csv", "", None, 7),
+        *(
+            "a.CSV",
+            "x" * 300 + ".csv",
+            "a.partial.csv",
+            "-rf.csv",
+            "~.csv",
+            "a b.csv",
+            "",
+            "é.csv",
+            None,
+            7,
+        ),
     ],
 )
 def test_a_name_is_all_that_can_be_said(run: str, served: Recording, file: object) -> None:
-    """No path, no hidden file, no other ending."""
-    assert code(served.ask("PUT", RECORD, {"file": file})) == (422, "invalid_value")
+    """No path, no hidden file, no other ending; said in words and not as a pattern."""
+    answer = served.ask("PUT", RECORD, {"file": file})
+    assert code(answer) == (422, "invalid_value")
+    assert "[A-Za-z" not in answer[1]["error"]["message"]
     assert ControlFile(run).read().record is None
 
 
