@@ -133,66 +133,53 @@ def record(
     pending: list[GpuSample] = []
     sampler = Sampler(RecordingReader(reader, pending.extend), interval_seconds=interval_seconds)
     start = time.monotonic()
-    show = _Progress(writer, sampler, start, duration_seconds)
+    left = duration_seconds
     sampler.start()
-    failure: OSError | None = None
     try:
-        over = False
-        while not over:
-            over = stop.wait(min(_WRITE_SECONDS, max(0.0, start + duration_seconds - show.now())))
-            over = over or show.now() >= start + duration_seconds
-            if over:
+        while left > 0.0:
+            stopped = stop.wait(min(_WRITE_SECONDS, left))
+            left = 0.0 if stopped else start + duration_seconds - time.monotonic()
+            if left <= 0.0:
                 sampler.stop()
-            count = len(pending)
-            samples = pending[:count]
-            del pending[:count]
+            samples = pending[:]
+            del pending[: len(samples)]
             writer.write(samples=samples)
-            show(samples)
+            if sys.stderr.isatty():
+                _show(writer, sampler, duration_seconds - left, duration_seconds, samples)
     except OSError as error:
-        failure = error
-        sampler.stop()
-    show.end()
-    if failure is not None:
         writer.release()
         raise TraceError(
-            f"the recording ends here: {failure.strerror}; {writer.rows} rows are in "
+            f"the recording ends here: {error.strerror}; {writer.rows} rows are in "
             f"{writer.rows_path}"
-        ) from failure
+        ) from error
+    finally:
+        sampler.stop()
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
     writer.close()
     errors = f", {sampler.read_errors} reads failed" if sampler.read_errors else ""
-    print(f"{writer.path}: {writer.rows} rows in {show.now() - start:.1f} s{errors}")
+    print(f"{writer.path}: {writer.rows} rows in {time.monotonic() - start:.1f} s{errors}")
     return 0 if writer.rows else 1
 
 
-class _Progress:
-    """One line on a terminal that is written over; nothing elsewhere."""
-
-    def __init__(
-        self, writer: RecordingWriter, sampler: Sampler, start: float, duration: float
-    ) -> None:
-        self._writer, self._sampler = writer, sampler
-        self._start, self._duration = start, duration
-        self._shown = sys.stderr.isatty()
-        self.now = time.monotonic
-
-    def __call__(self, samples: Sequence[GpuSample]) -> None:
-        if not self._shown:
-            return
-        last = {sample.gpu_index: sample for sample in samples}
-        watts = [s.instant_watts for s in last.values() if s.instant_watts is not None]
-        drawn = f"{sum(watts):.0f} W" if watts else "no power read"
-        failed = self._sampler.read_errors
-        print(
-            f"\r{self.now() - self._start:.0f} of {self._duration:.0f} s  {drawn}  "
-            f"{self._writer.rows} rows{f'  {failed} reads failed' * bool(failed)}\033[K",
-            end="",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    def end(self) -> None:
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+def _show(
+    writer: RecordingWriter,
+    sampler: Sampler,
+    seconds: float,
+    of_seconds: float,
+    samples: Sequence[GpuSample],
+) -> None:
+    """One line on a terminal that is written over."""
+    last = {sample.gpu_index: sample for sample in samples}
+    watts = [s.instant_watts for s in last.values() if s.instant_watts is not None]
+    drawn = f"{sum(watts):.0f} W" if watts else "no power read"
+    failed = f"  {sampler.read_errors} reads failed" if sampler.read_errors else ""
+    print(
+        f"\r{seconds:.0f} of {of_seconds:.0f} s  {drawn}  {writer.rows} rows{failed}\033[K",
+        end="",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 @contextmanager

@@ -98,22 +98,7 @@ def main(argv: Sequence[str]) -> int:
     if not getattr(arguments, "uds", None):
         check_port(arguments.host, arguments.port)
     if profile is not None:
-        from shaper.emulator.serving import fill_in
-
-        idle_watts = fill_in(arguments, profile)
-        if options.replay is not None:
-            check_gpu_count(options.replay, gpus_per_engine(arguments), engine_count(arguments))
-        if config is not None:
-            check_floor(config, idle_watts, gpus_per_engine(arguments))
-            if config.group is not None:
-                engines = engine_count(arguments)
-                check_group_idle(config.group, idle_watts, engines)
-                with unless_unshaped_ok(config):
-                    check_group(
-                        *(config.group.name, config.group.limits),
-                        idle_watts=idle_watts,
-                        engines=engines,
-                    )
+        _emulate(arguments, profile, options, config)
     if config is not None:
         if profile is None:
             _check_all_gpus(arguments, config)
@@ -130,6 +115,29 @@ def main(argv: Sequence[str]) -> int:
         if config is not None and config.group is not None:
             cleanup_groups(time.monotonic(), config.group.name)
     return 0
+
+
+def _emulate(
+    arguments: argparse.Namespace,
+    profile: GpuProfile,
+    options: argparse.Namespace,
+    config: ShaperConfig | None,
+) -> None:
+    """Fill in what emulated engines need, and check what depends on how many they are."""
+    from shaper.emulator.serving import fill_in
+
+    idle_watts = fill_in(arguments, profile)
+    gpu_count, engines = gpus_per_engine(arguments), engine_count(arguments)
+    if options.replay is not None:
+        check_gpu_count(options.replay, gpu_count, engines)
+    if config is None:
+        return
+    check_floor(config, idle_watts, gpu_count)
+    group = config.group
+    if group is not None:
+        check_group_idle(group, idle_watts, engines)
+        with unless_unshaped_ok(config):
+            check_group(group.name, group.limits, idle_watts=idle_watts, engines=engines)
 
 
 def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> GpuProfile | None:
