@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-_PACKAGES = ("aiohttp", "pandas", "plotly", "pyarrow", "rich", "scipy")
+_PACKAGES = ("aiohttp", "pandas", "plotly", "pyarrow", "scipy")
 
 
 def _missing() -> list[str]:

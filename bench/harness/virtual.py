@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from shaper.core.policy import Policy
 from shaper.core.policy.windowed import WindowedPlanner
 from shaper.core.types import Decision, PowerBudget, PowerLimit, Reason
+from shaper.simulate.build import new_engine
+from shaper.simulate.engine import engine_config, new_request
 from shaper.traffic.figures import GRID_SECONDS, PowerGrid, window_means
 from shaper.traffic.quantiles import Quantiles, quantiles
 from shaper.traffic.workload import TimedRequest, Workload, prompt_token_ids
@@ -41,11 +43,9 @@ class Setup:
     limits: tuple[PowerLimit, ...] | None = None
     policy: Callable[[], Policy] = WindowedPlanner
     itl_seconds: float | None = None
-    ttft_seconds: float | None = None
     spend_slack: bool = False
     power_cap_watts: float | None = None
     """The emulated driver's own power cap; None: the GPU's default."""
-    kv_blocks: int = KV_BLOCKS
     supervise: bool = False
     """Judge health and heat, as a live engine does."""
     ambient_celsius: float | None = None
@@ -72,7 +72,6 @@ class RunFigures:
     kv_peak_ratio: float
     preemptions: int
     forced: int
-    errors: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,8 +92,6 @@ class RunFigures:
 @cache
 def _config() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from shaper.simulate.engine import engine_config
-
     return engine_config(MODEL, GPU)
 
 
@@ -107,8 +104,6 @@ class VirtualRun:
     """
 
     def __init__(self, setup: Setup, seed: int = 0) -> None:
-        from shaper.simulate.build import new_engine
-
         self._config = _config()
         self._seed = seed
         self._count = itertools.count()
@@ -124,9 +119,8 @@ class VirtualRun:
             setup.limits,
             policy=setup.policy,
             itl_target_seconds=setup.itl_seconds,
-            ttft_target_seconds=setup.ttft_seconds,
             spend_slack=setup.spend_slack,
-            kv_blocks=setup.kv_blocks,
+            kv_blocks=KV_BLOCKS,
             supervise=setup.supervise,
             ambient_celsius=setup.ambient_celsius,
             log=self,
@@ -153,8 +147,6 @@ class VirtualRun:
 
     def send(self, request: TimedRequest) -> str:
         """A request arrives now; returns its id."""
-        from shaper.simulate.engine import new_request
-
         index = next(self._count)
         prompt = prompt_token_ids(request, index, self._seed)
         name = f"r{index}"
@@ -250,7 +242,6 @@ class VirtualRun:
             for record in records
             if record.finished_seconds is not None
         ]
-        shaper = getattr(self.engine.scheduler, "shaper", None)
         return RunFigures(
             seconds=len(grid.watts) * GRID_SECONDS,
             requests=len(records),
@@ -267,5 +258,4 @@ class VirtualRun:
             kv_peak_ratio=self._kv_peak,
             preemptions=self._preemptions,
             forced=self.reasons[Reason.FORCED_OVER_BUDGET],
-            errors=shaper.counters.errors if shaper is not None else 0,
         )
