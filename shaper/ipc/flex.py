@@ -1,4 +1,4 @@
-"""Flex work in the engine: what marks it, who governs it, and what others may know of it."""
+"""Flex work in the engine: its mark, when it is deferred, what other threads may read of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CLASS_ARGUMENT = "shaper_class"
 FLEX: Final = "flex"
 REFUSED = "flex_wait_exceeded"
 """The `stop_reason` of a request that was refused at its bound."""
-# The supervisor writes every 20 ms: a standing this old is not how the engine stands.
+# The supervisor writes every 20 ms: a status older than this says nothing of the engine now.
 STALE_SECONDS = 2.0
 RELEASED = ("room", "aged", "timeout", "off")
 """Why a deferred request was let in."""
@@ -39,7 +39,7 @@ class ShapingState(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FlexQueue:
-    """What other threads may know. Times are when, not for how long."""
+    """What other threads may read of the queue. Times are moments, not durations."""
 
     deferred_requests: int = 0
     oldest_deferred_seconds: float | None = None

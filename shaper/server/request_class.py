@@ -5,10 +5,10 @@
                or `vllm_xargs` says {"shaper_class": "flex"}
     interactive otherwise
 
-A key that is bound to interactive says what an unbound one does: its requests may lower
-themselves. vLLM ignores `service_tier` and knows no keys, so the body of a flex request gets
-the third form, which vLLM hands to the scheduler with the sampling parameters. A body that
-is not a JSON object is left as it is: vLLM has the answer to it.
+A request with a key that is bound to interactive may still ask for flex. vLLM ignores
+`service_tier` and knows no keys, so the body of a flex request gets the third form, which vLLM
+hands to the scheduler with the sampling parameters. A body that is not a JSON object is left as
+it is: vLLM refuses it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ CLASSES = (INTERACTIVE, FLEX)
 DIGEST_PREFIX = "sha256:"
 ARGUMENTS = "vllm_xargs"
 PRIORITY_HEADER = b"x-vllm-priority"
-# A body without any of these asks for nothing; most have none, and are not parsed here.
+# A body without any of these names no class; most have none, and are not parsed here.
 _WORDS = (b"service_tier", b"priority", CLASS_ARGUMENT.encode())
 
 
 class UnknownClassError(ValueError):
-    """A request names a class that there is not; the message names those that there are."""
+    """A request names an unknown class; the message lists the known ones."""
 
 
 class KeyClasses:
@@ -46,7 +46,7 @@ class KeyClasses:
         self._classes = {_key_digest(key): bound for key, bound in classes.items()}
 
     def of(self, headers: list[tuple[bytes, bytes]]) -> WorkClass | None:
-        """The class bound to the key that a request presents; None: none is."""
+        """The class that is bound to a request's key; None: there is none."""
         if not self._classes:
             return None
         for name, value in headers:
@@ -119,7 +119,7 @@ def _header_priority(headers: list[tuple[bytes, bytes]]) -> int | None:
 
 
 def _carrying(body: bytes, content: dict[str, Any]) -> bytes:
-    """The body with the class in it; untouched where vLLM would refuse it anyway."""
+    """The body with the class in it; unchanged where vLLM would refuse it anyway."""
     arguments = content.get(ARGUMENTS)
     if not content or not (arguments is None or isinstance(arguments, dict)):
         return body
