@@ -25,7 +25,6 @@ from shaper.core.types import GpuSample
 from shaper.errors import ConfigError, GpuUnavailableError, TraceError
 from shaper.gpu.profiles import load_profile, profile_for_device
 from shaper.gpu.reader import GpuReader
-from shaper.gpu.recording_reader import RecordingReader
 from shaper.gpu.sampler import Sampler
 from shaper.ipc.wall_clock import wall_seconds
 from shaper.recording.format import RecordingWriter
@@ -131,7 +130,7 @@ def record(
         TraceError: the disk is full, or the file can't be finished; what was written stays.
     """
     pending: list[GpuSample] = []
-    sampler = Sampler(RecordingReader(reader, pending.extend), interval_seconds=interval_seconds)
+    sampler = Sampler(reader, interval_seconds=interval_seconds, on_samples=pending.extend)
     start = time.monotonic()
     left = duration_seconds
     sampler.start()

@@ -169,8 +169,13 @@ def build_engine(scheduler: Any, setup: EngineSetup) -> tuple[LiveShaper, Sample
             free_hertz=setup.free_hertz,
         )
 
-    reader = setup.reader if live is None else live.recorder.tap(setup.reader)
-    sampler = setup.sampler(reader, setup.clock, setup.interval_seconds, parts=setup.parts)
+    sampler = setup.sampler(
+        setup.reader,
+        setup.clock,
+        setup.interval_seconds,
+        on_samples=None if live is None else live.recorder.add_samples,
+        parts=setup.parts,
+    )
 
     def close() -> None:
         if live is not None:

@@ -24,8 +24,6 @@ from typing import Any
 from shaper.core.types import GpuSample
 from shaper.errors import TraceError
 from shaper.gpu.parts import Parts
-from shaper.gpu.reader import GpuReader
-from shaper.gpu.recording_reader import RecordingReader
 from shaper.ipc.control_file import RecordOrder
 from shaper.ipc.recording_state import RecordingPhase, RecordingState
 from shaper.recording.format import PARTIAL, RecordedStep, RecordingWriter, path_of_rank
@@ -90,11 +88,8 @@ class Recorder:
         if job is not None:
             job.add_step(step)
 
-    def tap(self, reader: GpuReader) -> GpuReader:
-        """The same reader; what it reads is recorded."""
-        return RecordingReader(reader, self._add_samples, self._parts)
-
-    def _add_samples(self, samples: tuple[GpuSample, ...]) -> None:
+    def add_samples(self, samples: tuple[GpuSample, ...]) -> None:
+        """Called by the sampler's thread."""
         job = self._job
         if job is not None:
             job.add_samples(samples)

@@ -72,6 +72,7 @@ class Sampler:
         clock: seconds of the monotonic clock.
         interval_seconds: between two reads. Meters refresh every 20 to 100 ms; 20 ms
             finds a fresh value soon after it appears.
+        on_samples: called in the sampler's thread with each reading, as it was read.
         on_state: called in the sampler's thread with each published state.
         on_tick: called in the sampler's thread with the time of each tick, also when
             the read failed; keeps metrics fresh while the engine is idle. Called by the
@@ -87,6 +88,7 @@ class Sampler:
         reader: GpuReader,
         clock: Callable[[], float] = time.monotonic,
         interval_seconds: float = 0.02,
+        on_samples: Callable[[tuple[GpuSample, ...]], object] | None = None,
         on_state: Callable[[PowerState], None] | None = None,
         on_tick: Callable[[float], None] | None = None,
         parts: Parts | None = None,
@@ -97,7 +99,7 @@ class Sampler:
         self._told_by = reader if isinstance(reader, TellsWhatItDoes) else None
         self._clock = clock
         self._interval_seconds = interval_seconds
-        self._on_state = on_state
+        self._on_samples, self._on_state = on_samples, on_state
         self.on_tick = on_tick
         # A sum over the GPUs that still answer would be too low.
         self._gpu_count = len(reader.gpus)
@@ -212,6 +214,8 @@ class Sampler:
         begin = self._clock()
         try:
             samples = self._reader.read()
+            if self._on_samples is not None:
+                self.parts.run("recording", self._on_samples, samples)
             if len(samples) != self._gpu_count:
                 raise GpuLostError(f"{len(samples)} of {self._gpu_count} GPUs answered")
         except GpuError as error:

@@ -133,8 +133,9 @@ def wired(run: str, tmp_path: Path, gpu: Any) -> Iterator[Engine]:
     recorder = Recorder(tmp_path, 0, {}, str(tmp_path / "run.csv"), parts)
     member = Membership(handle, 700.0, clock=lambda: gpu.now_seconds)  # type: ignore[arg-type]
     sampler = Sampler(
-        recorder.tap(gpu),
+        gpu,
         lambda: gpu.now_seconds,
+        on_samples=recorder.add_samples,
         on_state=lambda _: None,
         parts=parts,
     )

@@ -21,18 +21,6 @@ STEP = RecordedStep(1.0, 1.01, StepBatch(decode_requests=1, decode_tokens=1))
 SAMPLE = GpuSample(1.0, 0, instant_watts=300.0)
 
 
-class Reader:
-    """One sample a read."""
-
-    gpus = ()
-
-    def read(self):
-        return (SAMPLE,)
-
-    def close(self):
-        pass
-
-
 def order(sequence: int, file: str = "run.csv", seconds: float = 60.0) -> RecordOrder:
     until = time.monotonic() + seconds
     return RecordOrder(file=file, until_monotonic_seconds=until, sequence=sequence)
@@ -53,15 +41,14 @@ def follow(recorder: Recorder, asked: RecordOrder | None) -> None:
 def test_it_records_from_the_order_to_its_end(tmp_path, name):
     """Nothing before, nothing after, and a file of the rank's own that is whole."""
     recorder = Recorder(tmp_path, 1, {"gpu": "h200-sxm"})
-    reader = recorder.tap(Reader())
     recorder.add_step(STEP)
-    reader.read()
+    recorder.add_samples((SAMPLE,))
     assert recorder.state == RecordingState()
     follow(recorder, order(5, name))
     wait(lambda: recorder.state.phase is RecordingPhase.RECORDING)
     for _ in range(3):
         recorder.add_step(STEP)
-        reader.read()
+        recorder.add_samples((SAMPLE,))
     follow(recorder, None)
     wait(lambda: recorder.state.over)
     recorder.add_step(STEP)
@@ -138,12 +125,11 @@ def test_a_disk_that_fails_or_hangs_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(RecordingWriter, "write", write)
     monkeypatch.setattr(module, "_MAX_PENDING", 50)
     recorder = Recorder(tmp_path, 0, {})
-    reader = recorder.tap(Reader())
     follow(recorder, order(1))
     wait(lambda: recorder.state.phase is RecordingPhase.RECORDING)
     for _ in range(500):
         recorder.add_step(STEP)
-        assert reader.read() == (SAMPLE,)
+        recorder.add_samples((SAMPLE,))
     hang.set()
     wait(lambda: recorder.state.over)
     assert recorder.state.error_number == errno.ENOSPC
