@@ -41,7 +41,7 @@ META = {
 
 TINY = dataclasses.replace(
     QUICK,
-    seconds_per_point=0.1,
+    seconds_per_point=0.35,
     idle_seconds=0.1,
     heat_seconds=0.1,
     cadence_seconds=(0.012, 0.025),

@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from bench.harness import options as kinds
 from bench.harness.options import one_line
@@ -39,7 +38,7 @@ from bench.studies.gpu.plan import (
     expected_seconds,
 )
 from bench.studies.gpu.process import EngineJob, run_apart
-from bench.studies.gpu.report import Found, as_data, run_figures, write_report
+from bench.studies.gpu.report import as_data, run_figures, write_report
 from bench.studies.gpu.serve import serve_run
 from bench.studies.gpu.store import (
     DONE,
@@ -56,7 +55,7 @@ from shaper.core.types import PowerLimit
 from shaper.emulator.shapes import load_model_config
 from shaper.errors import ConfigError, ShaperError
 from shaper.gpu.profiles import load_profile
-from shaper.recording.format import Recording, read_recording
+from shaper.recording.format import read_recording
 
 PROGRAM = "bench.studies.gpu"
 # Of an H200 by the shipped profile in virtual time (docs/gpu-study.md): three quarters of its
@@ -284,46 +283,33 @@ class Study:
             raise ConfigError("its limit is a share of the unshaped peak: run --stages unshaped")
         return run.limit(run_figures(unshaped, self._options.profile).power.peak_watts)
 
-    def _gpu(self) -> dict[str, Any]:
-        path = self._out / "gpu.json"
-        return dict(read_json(path)) if path.exists() else {}
-
     def _report(self) -> None:
         names = [name for name in ENGINE_STAGES if (self._out / name / DONE).exists()]
         stages = {name: read_json(self._out / name / DONE) for name in names}
         done = [self._out / name for name in RUNS if is_done(self._out / name)]
-        runs = tuple(run_figures(folder, self._options.profile) for folder in done)
-        settings = self._settings
+        runs = [run_figures(folder, self._options.profile) for folder in done]
         if not stages and not runs:
             return
-        name = str(self._gpu().get("name", ""))
-        found = Found(
-            source=f"a real {name}" if name and settings.emulate is None else settings.source,
-            about=f"{settings.model}, dummy weights; {settings.workload.name}, "
-            f"{len(settings.workload.requests)} requests",
-            gpu=self._gpu(),
-            stages=stages,
-            runs=runs,
-        )
-        write_report(self._out, found)
+        settings, state = self._settings, self._out / "gpu.json"
+        gpu = read_json(state) if state.exists() and settings.emulate is None else {}
+        load = settings.workload
+        about = {
+            "source": f"a real {gpu['name']}" if gpu else settings.source,
+            "load": f"{settings.model}, dummy weights; {load.name}, {len(load.requests)} requests",
+            "emulated": settings.emulate is not None,
+            "settings": dataclasses.asdict(settings),
+            "gpu": gpu,
+        }
+        write_report(self._out, about, stages, runs)
         recordings = {name: read_recording(self._out / name / RECORDING) for name in stages}
         join(self._out / RECORDING, recordings)
         if self._options.pack is not None:
-            self._pack(found, recordings)
+            started = {name: (each, first_seconds(each)) for name, each in recordings.items()}
+            started |= {r.name: (r.recording, r.meta.started_seconds) for r in runs}
+            figures = {run.name: as_data(run) for run in runs}
+            size = pack(self._options.pack, {**about, "runs": figures}, started)
+            self._say(f"packed {len(started)} stages in {size / 1e6:.2f} MB")
         self._say(f"wrote {self._out / 'summary.md'} and report.html")
-
-    def _pack(self, found: Found, recordings: dict[str, Recording]) -> None:
-        started = {name: (each, first_seconds(each)) for name, each in recordings.items()}
-        started |= {r.name: (r.recording, r.meta.started_seconds) for r in found.runs}
-        about = {
-            "source": found.source,
-            "emulated": self._settings.emulate is not None,
-            "settings": dataclasses.asdict(self._settings),
-            "gpu": found.gpu,
-            "runs": {run.name: as_data(run) for run in found.runs},
-        }
-        size = pack(self._options.pack, about, started)
-        self._say(f"packed {len(started)} stages into {self._options.pack}: {size / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from bench.studies.gpu.points import Point, between_steps
 from bench.studies.gpu.store import DECISIONS, RECORDING, TRUE_POWER, RunMeta, read_run, write_json
 from shaper.core.types import ClockEventReasons
 from shaper.emulator.trace import read_power_trace
+from shaper.errors import TraceError
 from shaper.recording.format import Recording, read_recording
 from shaper.report.html import Block, Plot, Section, definitions, paragraph, render
 from shaper.report.power import LimitLine, PowerSeries, fine_power, window_power
@@ -71,20 +73,6 @@ class RunFigures:
         return self.meta.run.name
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """All that a report shows."""
-
-    source: str
-    about: str
-    """Model and traffic, in words."""
-    gpu: Mapping[str, Any]
-    """The GPU at rest; empty for an emulated one."""
-    stages: Mapping[str, Mapping[str, Any]]
-    """What the engine's stages have left, by name."""
-    runs: tuple[RunFigures, ...]
-
-
 def run_figures(folder: Path, profile: str | None = None) -> RunFigures:
     """The figures of a finished server's run.
 
@@ -117,30 +105,45 @@ def run_figures(folder: Path, profile: str | None = None) -> RunFigures:
     )
 
 
-def write_report(folder: Path, found: Found) -> None:
-    """Writes the three files."""
-    title = f"The study of {found.source}"
-    points = "\n".join(_stage_lines(found.stages))
-    parts = [f"# {title}", found.about, points]
-    sections = [Section("One engine, step by step", (Block(f"<pre>{points}</pre>"),))]
-    if found.runs:
-        table = servers_table(found.runs)
+def write_report(
+    folder: Path,
+    about: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any]],
+    runs: Sequence[RunFigures],
+) -> None:
+    """Writes the three files.
+
+    Args:
+        folder: of the study.
+        about: what was measured; `source` and `load` in words.
+        stages: what the engine's stages have left, by name.
+        runs: of the servers.
+
+    Raises:
+        TraceError: a stage is of another version.
+    """
+    title = f"The study of {about['source']}"
+    points = "\n".join(_stage_lines(stages))
+    parts = [f"# {title}", about["load"], points]
+    sections = [Section("One engine, step by step", (Block(f"<pre>{html.escape(points)}</pre>"),))]
+    if runs:
+        table = servers_table(runs)
         parts += [f"## Servers under traffic\n\n{REBUILT}", to_text(table)]
         sections += [
             Section("Servers", (Block(to_html(table)), paragraph(REBUILT, "note"))),
-            Section("Power", _power(found.runs)),
-            Section("Latency", _latency(found.runs)),
+            Section("Power", _power(runs)),
+            Section("Latency", _latency(runs)),
         ]
-    about = _about(found)
-    parts.append("## How it was run\n\n" + "\n".join(f"- {name}: {text}" for name, text in about))
-    sections.append(Section("How it was run", (definitions(about),)))
+    how = _how(about, stages, runs)
+    parts.append("## How it was run\n\n" + "\n".join(f"- {name}: {text}" for name, text in how))
+    sections.append(Section("How it was run", (definitions(how),)))
     (folder / "summary.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    page = render(title, found.about, sections)
+    page = render(title, about["load"], sections)
     (folder / "report.html").write_text(page, encoding="utf-8")
     data = {
-        "source": found.source,
-        "between_steps": [asdict(each) for each in between_steps(_points(found.stages))],
-        "runs": {run.name: as_data(run) for run in found.runs},
+        **about,
+        "between_steps": [asdict(each) for each in between_steps(_points(stages))],
+        "runs": {run.name: as_data(run) for run in runs},
     }
     write_json(folder / "figures.json", data)
 
@@ -165,7 +168,10 @@ def as_data(run: RunFigures) -> dict[str, Any]:
 
 
 def _points(stages: Mapping[str, Mapping[str, Any]]) -> list[Point]:
-    return [Point(**point) for stage in stages.values() for point in stage["points"]]
+    try:
+        return [Point(**point) for stage in stages.values() for point in stage["points"]]
+    except TypeError as error:
+        raise TraceError(f"a stage.json is of another version: {error}") from error
 
 
 def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -176,7 +182,7 @@ def _stage_lines(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
         unfinished = "" if stage["done"] else " (not finished)"
         lines += [f"## {name.capitalize()}{unfinished}", "", "| " + " | ".join(names) + " |"]
         lines += ["|---" * len(names) + "|"]
-        for point in (Point(**each) for each in stage["points"]):
+        for point in _points({name: stage}):
             cells = [_number(getattr(point, n), d, scale) for _, n, d, scale in _POINT_COLUMNS]
             held = ClockEventReasons(point.clock_event_reasons)
             events = ", ".join((e.name or "").lower() for e in ClockEventReasons if e & held)
@@ -311,13 +317,14 @@ def _latency(runs: Sequence[RunFigures]) -> tuple[Plot, ...]:
     return tail_plots([run.name for run in runs], itl, ttft)
 
 
-def _about(found: Found) -> list[tuple[str, str]]:
-    lines = [("source", found.source), ("load", found.about)]
-    lines += [(name.replace("_", " "), str(value)) for name, value in found.gpu.items() if value]
-    lines += [
-        (f"{name} stage", _words(stage["about"]["about"])) for name, stage in found.stages.items()
-    ]
-    for run in found.runs:
+def _how(
+    about: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any]],
+    runs: Sequence[RunFigures],
+) -> list[tuple[str, str]]:
+    lines = [(name, _words(v) if isinstance(v, Mapping) else str(v)) for name, v in about.items()]
+    lines += [(f"{name} stage", _words(stage["about"]["about"])) for name, stage in stages.items()]
+    for run in runs:
         lines.append((f"{run.name} server", " ".join(run.meta.arguments)))
         lines.append((f"{run.name} ran", _words(run.meta.about)))
         words = ", ".join(f"{reason} {count}" for reason, count in run.reasons)
