@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +27,8 @@ from shaper.core.types import (
     StepPrediction,
 )
 from shaper.errors import ConfigError
+from shaper.simulate.policies import new_policy
+from shaper.simulate.setup import RackSetup
 from tests import strategies
 
 LIMIT = 500.0
@@ -261,3 +265,11 @@ def test_a_loop_with_senseless_settings_is_refused():
     ):
         with pytest.raises(ConfigError, match="reactive loop"):
             ReactiveConcurrency(**wrong)
+
+
+def test_an_installed_package_says_where_baselines_are(monkeypatch):
+    """It has no `bench`: one line names the clone; the live engine's policies are there."""
+    monkeypatch.setitem(sys.modules, "bench.baselines", None)
+    with pytest.raises(ConfigError, match="'reactive' is a baseline.*from a clone"):
+        new_policy(RackSetup(policy="reactive"))
+    assert isinstance(new_policy(RackSetup(policy="fixed")), FixedPolicy)
