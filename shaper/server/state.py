@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pydantic import BaseModel
@@ -242,20 +242,14 @@ def _engine(
 def _recording(
     state: RecordingState, rank: int, asked: Asked, config: ShaperConfig | None
 ) -> LastRecording:
-    found: dict[str, Any] = {}
-    if state.error_number:
-        found["error"] = os.strerror(state.error_number)
+    found = asdict(state) | {"phase": state.phase.name.lower()}
+    number = found.pop("error_number")
+    if number:
+        found["error"] = os.strerror(number)
     if asked.record is not None:
         path = path_of_rank(asked.record.file, rank)
         found["file"] = str(path if config is None else config.recording_directory / path)
-    return LastRecording(
-        sequence=state.sequence,
-        phase=state.phase.name.lower(),
-        rows=state.rows,
-        bytes=state.bytes,
-        dropped=state.dropped,
-        **found,
-    )
+    return LastRecording(**found)
 
 
 def _metrics(status: Status) -> dict[str, Any]:
