@@ -119,7 +119,8 @@ async def flooded(server: Server) -> None:
         done = await asyncio.gather(*flood)
         assert all(each.choices[0].finish_reason == "length" for each in done)
         await until_state(server, 0)
-        # And flex runs again.
+    # And flex runs again, over new connections: the server closes those that were idle for 5 s.
+    async with client(server) as people, client(server, BATCH_KEY) as batch:
         late = [prompt(people, 200 + index, 500, extra_body=FLEX) for index in range(20)]
         late.append(prompt(batch, 300, 500))
         late.append(prompt(people, 301, 500, extra_body=FLEX, n=3, temperature=1.0))
