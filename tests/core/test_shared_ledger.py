@@ -193,30 +193,6 @@ def test_decodes_slow_down_only_as_far_as_waiting_prompts_of_others_need():
         assert control.plan(DECODES, 1.033).run
 
 
-def test_prompts_of_two_engines_never_coincide_beyond_the_limit():
-    """1,000 W for both, 700 W for each while it computes prompts: they take turns."""
-    handles = memory_groups(
-        (PowerLimit(1000.0, 0.1),), 2, idle_watts=IDLE, rest_watts=IDLE, rest_after_seconds=1.0
-    )
-    controls = [controller(handle) for handle in handles]
-    watts = np.full((2, 4000), IDLE)
-    due = [0, 0]
-    chunks = [0, 0]
-    for tick in range(3900):
-        now = 0.001 * tick
-        for k, control in enumerate(controls):
-            if due[k] == tick:
-                control.finished(now)
-            if due[k] > tick or not control.plan(PROMPT, now).run:
-                continue
-            control.launched(PROMPT.batch(), now)
-            due[k] = tick + 40
-            chunks[k] += 1
-            watts[k, tick : tick + 40] = 700.0
-    means = np.convolve(watts.sum(axis=0), np.full(100, 0.01), mode="valid")
-    assert means.max() <= 1000.0 + 1e-6
-    assert means.max() > 900.0
-    assert min(chunks) > 0.8 * max(chunks)
 
 
 def test_the_cadence_is_the_groups():

@@ -166,22 +166,12 @@ SHAPED = ("--power-limit", "450W@1s", "--power-limit", "550W@100ms")
 """Limits that bind in these tests: prefills draw 650 W and more, batches of decodes 500 W."""
 
 
-@pytest.fixture(scope="session", params=["unshaped", "shaped"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    """A server with a context of 4,096 tokens, shared by the tests."""
-    pytest.importorskip("vllm")
-    directory = tmp_path_factory.mktemp("server")
-    flags = SHAPED if request.param == "shaped" else ("--shaper-off",)
-    with running_server(directory, "--max-model-len", "4096", *flags) as started:
-        yield started
-
-
 @pytest.fixture(scope="session")
 def shaped_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server with a limit that its decodes don't reach and its prompts do."""
+    """A server with a context of 4,096 tokens, shared by the tests; it ends as a service manager
+    ends it, with code 0 and no process left."""
     pytest.importorskip("vllm")
-    directory = tmp_path_factory.mktemp("shaped-server")
-    with running_server(directory, "--power-limit", "520W@100ms") as started:
+    directory = tmp_path_factory.mktemp("server")
+    with running_server(directory, "--max-model-len", "4096", *SHAPED) as started:
         yield started
+        assert started.stop(signal.SIGTERM) == 0, started.tail()

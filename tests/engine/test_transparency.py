@@ -129,21 +129,17 @@ def decisions_digest() -> str:
 
 
 def test_a_decision_does_not_depend_on_the_order_of_sets():
-    """Two processes whose strings hash differently decide the same."""
+    """A process whose strings hash differently decides the same."""
     script = "import runpy, sys; f = runpy.run_path(sys.argv[1]); print(f['decisions_digest']())"
-    answers = []
     # Another version of vLLM may be on the path.
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), os.getcwd()]))
-    for seed in ("1", "2"):
-        done = subprocess.run(
-            [sys.executable, "-c", script, __file__],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path},
-            timeout=280,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        answers.append(done.stdout.split()[-1])
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == 64
+    done = subprocess.run(
+        [sys.executable, "-c", script, __file__],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": path},
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split()[-1] == decisions_digest()
