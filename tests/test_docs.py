@@ -74,3 +74,14 @@ def test_settings_in_documents_exist():
     # `SHAPER_ITL_TARGET` stands for `itl_target_seconds`.
     unknown = [v for v in unknown if not any(name.startswith(f"{v}_") for name in settings)]
     assert not sorted(unknown)
+
+
+@pytest.mark.parametrize(
+    ("index", "pages"), [("docs/index.md", "docs/*.md"), ("docs/decisions/README.md", "*/*/*.md")]
+)
+def test_each_page_is_in_its_index(index, pages):
+    """A reader finds every page from the index of its folder."""
+    path = ROOT / index
+    linked = {target.partition("#")[0] for target in names([path], r"\]\(([^)\s]+)\)")}
+    present = {page.name for page in ROOT.glob(pages) if page.parent == path.parent}
+    assert not sorted(present - linked - {path.name, "constants.md"})
