@@ -1,11 +1,11 @@
 """The process that `shaper serve` is to its user: it watches the one that serves, and ends it.
 
-vLLM's own stop has holes: a SIGTERM during a start may be swallowed, a stream that nobody
-feeds keeps the API server for ever, and a server that is killed leaves its engines behind. So
+vLLM's own stop has holes: a SIGTERM during a start may be swallowed, a stream that gets
+no tokens keeps the API server for ever, and a server that is killed leaves its engines behind. So
 the command forks before anything is loaded. The child serves; the parent holds a few
 megabytes, waits for signals, and sees to it that no process of the tree outlives the stop:
 
-    first SIGTERM, SIGINT, SIGHUP  passed on; the server drains for as long as it was told to
+    first SIGTERM, SIGINT, SIGHUP  passed on; the server drains for its drain time
     it does not end in time        every process of the tree is killed, and that is said
     a second signal                the same, at once
     the server is killed           its engines are asked to end, then killed
@@ -39,17 +39,17 @@ START_END_SECONDS = 10.0
 """For one that is starting: there is nothing to drain."""
 LEFTOVER_SECONDS = 5.0
 """For processes that a server left behind."""
-# Wrappers that pass Ctrl-C on to a process that the terminal has told already.
+# Wrappers that pass Ctrl-C on to a process that has it from the terminal already.
 _SAME_STOP_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _CONNECT_SECONDS = 1.0
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
-_told: int | None = None
+_report_pipe: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the serving process tells its watcher, once it knows."""
+    """What the serving process reports to its watcher, once it knows."""
 
     drain_seconds: float
     host: str | None
@@ -58,11 +58,11 @@ class Terms:
     uds: str | None = None
 
 
-def tell(terms: Terms) -> None:
+def report_serving(terms: Terms) -> None:
     """From here on the process is to serve. Without a watcher nothing happens."""
-    global _told
-    if _told is not None:
-        descriptor, _told = _told, None
+    global _report_pipe
+    if _report_pipe is not None:
+        descriptor, _report_pipe = _report_pipe, None
         with contextlib.suppress(OSError):
             os.write(descriptor, json.dumps(asdict(terms)).encode())
         os.close(descriptor)
@@ -94,9 +94,9 @@ def supervised(run: Callable[[], int]) -> int:
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        global _told
+        global _report_pipe
         os.close(reader)
-        _told = writer
+        _report_pipe = writer
         _prctl(_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -197,7 +197,7 @@ class _Watcher:
             return 128 + self._asked[0] if code else 0
         self._read_terms()
         if code == 0 and self._terms is not None:
-            _say("the server ended by itself, and nobody asked it to: see its log")
+            _say("the server ended by itself, without a request to stop: see its log")
             return 1
         return code
 

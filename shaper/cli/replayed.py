@@ -19,7 +19,7 @@ def take_replay(options: argparse.Namespace, config: ShaperConfig | None) -> Non
     (`options.replay`, None where nothing is played), in place.
 
     Raises:
-        ConfigError: nothing says which GPU, or `--shaper-off` leaves nobody to read.
+        ConfigError: nothing says which GPU, or `--shaper-off` leaves no reader.
         TraceError: the file can't be read, or holds too little.
     """
     options.replay = None

@@ -19,7 +19,7 @@ import time
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from shaper.cli.lifecycle import DRAIN_SECONDS, Terms, tell
+from shaper.cli.lifecycle import DRAIN_SECONDS, Terms, report_serving
 from shaper.cli.replayed import check_gpu_count, take_replay
 from shaper.cli.serve_flags import new_parser, shaper_config
 from shaper.config.group import check_group_idle
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a flag is wrong, contradicts another, or names what is not there.
-        EngineError: vLLM is not installed, or nobody would keep what is asked.
+        EngineError: vLLM is not installed, or no engine would keep what is asked.
         GpuError: there is no GPU to read, and none is emulated.
         TraceError: the readings to play can't be read.
         FleetError: the power group is there already, with other limits.
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
         check_gpu_limits(config, gpus_per_engine(arguments))
         _use_scheduler(arguments)
     add_layers(arguments, shaped=config is not None)
-    tell(_terms(arguments))
+    report_serving(_terms(arguments))
     try:
         _run_vllm(arguments)
     finally:
@@ -160,7 +160,7 @@ def _check_gpus(options: argparse.Namespace, config: ShaperConfig | None) -> Gpu
 
 
 def _check_all_gpus(arguments: argparse.Namespace, config: ShaperConfig) -> None:
-    """All GPUs of this host's engines, where vLLM's arguments tell which."""
+    """All GPUs of this host's engines, where vLLM's arguments say which."""
     named = device_ids(arguments)
     elsewhere = arguments.nnodes != 1 or arguments.distributed_executor_backend
     # Numbers in `--device-ids` count within CUDA_VISIBLE_DEVICES: vLLM settles that.

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for warning in setup_warnings(setup):
         print(f"shaper: warning: {warning}", file=sys.stderr)
     workload = workload_of(arguments)
-    # vLLM would tell of each engine that it configures.
+    # Without it vLLM logs each engine that it configures.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     check_vllm_imports()
     search = None
@@ -78,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(setup: RackSetup, workload: Workload, bar: ProgressBar) -> RackResult:
     from shaper.simulate.runs import RackProgress, run_rack
 
-    def told(now: RackProgress) -> None:
+    def progress(now: RackProgress) -> None:
         bar.update(now.now_seconds, now.duration_seconds, now.arrived_requests)
 
-    result = run_rack(setup, workload, told)
+    result = run_rack(setup, workload, progress)
     bar.clear()
     return result
 

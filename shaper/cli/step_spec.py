@@ -160,11 +160,11 @@ def _check(question: StepSpec, profile: GpuProfile, model: StepModel) -> None:
     if shape.sliding_window_tokens is not None:
         window = min(question.context_tokens, shape.sliding_window_tokens)
         cache += question.decode_requests * window * coefficients.kv_bytes_per_token_sliding
-    room = _MEMORY_RATIO * profile.memory.capacity_bytes
-    if weights + cache > room:
+    usable = _MEMORY_RATIO * profile.memory.capacity_bytes
+    if weights + cache > usable:
         raise ConfigError(
             f"{shape.name} does not fit: {weights / 1e9:.1f} GB of weights and "
             f"{cache / 1e9:.1f} GB of KV cache per GPU, and {profile.name} has room for "
-            f"{room / 1e9:.1f} GB ({_MEMORY_RATIO:.0%} of its memory); "
+            f"{usable / 1e9:.1f} GB ({_MEMORY_RATIO:.0%} of its memory); "
             "use more GPUs (--tp), fewer requests or a shorter context"
         )

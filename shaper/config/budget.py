@@ -41,7 +41,7 @@ MIN_WINDOW_SECONDS = 0.010
 MAX_WINDOW_SECONDS = 60.0
 # The largest rack-scale server draws about 15 kW; more than this is a unit mistake.
 MAX_WATTS = 200_000.0
-# The status block shows them all; nobody has told more than a handful apart.
+# The status block shows them all; operators use a handful.
 MAX_LIMITS = 32
 
 # With a unit in a text, or as a number in the unit of the key.

@@ -35,7 +35,7 @@ _OTHER_VARIABLES = frozenset(
         *(CONFIG_VARIABLE, ADMIN_KEY_VARIABLE),
     }
 )
-# 16 hexadecimal digits are 64 bits, which nobody guesses over a network.
+# 16 hexadecimal digits are 64 bits: too many to guess over a network.
 MIN_KEY_CHARACTERS = 16
 
 

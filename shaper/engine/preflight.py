@@ -88,7 +88,7 @@ def _flag_value(arguments: Sequence[str], flag: str) -> str | None:
 
 
 def check_port(host: str | None, port: int | None) -> None:
-    """Nobody listens there yet. A port of None is not checked.
+    """The address is free. A port of None is not checked.
 
     Raises:
         ConfigError: the address can't be listened on.

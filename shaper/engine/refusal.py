@@ -49,7 +49,7 @@ def refused(run: str) -> str | None:
 
 
 def show_refusals() -> None:
-    """From now on, what ends this process is told as an engine's refusal, if there is one."""
+    """From now on, what ends this process is shown as an engine's refusal, if there is one."""
     previous, run = sys.excepthook, run_id()
     if getattr(previous, "__module__", None) == __name__:
         return

@@ -1,7 +1,7 @@
 """The rows of a recording, as CSV or Parquet; `shaper/recording/format.py` has the format.
 
 A table of samples alone, with the columns of `GpuSample` and no `kind`, is one, too. An
-empty cell of any column is a value that nobody gave; `nan` in a float column is one that the
+empty cell of any column is a value that was not given; `nan` in a float column is one that the
 GPU reported so, and in a column of whole numbers it is an empty cell, as pandas writes it.
 """
 

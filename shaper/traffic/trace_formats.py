@@ -132,7 +132,7 @@ def json_parser(trace_format: str) -> Parse:
 
 
 class Moments:
-    """Reads moments in ISO form. All with a time zone or all without: else nobody knows how
+    """Reads moments in ISO form. All with a time zone or all without: else it is unknown how
     far apart two of them are. Stateful field: which of the two the first was."""
 
     def __init__(self, name: str) -> None:

@@ -35,7 +35,7 @@ def serve():
     {then}
 sys.exit(lifecycle.supervised(serve))
 """
-TELL = "lifecycle.tell(lifecycle.Terms({drain}, '127.0.0.1', listener.getsockname()[1]))"
+TELL = "lifecycle.report_serving(lifecycle.Terms({drain}, '127.0.0.1', listener.getsockname()[1]))"
 WAIT = "time.sleep(60); return 0"
 DEAF = "signal.signal(signal.SIGTERM, deaf)"
 

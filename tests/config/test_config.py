@@ -208,13 +208,6 @@ def test_files_are_read(tmp_path, suffix):
     assert resolve(config.terms(), 1).limits == (PowerLimit(560.0, 1.0),)
 
 
-@pytest.mark.parametrize("text", ["/no/such/file.toml", "{broken", "[1]"])
-def test_unreadable_settings_are_named(text):
-    """A missing file and broken JSON each say so."""
-    with pytest.raises(ConfigError):
-        parse_config_text(text)
-
-
 def test_a_list_for_settings_is_refused():
     """`additional_config={"power_shaper": [...]}` is no mapping."""
     with pytest.raises(ConfigError, match="object of keys"):

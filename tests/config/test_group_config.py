@@ -171,11 +171,6 @@ EMULATED = ("serve", "llama-3.1-8b", "--emulate", "h200-sxm", "--port", "0")
         ),
         (("--psu-efficiency", "94%"), "--psu-efficiency: .* valid number"),
         (("--shaper-off", "--power-group", "r"), "--shaper-off contradicts --power-group"),
-        (("--shaper-off", "--psu-efficiency", "0.9"), "contradicts --psu-efficiency"),
-        (
-            ("--power-group", "r", "--power-shaper-config", '{"power_group": "s"}'),
-            "--power-group and --power-shaper-config both give 'power_group'",
-        ),
     ],
 )
 def test_the_command_line_says_it_in_one_line(no_settings, capsys, arguments, says):

@@ -75,14 +75,6 @@ def test_a_killed_engine_leaves_what_it_wrote(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_another_ending_is_refused(tmp_path: Path) -> None:
-    """The format follows from the name."""
-    with pytest.raises(TraceError, match=r"\.csv or \.parquet"):
-        RecordingWriter(tmp_path / "run.txt", META)
-    with pytest.raises(TraceError, match="can't be written"):
-        RecordingWriter(tmp_path / "no" / "run.csv", META)
-
-
 @pytest.mark.parametrize("name", ["after_pandas.csv", "utf16.csv"])
 def test_cases_are_read_as_the_plain_file(name: str) -> None:
     """By all that read one: the fit, the replayed GPU and the check before a start."""
