@@ -61,7 +61,6 @@ class SensorReport:
     """Power reading over energy counter, as far as it is sure, where they are furthest apart."""
     meter_disagrees: bool = False
     """They are further apart than is believed of one meter."""
-    last_error: str = ""
 
 
 class Sampler:
@@ -108,7 +107,6 @@ class Sampler:
         self.parts = Parts() if parts is None else parts
         self._limits: dict[int, float] = {}
         self._limit_changes = 0
-        self._last_error = ""
         self._logged: set[str] = set()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -148,7 +146,6 @@ class Sampler:
             energy_integrated=self._energy.integrated,
             read_over_counted_ratio=self._energy.read_over_counted_ratio,
             meter_disagrees=self._energy.apart,
-            last_error=self._last_error,
             read_errors=self.read_errors,
             rejected_readings=self.rejected_readings,
         )
@@ -224,7 +221,6 @@ class Sampler:
         except Exception as error:
             # This thread must outlive a mistake in a reader.
             self.read_errors += 1
-            self._last_error = f"{type(error).__name__}: {error}"
             self.parts.failed("reader", error)
         else:
             self._note_back(begin)
@@ -284,7 +280,6 @@ class Sampler:
 
     def _log_once(self, error: GpuError) -> None:
         kind = type(error).__name__
-        self._last_error = f"{kind}: {error}"
         if kind not in self._logged:
             self._logged.add(kind)
             _log.warning("GPU sampling: %s: %s (said once; later ones are counted)", kind, error)
