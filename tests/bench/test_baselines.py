@@ -270,6 +270,6 @@ def test_a_loop_with_senseless_settings_is_refused():
 def test_an_installed_package_says_where_baselines_are(monkeypatch):
     """It has no `bench`: one line names the clone; the live engine's policies are there."""
     monkeypatch.setitem(sys.modules, "bench.baselines", None)
-    with pytest.raises(ConfigError, match="'reactive' is a baseline.*from a clone"):
+    with pytest.raises(ConfigError, match=r"'reactive' is a baseline.*from a clone"):
         new_policy(RackSetup(policy="reactive"))
     assert isinstance(new_policy(RackSetup(policy="fixed")), FixedPolicy)
