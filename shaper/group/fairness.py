@@ -63,9 +63,7 @@ def fair_terms(
     limits: Sequence[PowerLimit],
     now_seconds: float,
 ) -> Terms:
-    """The pace that the group's limits leave, and whose turn it is.
-
-    In plain Python: for the few engines of a host that takes a quarter of numpy's time.
+    """The pace that the group's limits leave, and which engine's work comes first.
 
     Args:
         table: [rows] of the engines in the group.
@@ -74,6 +72,7 @@ def fair_terms(
         limits: of the group.
         now_seconds: now.
     """
+    # In plain Python: for the few engines of a host that takes a quarter of numpy's time.
     column = {name: table[name].tolist() for name in _COLUMNS}
     idle_watts = column["idle_watts"]
     oldest = now_seconds - HEARD_SECONDS
@@ -97,16 +96,14 @@ def fair_terms(
         if row != own:
             weight += idle_watts[row]
             margin += idle_watts[row] * margins[row]
-            # What is NaN is neither longer nor earlier.
-            if waiting_since[row] < earliest:
+            if waiting_since[row] < earliest:  # NaN is not
                 earliest = waiting_since[row]
             decodes = joules[row] if latest <= decodes_due[row] < due else 0.0
             wants = decodes if decodes > wanted[row] else wanted[row]
             late += decodes
             ahead += wants if waiting_since[row] < since else decodes
             waiting += wants
-    held = max(0.0, now_seconds - earliest)
-    idle = sum(idle_watts)
+    held, idle = max(0.0, now_seconds - earliest), sum(idle_watts)
     kept_ratio = 1.0 - margin / max(weight, 1e-9)
     lowest = min(limit.watts for limit in limits) * kept_ratio
     least = min(limit.watts * kept_ratio - burst / limit.window_seconds for limit in limits)

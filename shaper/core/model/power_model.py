@@ -85,20 +85,9 @@ class StepModel:
         # that are spread over engines gather and scatter their tokens instead.
         spread = coefficients.expert_parallel
         exchanges = (2 * layers if tp > 1 else 0) + (2 * shape.moe_layers if spread > 1 else 0)
-        partners = max(tp, spread)
-        link = profile.link
-        self._reduce_seconds = exchanges * (
-            link.allreduce_seconds + link.allreduce_gpu_seconds * max(0, partners - 2)
-        )
-        self._reduce_token_seconds = (
-            exchanges
-            * shape.hidden_size
-            * shape.activation_bytes_per_value
-            * 2.0
-            * (partners - 1)
-            / partners
-            * spread
-            / link.bandwidth_bytes_per_second
+        row_bytes = shape.hidden_size * shape.activation_bytes_per_value * spread
+        self._reduce_seconds, self._reduce_token_seconds = profile.link.exchange_seconds(
+            exchanges, max(tp, spread), row_bytes
         )
         self._expert_byte_seconds = 1.0 / (self._bandwidth * memory.expert_ratio)
         self._expert_flop_seconds = 1.0 / (compute.flops_per_second * compute.expert_ratio)
@@ -286,22 +275,9 @@ class StepModel:
             self.coefficients.work_parts(batch)
         )
         if experts:
-            a = experts * self.coefficients.expert_weight_bytes * self._expert_byte_seconds
-            rows = tokens * self.coefficients.expert_flops_per_token
-            padding = (
-                2.0
-                * experts
-                * self.profile.compute.expert_tile_tokens
-                * self.coefficients.expert_weight_bytes
-                / self.coefficients.shape.weights.experts
-            )
-            b = (rows + padding) * self._expert_flop_seconds * slow
-            a *= stretch
-            whole = _norm4(a, b)
-            if a > b:
-                memory += whole
-            else:
-                compute += whole
+            a, b = self._expert_seconds(experts, tokens, stretch, slow)
+            memory += a
+            compute += b
         tile_tokens, pair_flops = self._tile_flops
         attention = (
             kv_bytes * self._attention_byte_seconds * stretch
@@ -328,6 +304,25 @@ class StepModel:
             byte_joules,
             (gemm_flops + attention_flops) * power.joules_per_flop,
         )
+
+    def _expert_seconds(
+        self, experts: float, tokens: int, stretch: float, slow: float
+    ) -> tuple[float, float]:
+        """Seconds of the experts' GEMMs, as memory's or as compute's: the larger of the two."""
+        weight_bytes = self.coefficients.expert_weight_bytes
+        a = experts * weight_bytes * self._expert_byte_seconds
+        rows = tokens * self.coefficients.expert_flops_per_token
+        padding = (
+            2.0
+            * experts
+            * self.profile.compute.expert_tile_tokens
+            * weight_bytes
+            / self.coefficients.shape.weights.experts
+        )
+        b = (rows + padding) * self._expert_flop_seconds * slow
+        a *= stretch
+        whole = _norm4(a, b)
+        return (whole, 0.0) if a > b else (0.0, whole)
 
     def _token_gemm_seconds(self, tokens: int, stretch: float, slow: float) -> tuple[float, float]:
         """Seconds of memory and of compute of the GEMMs that every token goes through."""

@@ -106,6 +106,22 @@ class LinkSpec(_Checked):
     allreduce_gpu_seconds: float
     """Added latency for each GPU beyond two."""
 
+    def exchange_seconds(
+        self, exchanges: int, partners: int, row_bytes: float
+    ) -> tuple[float, float]:
+        """Seconds of a step's exchanges, and seconds that each token adds.
+
+        Args:
+            exchanges: in a step.
+            partners: GPUs that take part in each.
+            row_bytes: that a token brings into one.
+        """
+        fixed = exchanges * (
+            self.allreduce_seconds + self.allreduce_gpu_seconds * max(0, partners - 2)
+        )
+        passes = 2.0 * (partners - 1) / partners
+        return fixed, exchanges * row_bytes * passes / self.bandwidth_bytes_per_second
+
 
 @dataclass(frozen=True, slots=True)
 class PowerSpec(_Checked):

@@ -77,13 +77,7 @@ class ModelShape:
         layers = count(text, label, "num_hidden_layers")
         kind = check_keys({"model_type": config.get("model_type"), **text}, label)
         hidden = count(text, label, "hidden_size")
-        heads = count(text, label, "num_attention_heads")
-        kv_heads = count(text, label, "num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise ValueError(
-                f"{label}: config key 'num_key_value_heads' is {kv_heads}, which does not divide "
-                f"'num_attention_heads' {heads}"
-            )
+        heads, kv_heads = _heads(text, label)
         head_dim = count(text, label, "head_dim", HEAD_DIMS.get(kind, hidden // heads))
         number, chosen, expert_size, shared = experts(text, label, kind)
         mask = moe_mask(text, label, layers) if number else (False,) * layers
@@ -113,12 +107,22 @@ class ModelShape:
             kv_bytes_per_value=min(width, 2.0),
             activation_bytes_per_value=min(width, 2.0),
         )
-        quantisation = quantisation or _quantisation(text, config, label)
+        return found._with_weights(
+            mask, width, quantisation or _quantisation(text, config, label), method
+        )
+
+    def _with_weights(
+        self,
+        mask: tuple[bool, ...],
+        width: float,
+        quantisation: Mapping[str, Any] | None,
+        method: str | None,
+    ) -> ModelShape:
         try:
-            weights = weight_bytes(_matrices(found, mask), layers, width, quantisation, method)
+            weights = weight_bytes(_matrices(self, mask), self.layers, width, quantisation, method)
         except ValueError as error:
-            raise ValueError(f"{label}: {error}") from error
-        return replace(found, weights=weights)
+            raise ValueError(f"{self.name}: {error}") from error
+        return replace(self, weights=weights)
 
     @property
     def weight_bytes_per_value(self) -> float:
@@ -200,6 +204,17 @@ def _plain_bytes(text: Mapping[str, Any], config: Mapping[str, Any], label: str)
                 raise ValueError(f"{label}: config key {key!r} is {value!r}, which is not known")
             return width
     return 2.0
+
+
+def _heads(text: Mapping[str, Any], label: str) -> tuple[int, int]:
+    heads = count(text, label, "num_attention_heads")
+    kv_heads = count(text, label, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ValueError(
+            f"{label}: config key 'num_key_value_heads' is {kv_heads}, which does not divide "
+            f"'num_attention_heads' {heads}"
+        )
+    return heads, kv_heads
 
 
 def _quantisation(

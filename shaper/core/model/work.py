@@ -144,22 +144,7 @@ class WorkCoefficients:
             expert_ffn = shape.expert_intermediate_size
         dense_layers = shape.layers - shape.moe_layers
         shared = expert_ffn * shape.shared_experts
-        of = shape.weights
-        gemms = [
-            Gemm("qkv", (heads + 2 * kv_heads) * head_dim, width, shape.layers, of.attention),
-            Gemm("attention output", width, heads * head_dim, shape.layers, of.output),
-        ]
-        if dense_layers:
-            gemms.append(Gemm("gate and up", 2 * ffn, width, dense_layers, of.gate_up))
-            gemms.append(Gemm("down", width, ffn, dense_layers, of.down))
-        if shape.moe_layers:
-            moe = shape.moe_layers
-            gemms.append(Gemm("router", shape.experts, width, moe, of.plain))
-            if shared:
-                gemms.append(Gemm("shared gate and up", 2 * shared, width, moe, of.shared))
-                gemms.append(Gemm("shared down", width, shared, moe, of.shared))
-        vocabulary = math.ceil(shape.vocab_size / tp)
-        gemms.append(Gemm("logits", vocabulary, width, 1, of.head, logits_only=True))
+        gemms = _gemms(shape, tp, heads, kv_heads, shared)
         per_token = sum(gemm.values for gemm in gemms if not gemm.logits_only)
         logits = gemms[-1].values
         expert_values = 3 * width * expert_ffn * shape.moe_layers
@@ -172,14 +157,14 @@ class WorkCoefficients:
             tensor_parallel=tp,
             heads=heads,
             kv_heads=kv_heads,
-            gemms=tuple(gemms),
+            gemms=gemms,
             dense_flops_per_token=2.0 * per_token,
             logits_flops_per_token=2.0 * logits,
             expert_flops_per_token=2.0 * expert_values * shape.experts_per_token,
             flops_per_pair_full=pair_flops * full_layers,
             flops_per_pair_sliding=pair_flops * shape.sliding_layers,
             dense_weight_bytes=sum(gemm.weight_bytes for gemm in gemms),
-            expert_weight_bytes=expert_values * of.experts,
+            expert_weight_bytes=expert_values * shape.weights.experts,
             kv_bytes_per_token_full=kv_bytes * full_layers,
             kv_bytes_per_token_sliding=kv_bytes * shape.sliding_layers,
             activation_bytes_per_token=a * _activation_values_per_token(shape, tp),
@@ -323,6 +308,37 @@ def _vllm_activation_values(shape: ModelShape, tp: int) -> tuple[int, int]:
         reads += (width + 2 * expert_ffn * shared + expert_ffn) * moe
         writes += (3 * expert_ffn + width) * shared * moe
     return reads, writes
+
+
+def _gemms(
+    shape: ModelShape, tensor_parallel: int, heads: int, kv_heads: int, shared: int
+) -> tuple[Gemm, ...]:
+    """The GEMMs of one GPU, those of the logits last.
+
+    Args:
+        shape: of the model.
+        tensor_parallel: GPUs that share each layer.
+        heads: attention heads of this GPU.
+        kv_heads: KV heads of this GPU.
+        shared: width of the shared experts on this GPU; 0: there are none.
+    """
+    width, head_dim, of = shape.hidden_size, shape.head_dim, shape.weights
+    ffn, dense_layers = shape.intermediate_size // tensor_parallel, shape.layers - shape.moe_layers
+    gemms = [
+        Gemm("qkv", (heads + 2 * kv_heads) * head_dim, width, shape.layers, of.attention),
+        Gemm("attention output", width, heads * head_dim, shape.layers, of.output),
+    ]
+    if dense_layers:
+        gemms.append(Gemm("gate and up", 2 * ffn, width, dense_layers, of.gate_up))
+        gemms.append(Gemm("down", width, ffn, dense_layers, of.down))
+    if shape.moe_layers:
+        moe = shape.moe_layers
+        gemms.append(Gemm("router", shape.experts, width, moe, of.plain))
+        if shared:
+            gemms.append(Gemm("shared gate and up", 2 * shared, width, moe, of.shared))
+            gemms.append(Gemm("shared down", width, shared, moe, of.shared))
+    vocabulary = math.ceil(shape.vocab_size / tensor_parallel)
+    return (*gemms, Gemm("logits", vocabulary, width, 1, of.head, logits_only=True))
 
 
 def _activation_values_per_token(shape: ModelShape, tp: int) -> int:
