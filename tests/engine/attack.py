@@ -34,7 +34,7 @@ SEAMS = (
     "shaper.engine.levers:Levers.apply",
     "shaper.engine.runtime:engine_load",
     "shaper.engine.runtime:launched_batch",
-    "shaper.ipc.metric_table:SchedulerCounters.count",
+    "shaper.ipc.engine_record:SchedulerCounters.count",
     "shaper.engine.deferral:Deferral._arrived",
     "shaper.engine.deferral:Deferral._follow",
     "tests.engine.harness:RecordingLog.add",
