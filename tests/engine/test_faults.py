@@ -23,7 +23,7 @@ from tests.engine.harness import Attacked, attacked, sliding, worst_ratio
 # The two reach over each other's windows; traffic below asks for more than both.
 LIMITS = (PowerLimit(500.0, 0.1), PowerLimit(470.0, 2.0))
 TOLERANCE = 1.01
-FAULT_SECONDS, WORKS_SECONDS, END_SECONDS = 4.0, 9.5, 15.5
+FAULT_SECONDS, WORKS_SECONDS, END_SECONDS = 4.0, 12.0, 18.0
 # A stuck counter is believed for 2 s; then readings are missing, which is known after
 # `STALE_SECONDS`; then the margin grows over a second.
 BLIND_WITHIN_SECONDS = 2.0 + STALE_SECONDS + 1.0 + 0.2
