@@ -199,22 +199,22 @@ class CompletedSteps:
         while self._waiting:
             done = self._waiting[0]
             unsure = done.flight.unsure
-            told = unsure is None or self.clock.read_seconds >= done.end_seconds
+            read_after_end = unsure is None or self.clock.read_seconds >= done.end_seconds
             overdue = now_seconds - done.end_seconds > _LONGEST_SECONDS
-            if not (told or overdue or len(self._waiting) > _MOST_WAITING):
+            if not (read_after_end or overdue or len(self._waiting) > _MOST_WAITING):
                 break
             self._waiting.popleft()
-            self._enter(done, told)
+            self._enter(done, read_after_end)
             entered = True
         return entered
 
-    def _enter(self, done: _Completed, told: bool) -> None:
+    def _enter(self, done: _Completed, read_after_end: bool) -> None:
         flight, unsure, joules = done.flight, done.flight.unsure, done.joules
         raw: StepPrediction | None = flight.raw
         if unsure is not None:
-            if told and unsure.highest_hertz < self._free_hertz:
-                joules = self._told_joules(done, unsure)
-            steady = told and unsure.highest_hertz <= _STEADY_RATIO * unsure.lowest_hertz
+            if read_after_end and unsure.highest_hertz < self._free_hertz:
+                joules = self._joules_at_read_clock(done, unsure)
+            steady = read_after_end and unsure.highest_hertz <= _STEADY_RATIO * unsure.lowest_hertz
             middle = (unsure.lowest_hertz + min(unsure.highest_hertz, self._free_hertz)) / 2.0
             raw = self._raw(flight.batch, middle) if steady else None
         begin, end = done.start_seconds, done.end_seconds
@@ -224,7 +224,7 @@ class CompletedSteps:
             self._estimator.observe_run(flight.batch, raw, begin, end, done.measured_seconds)
         self._ledger.spend(begin, end, joules)
 
-    def _told_joules(self, done: _Completed, unsure: Unsure) -> float:
+    def _joules_at_read_clock(self, done: _Completed, unsure: Unsure) -> float:
         """Joules at the highest clock that was read; a step that was quicker refutes it."""
         seconds = done.end_seconds - done.start_seconds
         step = self._at(done.flight.batch, unsure.highest_hertz)
@@ -255,7 +255,7 @@ class CompletedSteps:
 def _see(unsure: Unsure, clock: SeenClock) -> None:
     """A reading while the step ran, or the first one after its end."""
     if clock.idle or clock.read_hertz is None:
-        # It rests again: nobody knows how high it was.
+        # The GPU is idle again: how high its clock was is unknown.
         unsure.highest_hertz = math.inf
         return
     unsure.lowest_hertz = min(unsure.lowest_hertz, clock.read_hertz)

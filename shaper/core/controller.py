@@ -71,7 +71,7 @@ class Controller:
         rest_watts: power of the GPUs when nothing ran for `rest_after_seconds`; by default
             that between steps.
         rest_after_seconds: see `rest_watts`.
-        full: nobody knows what ran just before: every window is taken as used up.
+        full: what ran before the start is unknown: every window is taken as used up.
         group: a ledger that this engine shares with others; its limits hold beside the budget.
         free_hertz: the SM clock of GPUs that nothing holds down; infinity: not known.
     """
@@ -213,9 +213,9 @@ class Controller:
         in_flight: list[Run],
     ) -> PlanInput:
         """Find the plan; returns what it was found from."""
-        easy = 0.0 if decodes is None else DEFAULT_DECODE_INTERVAL * decodes.seconds
-        floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or easy)
-        since = self._in_flight_steps.since_decode(load, start, self._flying(now))
+        default_interval = 0.0 if decodes is None else DEFAULT_DECODE_INTERVAL * decodes.seconds
+        floor_watts = self._paced_watts(decodes, self._targets.itl_seconds or default_interval)
+        since = self._in_flight_steps.since_decode(load, start, self._launched_runs(now))
         shared = self._shared
         state, longest = self._state, self._ledger.longest_window_seconds
         blind = state is None or state.age_seconds(now) > STALE_SECONDS
@@ -229,17 +229,17 @@ class Controller:
             run = self._in_flight_steps.holds_prompts
             shared.update_share(load, decodes, floor_watts, start - since, run, margin_ratio, now)
 
-        view = self._look(load, start, now, decodes, in_flight, floor_watts, since)
-        if shared is None or self._claimed(shared, load, start, now, in_flight):
+        view = self._plan_once(load, start, now, decodes, in_flight, floor_watts, since)
+        if shared is None or self._reserve_step(shared, load, start, now, in_flight):
             return view
         # Others were faster: once more with what they left, and then not at all.
-        view = self._look(load, start, now, decodes, in_flight, floor_watts, since)
-        if not self._claimed(shared, load, start, now, in_flight):
+        view = self._plan_once(load, start, now, decodes, in_flight, floor_watts, since)
+        if not self._reserve_step(shared, load, start, now, in_flight):
             self._plan = self._guard.check(Plan(NOTHING, Reason.PAUSE), load, start)
-            self._claimed(shared, load, start, now, in_flight)
+            self._reserve_step(shared, load, start, now, in_flight)
         return view
 
-    def _look(
+    def _plan_once(
         self,
         load: EngineLoad,
         start: float,
@@ -270,7 +270,7 @@ class Controller:
         self._plan = self._guard.check(self._policy.plan(view), load, start)
         return view
 
-    def _claimed(
+    def _reserve_step(
         self, shared: SharedLedger, load: EngineLoad, start: float, now: float, in_flight: list[Run]
     ) -> bool:
         """Whether the planned step is entered with the group's, or none is planned."""
@@ -292,9 +292,9 @@ class Controller:
         return self.idle_watts + decodes.joules_above(self.idle_watts) / cadence
 
     def _in_flight(self, now_seconds: float) -> list[Run]:
-        return self._completed.runs + self._flying(now_seconds)
+        return self._completed.runs + self._launched_runs(now_seconds)
 
-    def _flying(self, now_seconds: float) -> list[Run]:
+    def _launched_runs(self, now_seconds: float) -> list[Run]:
         return self._in_flight_steps.runs(self._completed.end_seconds, now_seconds)
 
     def launched(self, batch: StepBatch, now_seconds: float) -> Decision:

@@ -1,4 +1,4 @@
-"""What the engine has to do and how it goes, averaged for those who look now and then.
+"""The demand on the engine and how far it is held back, averaged for readers at any interval.
 
 Laws, with `tau` the time constant and `dt` the time since the last call:
 

@@ -3,13 +3,13 @@
 Promises. Whatever a policy says and whatever the budget is:
 
 - decodes that are ready wait at most their ITL target, or `max_pause_seconds` without
-  one; then they run, over the budget if need be, and the step is marked `FORCED`;
+  one; then they run, over the budget if need be, with reason `FORCED_OVER_BUDGET`;
 - prompts that could run wait at most twice `max_pause_seconds`; then a chunk is forced
   likewise. A prompt that a forced chunk can't advance (a model that only takes whole
   blocks or images) gets twice the tokens next time. A chunk that was allowed and of which
   no token ran is no turn, and the wait goes on, unless no bound on tokens was to blame;
 - a cap on running requests that leaves nothing to run for `max_pause_seconds` is lifted;
-- a pause with a date is asked about again when the first of these waits is over.
+- a pause with an end time ends when the first of these waits is over, if that is earlier.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Guard:
             self._prefill_since, self._forced = None, 0
             self._unused = False
         if self._stuck_requests is not None and load.running_requests < self._stuck_requests:
-            self._stuck_requests = None  # whoever has ended may have made headroom
+            self._stuck_requests = None  # a request that ended may have freed KV cache
         holds_decodes = not limits.run or limits.decode_requests == 0
         if load.decode_requests and holds_decodes:
             if self._decode_since is None:

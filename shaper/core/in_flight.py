@@ -13,7 +13,7 @@ from shaper.core.types import EngineLoad, StepBatch, StepPrediction
 
 @dataclass(slots=True)
 class Unsure:
-    """What a step comes to whose clock may climb while it waits or runs."""
+    """Bounds of a step whose clock may climb while it waits or runs."""
 
     free: StepPrediction
     """At the clock that nothing holds down: the earliest that it can be over."""

@@ -20,7 +20,7 @@ from shaper.core.types import EngineLoad, LatencyTargets, StepBatch, StepLimits,
 
 
 class SharedLedger:
-    """Tells, looks, claims and enters. Stateful fields: the share told last, and the claim.
+    """Publishes, queries, reserves and commits. Stateful fields: the last share, the reservation.
 
     Args:
         group: this engine's handle.

@@ -222,7 +222,7 @@ class EngineLoad:
     waiting_requests: int = 0
     """Requests that the engine has not started, or has preempted."""
     oldest_arrival_seconds: float | None = None
-    """When the first of the waiting requests arrived; None where nothing waits or nobody knows."""
+    """When the first of the waiting requests arrived; None where nothing waits or it is unknown."""
     blocks: Blocks | None = None
     """Where the chunks of a prompt must end; None: anywhere."""
     more_waiting: bool = False
@@ -292,7 +292,7 @@ class StepLimits(NamedTuple):
 
     @property
     def uncut(self) -> bool:
-        """Whether prompts may run that nobody has counted: no bound on their tokens."""
+        """Whether prompts may run that were not counted: no bound on their tokens."""
         return self.run and self.prefill_tokens is None
 
     @property

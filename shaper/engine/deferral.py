@@ -77,12 +77,12 @@ class Deferral:
 
     Args:
         scheduler: vLLM's.
-        governor: asked at each call.
+        shaping_state: asked at each call.
     """
 
-    def __init__(self, scheduler: Any, governor: ShapingState) -> None:
+    def __init__(self, scheduler: Any, shaping_state: ShapingState) -> None:
         self._scheduler = scheduler
-        self._governor = governor
+        self._shaping_state = shaping_state
         self._deferred: OrderedDict[str, _Flex] = OrderedDict()
         self._let_in: OrderedDict[str, _Flex] = OrderedDict()
         self._prompts: deque[tuple[Any, float]] = deque()
@@ -123,16 +123,16 @@ class Deferral:
 
     def _admissibility(self, now: float) -> Admissibility | None:
         """What may enter; None where nothing is to be deferred."""
-        governor = self._governor
-        if not governor.shaping or now - self._failed_seconds < RETRY_SECONDS:
+        shaping_state = self._shaping_state
+        if not shaping_state.shaping or now - self._failed_seconds < RETRY_SECONDS:
             return None
-        standing = governor.standing
+        standing = shaping_state.standing
         if standing is None or now - standing.at_seconds > STALE_SECONDS:
             return None
         return standing.admissibility
 
     def _arrived(self, request: Any) -> None:
-        now = self._governor.clock()
+        now = self._shaping_state.clock()
         found = self._admissibility(now)
         # A further part of a session is no new request.
         if found is None or self._scheduler.requests.get(request.request_id) is not request:
@@ -168,7 +168,7 @@ class Deferral:
         self._publish()
 
     def _before_schedule(self) -> None:
-        now = self._governor.clock()
+        now = self._shaping_state.clock()
         while self._prompts and not _waits(self._prompts[0][0]):
             self._prompts.popleft()
         self._forget_started()
@@ -200,13 +200,15 @@ class Deferral:
         self._take_back()
         if self._deferred and not any(flex.exempt for flex in self._let_in.values()):
             request_id, oldest = next(iter(self._deferred.items()))
-            waited_ratio = (now - oldest.arrived_seconds) / self._governor.flex.max_wait_seconds
+            waited_ratio = (
+                now - oldest.arrived_seconds
+            ) / self._shaping_state.flex.max_wait_seconds
             if found.pressure_ratio <= waited_ratio < 1.0:
                 oldest.exempt = True
                 self._release(request_id, "aged")
 
     def _overdue(self, now: float) -> list[str]:
-        bound = self._governor.flex.max_wait_seconds
+        bound = self._shaping_state.flex.max_wait_seconds
         found = []
         for request_id, flex in self._deferred.items():
             if now - flex.arrived_seconds < bound:
@@ -215,7 +217,7 @@ class Deferral:
         return found
 
     def _release_overdue(self, now: float) -> None:
-        if self._governor.flex.refuse_on_timeout:
+        if self._shaping_state.flex.refuse_on_timeout:
             return
         for request_id in self._overdue(now):
             self._deferred[request_id].exempt = True
@@ -255,8 +257,8 @@ class Deferral:
         from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
         from vllm.v1.request import RequestStatus
 
-        now = self._governor.clock()
-        if not self._governor.flex.refuse_on_timeout or self._admissibility(now) is None:
+        now = self._shaping_state.clock()
+        if not self._shaping_state.flex.refuse_on_timeout or self._admissibility(now) is None:
             return
         for request_id in self._overdue(now):
             request = self._deferred[request_id].request
@@ -298,7 +300,7 @@ class Deferral:
             call()
         # Whatever is wrong here, every request is vLLM's again.
         except Exception:
-            now = self._governor.clock()
+            now = self._shaping_state.clock()
             self._failed_seconds = now
             self._counts.errors += 1
             if now - self._logged_seconds > _LOG_AGAIN_SECONDS:

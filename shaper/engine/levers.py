@@ -59,7 +59,7 @@ class Rotation:
         overdue = sum(step - last[name] > LONGEST_BLOCK for name in waiting)
         stay = max(0, cap - overdue)
         chosen = (going[:stay] + waiting + going[stay:])[:cap]
-        # One that is over its block begins another, if nobody waits for its place.
+        # One that is over its block begins another, if no other decode waits for its place.
         self._began = {name: began[name] if name in on else step for name in chosen}
         last.update(dict.fromkeys(chosen, step))
         self._last_run = last

@@ -155,7 +155,7 @@ def launched_batch(
         previous: as in `engine_load`.
         load, limits: what was counted and allowed; the step that they should have given is
             taken if counts and tokens agree, which spares the loop over all requests.
-        tally: is told.
+        tally: gets the batch.
     """
     batch = _launched(scheduler, output, previous, _expected(load, limits))
     if tally is not None:

@@ -156,13 +156,13 @@ class RunningBatch:
         return self._last
 
     def launched(self, batch: StepBatch) -> None:
-        """What vLLM scheduled; in an empty step it may be that nobody has read before."""
+        """What vLLM scheduled; before an empty step `read` may not have been called."""
         before = self._scheduler.current_step - 1
         if not batch.requests and self._as_counted and self._read_step == before - 1:
             self._read_step = before  # nothing ran: what was counted holds
             return
         if self._read_step != before:
-            return  # nobody has read since the step before
+            return  # `read` was not called since the step before
         decodes = self._last.decodes
         if not batch.requests:
             self._as_counted = True

@@ -68,7 +68,7 @@ class Waiting:
         self._blocks_left = 0
         self._free_tokens = 0
         self.asks = True
-        """Whether anything is limited: else nobody needs to know what is found."""
+        """Whether anything is limited: else cached tokens are not looked up."""
         self.loads: list[Any] = []
         """Requests that would begin to load, in the order of the queue."""
         self._keeping = False

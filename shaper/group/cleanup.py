@@ -1,8 +1,8 @@
-"""Removes the files of groups that nobody lives in: killed engines leave theirs.
+"""Removes the files of groups without engines: killed engines leave theirs.
 
 An engine that is killed can't leave, and vLLM kills its engines where they don't end at
-once. The file stays for whoever joins next, with what the dead had launched. A minute later
-that has left every window, and the file is only memory that nobody uses.
+once. The file stays for the engine that joins next, with what the killed ones had launched. A
+minute later that has left every window, and the file is unused memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 def cleanup_groups(
     now_seconds: float, ended: str | None = None, *, directory: Path | None = None
 ) -> None:
-    """Remove this user's files of dead groups. Waits for nobody, and leaves what is in doubt.
+    """Remove this user's files of dead groups. Never waits, and leaves what is uncertain.
 
     Args:
         now_seconds: of the monotonic clock.

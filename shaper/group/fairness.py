@@ -10,8 +10,9 @@ prompts of one of them take when they come together, and `L` a limit less what i
     cadence  = sum(extra) / spare
     sustained watts of an engine = L - what the others draw at that cadence
 
-The margin is one for all: an engine that keeps more free than the others would never find room
-in windows that these fill. It is a mean, since nobody's error is more than its part of the sum.
+The margin is one for all: an engine that keeps more free than the others would never find headroom
+in windows that these fill. It is a mean, since an engine's error is no more than its part of the
+sum.
 
 What comes before an engine's step (`core/policy/turns.py` has the order), in joules above idle:
 

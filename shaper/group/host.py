@@ -1,9 +1,9 @@
 """Engines of one host that share a power budget: joining, living and leaving.
 
-An engine that dies is noticed by the others at their next `tick`: the kernel has freed the
-byte that it held. From then on it counts with what it had launched and its idle power, and
-its row is freed when its last run has left the longest window. One that is stopped keeps
-its row, with its idle power; what it is allowed, others use meanwhile.
+The others notice that an engine died at their next `tick`: the kernel has freed the byte that
+it held. From then on the engine counts with what it had launched and its idle power, and its row
+is freed when its last run has left the longest window. A stopped engine keeps its row, with its
+idle power; the others use its share meanwhile.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class HostGroup(GroupLedger):
     def __init__(
         self,
         file: GroupFile,
-        segment: SharedFile,
+        shared_file: SharedFile,
         row: int,
         limits: Sequence[PowerLimit],
         own: ByteLocks,
@@ -53,8 +53,8 @@ class HostGroup(GroupLedger):
         presence: Presence,
         clock: Callable[[], float],
     ) -> None:
-        super().__init__(segment.rows, row, limits, ClaimLock(own, segment.gate, clock))
-        self._file, self._segment = file, segment
+        super().__init__(shared_file.rows, row, limits, ClaimLock(own, shared_file.gate, clock))
+        self._file, self._shared_file = file, shared_file
         self._own_locks, self._others_locks = own, others
         self._presence = presence
         self._clock = clock
@@ -66,35 +66,35 @@ class HostGroup(GroupLedger):
         _HOSTED.add(self)
 
     def publish(self, share: EngineShare, now_seconds: float) -> None:
-        """See `PowerGroup.tell`."""
+        """As in `PowerGroup`; after `leave` it does nothing."""
         if not self._left:
             super().publish(share, now_seconds)
 
     def reserve_fixed(self, floor_watts: float, now_seconds: float) -> None:
-        """See `GroupLedger.reserve_fixed`."""
+        """As in `GroupLedger`; after `leave` it does nothing."""
         if not self._left:
             super().reserve_fixed(floor_watts, now_seconds)
 
     def reserve(
         self, committed: Committed, share: EngineShare, now_seconds: float, step: Step | None
     ) -> bool:
-        """See `PowerGroup.claim`. False where this engine was stopped on the way, or has left."""
+        """As in `PowerGroup`. False also where this engine was stopped meanwhile, or has left."""
         return not self._left and super().reserve(committed, share, now_seconds, step)
 
     def commit(self, committed: Committed, share: EngineShare, now_seconds: float) -> None:
-        """See `PowerGroup.enter`."""
+        """As in `PowerGroup`; after `leave` it does nothing."""
         if not self._left:
             super().commit(committed, share, now_seconds)
 
     def tick(self, now_seconds: float) -> None:
-        """Say that this engine lives, and see who does not. Waits for nobody.
+        """Write this engine's heartbeat and reap members that ended. Never waits.
 
         Some 20 ms apart, from a thread of its own.
         """
         with self._leaving:
             if self._left:
                 return
-            mark = self._segment.marks[self._row]
+            mark = self._shared_file.marks[self._row]
             mark["heartbeat_seconds"] = now_seconds
             mark["claims"], mark["refused"] = self.claims, self.refused
             mark["static_steps"] = self.static_steps
@@ -110,11 +110,11 @@ class HostGroup(GroupLedger):
                 self._check_name()
 
     def _dead(self) -> bool:
-        return any(not self._others_locks.held(ALIVE + row) for row in self._segment.members())
+        return any(not self._others_locks.held(ALIVE + row) for row in self._shared_file.members())
 
     def _reap(self, now_seconds: float) -> None:
         longest = max(limit.window_seconds for limit in self.limits)
-        for label in self._segment.reap(self._others_locks, longest, now_seconds):
+        for label in self._shared_file.reap(self._others_locks, longest, now_seconds):
             logger.warning(
                 "power group %s: engine %s is gone; what it had launched stays counted for %g s",
                 *(self._file.name, label, longest),
@@ -131,7 +131,7 @@ class HostGroup(GroupLedger):
 
     def snapshot(self, now_seconds: float) -> GroupSnapshot:
         """How the group stands."""
-        return snapshot(self._segment, self._row, self.limits, self.detached, now_seconds)
+        return snapshot(self._shared_file, self._row, self.limits, self.detached, now_seconds)
 
     def leave(self) -> None:
         """Leave the group; the last one removes its file. Twice is fine.
@@ -218,17 +218,17 @@ def join_group(
             undo.callback(presence.close)
             if not file.prepare(locks, limits):
                 undo.callback(file.remove)
-            segment = file.map(limits)
-            segment.reap(locks, max(x.window_seconds for x in limits), clock())
-            [row] = free_rows(file, segment, locks, limits, idle_watts, 1)
+            shared_file = file.map(limits)
+            shared_file.reap(locks, max(x.window_seconds for x in limits), clock())
+            [row] = free_rows(file, shared_file, locks, limits, idle_watts, 1)
             own, others = file.open(), file.open()
             if not file.same_file(locks):
                 raise FileNotFoundError(file.path)
             own.take(ALIVE + row)
-            segment.mark(row, label, clock())
+            shared_file.mark(row, label, clock())
             rest = rest_watts, rest_after_seconds
-            segment.rows.open(row, idle_watts, *rest, clock(), gpu_count)
+            shared_file.rows.open(row, idle_watts, *rest, clock(), gpu_count)
             undo.pop_all()
     except FileNotFoundError as error:
         raise file.error(f"{file.path} was removed by somebody else: try again") from error
-    return HostGroup(file, segment, row, limits, own, others, presence, clock)
+    return HostGroup(file, shared_file, row, limits, own, others, presence, clock)

@@ -44,7 +44,7 @@ def check_terms(name: str, limits: Sequence[PowerLimit]) -> None:
 
 def free_rows(
     file: GroupFile,
-    segment: SharedFile,
+    shared_file: SharedFile,
     locks: ByteLocks,
     limits: Sequence[PowerLimit],
     idle_watts: float,
@@ -55,11 +55,11 @@ def free_rows(
     Raises:
         FleetError: there is no room for them; engines that hang or serve nobody are named.
     """
-    members = segment.members()
+    members = shared_file.members()
     alive = [row for row in members if locks.held(ALIVE + row)]
-    found = (trouble(segment, row, time.monotonic()) for row in alive)
+    found = (trouble(shared_file, row, time.monotonic()) for row in alive)
     why = "".join(f"; {each}" for each in found if each is not None)
-    floor_watts = idle_watts * engines + float(segment.rows.table["idle_watts"][alive].sum())
+    floor_watts = idle_watts * engines + float(shared_file.rows.table["idle_watts"][alive].sum())
     for limit in limits:
         if limit.watts <= floor_watts:
             raise file.error(
@@ -108,8 +108,8 @@ def check_group(
                 in_use, _ = file.check(locks, limits)
                 if not in_use or idle_watts is None:
                     return
-                segment = file.map(limits)
-                free_rows(file, segment, locks, limits, idle_watts, engines)
+                shared_file = file.map(limits)
+                free_rows(file, shared_file, locks, limits, idle_watts, engines)
                 return
         except FileNotFoundError:
             return
@@ -123,9 +123,9 @@ def _orphans(file: GroupFile, limits: Sequence[PowerLimit]) -> bool:
     with contextlib.suppress(FileNotFoundError, FleetError), file.members() as locks:
         in_use, _ = file.check(locks, limits)
         if in_use:
-            segment, now = file.map(limits), time.monotonic()
+            shared_file, now = file.map(limits), time.monotonic()
             return any(
-                locks.held(ALIVE + row) and state_of(segment, row, now) == "orphaned"
-                for row in segment.members()
+                locks.held(ALIVE + row) and state_of(shared_file, row, now) == "orphaned"
+                for row in shared_file.members()
             )
     return False

@@ -1,23 +1,23 @@
-"""One engine's handle of a group: looks, claims and enters, over rows in any buffer.
+"""One engine's handle of a group: queries, reserves and commits, over rows in any buffer.
 
-Why no interleaving of engines goes over a limit. A claim is entered first, so that all
-others see it, and only then checked against what the others have entered; if it does not
-fit it is taken back before anything is launched. Of two engines that claim at the same time
-the one whose check comes last has seen both claims, so what both launch was found to fit by
-at least one of them. This needs no lock, and holds for engines that are stopped or killed
-between any two of these steps: what they entered stays counted.
+Why no interleaving of engines goes over a limit. A reservation is written first, so that all
+others see it, and only then checked against what the others have written. If it does not fit,
+the engine retracts it before anything is launched. Of two engines that reserve at the same time
+the one whose check comes last has seen both reservations, so what both launch was found to fit
+by at least one of them. This needs no lock, and holds for engines that are stopped or killed
+between any two of these steps: what they wrote stays counted.
 
-The lock of claims only keeps two engines from taking back both claims where one of them
-would have fitted. Who can't have it in time claims on its static share as well,
+The claim lock only keeps two engines from retracting both reservations where one of them would
+have fitted. An engine that can't take it in time must fit its static share as well,
 
     share = idle + (limit - sum(idle)) * GPUs / sum(GPUs)
 
 of each limit: all shares together are the limit, so that engines on their shares never
-refuse each other, and the visible sum binds only while somebody's draw beyond its share
+refuse each other, and the visible sum binds only while one engine's draw beyond its share
 lies within the window.
 
-A claim that took so long that the engine must have been stopped on the way is taken back,
-too: the step would start later than was checked.
+An engine also retracts a reservation that took so long that the engine must have been stopped
+meanwhile: the step would start later than was checked.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class GroupLedger:
         rows: of the group.
         row: this engine's, open.
         limits: of the group.
-        gate: to the lock of claims; None where nobody else can claim meanwhile.
+        gate: to the lock of claims; None where no other engine can reserve meanwhile.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class GroupLedger:
         )
 
     def query(self, start_seconds: float, now_seconds: float, share: EngineShare) -> GroupView:
-        """See `PowerGroup.look`."""
+        """As in `PowerGroup`."""
         reading = self._rows.read()
         self._seen = reading.versions
         place = int(reading.rows.searchsorted(self._row))
@@ -133,7 +133,7 @@ class GroupLedger:
         )
 
     def publish(self, share: EngineShare, now_seconds: float) -> None:
-        """See `PowerGroup.tell`."""
+        """As in `PowerGroup`."""
         with self._writing:
             self._rows.publish(self._row, share, now_seconds)
 
@@ -161,10 +161,10 @@ class GroupLedger:
     def reserve(
         self, committed: Committed, share: EngineShare, now_seconds: float, step: Step | None
     ) -> bool:
-        """See `PowerGroup.claim`. False also where this engine was stopped on the way."""
+        """As in `PowerGroup`. False also where this engine was stopped meanwhile."""
         gate = self._gate
         if step is None and self._asked is not None:
-            # Nobody asked about what is forced, but its headroom will be recorded.
+            # A forced step was not checked, but its headroom will be recorded.
             self._asked.read()
         with self._writing:
             held = gate is None or self._enter(gate, now_seconds)
@@ -216,7 +216,7 @@ class GroupLedger:
         return versions.tobytes() != self._seen.tobytes()
 
     def commit(self, committed: Committed, share: EngineShare, now_seconds: float) -> None:
-        """See `PowerGroup.enter`. It is what it is, so that no lock of the group is needed."""
+        """As in `PowerGroup`. Takes no lock of the group: what ran needs no check."""
         with self._writing:
             self._rows.commit(self._row, committed, share, now_seconds)
 

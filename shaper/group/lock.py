@@ -1,13 +1,13 @@
-"""Locks that the kernel frees when their holder dies, and one that nobody waits for long.
+"""Locks that the kernel frees when their holder ends, and one with a bounded wait.
 
 A lock is one byte of a file, held by an open file description (`F_OFD_SETLK` of fcntl(2)):
 two descriptions exclude each other, also within a process, and whatever ends the holder,
 SIGKILL included, frees what it held.
 
-The lock of claims is one of a few bytes, chosen by an epoch that all share. A holder that
-is stopped keeps its byte; who has found the same turn of the same epoch held for
-`STUCK_SECONDS` moves the epoch on to a byte that is free. The stopped one finds the epoch
-changed when it goes on.
+The claim lock is one of a few bytes, chosen by an epoch that all members share. A holder that
+is stopped keeps its byte. A member that has found the same acquisition of the same epoch held
+for `STUCK_SECONDS` moves the epoch on to a byte that is free. The stopped holder finds the epoch
+changed when it continues.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 # struct flock: type, whence, start, length, pid.
 _FLOCK = struct.Struct("hhqqi4x")
-# Beyond the end of the file: what a byte holds matters to nobody.
+# Beyond the end of the file: these bytes hold no data.
 _BASE = 1 << 40
 MEMBERSHIP = 0
 """The byte under which members join, leave and are removed."""
@@ -55,7 +55,7 @@ class ByteLocks:
     """Locks on bytes of a file, by one open file description.
 
     Args:
-        descriptor: of the file, open to write and shared with nobody; owned from now on.
+        descriptor: of the file, open to write and not shared; owned from now on.
     """
 
     def __init__(self, descriptor: int) -> None:

@@ -1,9 +1,9 @@
 """One name, one group: engines of two users can't share a budget, and must not believe that
 they do.
 
-A user's groups lie where nobody else may look, so another user's group of the same name would
+A user's groups lie where no other user may read, so another user's group of the same name would
 be a second one, each with the whole limit. So every engine of a group holds a lock on a small
-file beside that directory, which all may read: whoever opens a name finds the engines of
+file beside that directory, which all may read: an engine that opens a name finds the engines of
 others by their locks. Its own file is held before the others' are looked at, so that of two
 who begin at once at least one sees the other.
 """
@@ -65,7 +65,7 @@ class Presence:
             raise
 
     def remove(self) -> None:
-        """Nobody of this user is in the group any more: call it where nobody can join."""
+        """Remove the file after this user's last engine left. Call it where none can join."""
         self.path.unlink(missing_ok=True)
         self.close()
 

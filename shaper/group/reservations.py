@@ -8,7 +8,7 @@ draw idle power until now and its floor from now on, for as long as it has been 
 lately, and idle power else.
 
 Each row is there twice. A version says which copy counts by its lowest bit: an engine
-writes the other one, then turns the version, so that nobody ever reads half a row, however
+writes the other one, then turns the version, so that no engine ever reads half a row, however
 long its engine is stopped in the middle, and turning the version again takes it back.
 
 Windows are judged on the first grid of `GRIDS` that reaches them. Within a bin power is

@@ -1,6 +1,6 @@
 """The file that the engines of a group map: where it lies, and what of it is believed.
 
-It lies in a directory of this user that nobody else may open. A header is followed by the
+It lies in a directory of this user that no other user may open. A header is followed by the
 marks of the members and by their rows. Nothing in it says who lives: each member holds a
 lock on a byte of its own (`shaper/group/lock.py`), which the kernel frees with the
 process; process numbers mean nothing across containers, and are used again.
@@ -106,7 +106,7 @@ class SharedFile:
         mark = self.marks[row]
         mark["label"] = label.encode(errors="replace")
         mark["pid"] = os.getpid()
-        # An engine that nobody started as his child has no server whose end matters.
+        # An engine that is no child of a server has no server whose end matters.
         mark["server_pid"] = 0 if multiprocessing.parent_process() is None else os.getppid()
         mark["pid_namespace"] = pid_namespace()
         mark["heartbeat_seconds"] = now_seconds
@@ -139,7 +139,7 @@ def label_of(mark: np.void) -> str:
     return bytes(mark["label"]).decode(errors="replace")
 
 
-def _segment_bytes(limits: Sequence[PowerLimit]) -> int:
+def _file_bytes(limits: Sequence[PowerLimit]) -> int:
     return _HEADER_BYTES + CAPACITY * MARK.itemsize + table_bytes(CAPACITY, limits)
 
 
@@ -224,7 +224,7 @@ class GroupFile:
     def members(
         self, *, create: bool = False, wait_seconds: float | None = None
     ) -> Iterator[ByteLocks]:
-        """Nobody else joins, leaves or is removed inside this block.
+        """No other engine joins, leaves or is removed inside this block.
 
         Args:
             create: make the file, if there is none.
@@ -293,7 +293,7 @@ class GroupFile:
             0.0 < watts < math.inf and 0.0 < window <= 60.0 for watts, window in pairs
         )
         limits = tuple(PowerLimit(*pair) for pair in pairs) if valid else ()
-        if not valid or size != _segment_bytes(limits):
+        if not valid or size != _file_bytes(limits):
             raise self.error(
                 f"{self.path} is damaged: stop the servers that use it, then {self._rm}"
             )
@@ -317,7 +317,7 @@ class GroupFile:
         return in_use, found
 
     def prepare(self, locks: ByteLocks, limits: Sequence[PowerLimit]) -> bool:
-        """Begin the group, if nobody lives in it with these limits. Inside `members`.
+        """Begin the group, if no engine is in it with these limits. Inside `members`.
 
         Returns:
             Whether somebody does.
@@ -331,7 +331,7 @@ class GroupFile:
         return in_use
 
     def _fill(self, locks: ByteLocks, limits: Sequence[PowerLimit]) -> None:
-        header, size = _header(limits), _segment_bytes(limits)
+        header, size = _header(limits), _file_bytes(limits)
         os.ftruncate(locks.descriptor, 0)
         try:
             # A page that can't be had later would end the process that writes it.
@@ -348,7 +348,7 @@ class GroupFile:
         """The file in memory."""
         descriptor = self._descriptor()
         try:
-            return SharedFile(mmap.mmap(descriptor, _segment_bytes(limits)), limits)
+            return SharedFile(mmap.mmap(descriptor, _file_bytes(limits)), limits)
         finally:
             os.close(descriptor)
 

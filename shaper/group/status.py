@@ -28,7 +28,7 @@ class MemberStatus:
     """In its own container."""
     state: State
     """`stalled`: it says nothing; `gone`: it died or left, and its row is not free yet;
-    `orphaned`: its server is gone, so that it serves nobody and must end."""
+    `orphaned`: its server is gone, so that it gets no requests and must end."""
     gpu_count: int
     idle_watts: float
     floor_watts: float
@@ -64,7 +64,7 @@ class GroupSnapshot:
 
 
 def snapshot(
-    segment: SharedFile,
+    shared_file: SharedFile,
     own: int,
     limits: tuple[PowerLimit, ...],
     detached: bool,
@@ -73,15 +73,15 @@ def snapshot(
     """How a group stands.
 
     Args:
-        segment: its file.
+        shared_file: its file.
         own: the asking engine's row.
         limits: of the group.
         detached: see `GroupSnapshot`.
         now_seconds: now.
     """
-    rows = segment.rows
+    rows = shared_file.rows
     # Its own row may be free already, when it has left.
-    members = sorted({own, *segment.members()})
+    members = sorted({own, *shared_file.members()})
     reading = rows.read(np.array(members))
     used = [float(mean_watts(rows, reading, x.window_seconds, now_seconds).sum()) for x in limits]
     recent = mean_watts(rows, reading, _RECENT_SECONDS, now_seconds).tolist()
@@ -89,31 +89,31 @@ def snapshot(
         limits,
         tuple(used),
         tuple(
-            _engine(segment, row, watts, now_seconds)
+            _engine(shared_file, row, watts, now_seconds)
             for row, watts in zip(members, recent, strict=True)
         ),
         members.index(own),
-        int(segment.gate[0]["epoch"]),
+        int(shared_file.gate[0]["epoch"]),
         detached,
     )
 
 
-def state_of(segment: SharedFile, row: int, now_seconds: float) -> State:
+def state_of(shared_file: SharedFile, row: int, now_seconds: float) -> State:
     """How the engine of a row fares."""
-    mark = segment.marks[row]
+    mark = shared_file.marks[row]
     if mark["gone_seconds"]:
         return "gone"
     if lost_parent(int(mark["pid"]), int(mark["server_pid"]), int(mark["pid_namespace"])):
         return "orphaned"
     # A sampler that hangs in the driver does not make a stalled engine of one that claims.
-    entered = float(segment.rows.table[row]["entered_seconds"])
+    entered = float(shared_file.rows.table[row]["entered_seconds"])
     heard = max(float(mark["heartbeat_seconds"]), entered if math.isfinite(entered) else -math.inf)
     return "stalled" if now_seconds - heard > STALLED_SECONDS else "alive"
 
 
-def trouble(segment: SharedFile, row: int, now_seconds: float) -> str | None:
+def trouble(shared_file: SharedFile, row: int, now_seconds: float) -> str | None:
     """What is wrong with an engine, and what to do; None where nothing is."""
-    state, mark = state_of(segment, row, now_seconds), segment.marks[row]
+    state, mark = state_of(shared_file, row, now_seconds), shared_file.marks[row]
     if state in ("alive", "gone"):
         return None
     who = f"process {int(mark['pid'])} ({label_of(mark)})"
@@ -127,9 +127,9 @@ def trouble(segment: SharedFile, row: int, now_seconds: float) -> str | None:
     )
 
 
-def _engine(segment: SharedFile, row: int, watts: float, now_seconds: float) -> MemberStatus:
-    values, mark = segment.rows.table[row], segment.marks[row]
-    state = state_of(segment, row, now_seconds)
+def _engine(shared_file: SharedFile, row: int, watts: float, now_seconds: float) -> MemberStatus:
+    values, mark = shared_file.rows.table[row], shared_file.marks[row]
+    state = state_of(shared_file, row, now_seconds)
     since = float(values["waiting_since_seconds"])
     return MemberStatus(
         label=label_of(mark),
@@ -137,7 +137,7 @@ def _engine(segment: SharedFile, row: int, watts: float, now_seconds: float) -> 
         state=state,
         gpu_count=int(values["gpu_count"]),
         idle_watts=float(values["idle_watts"]),
-        floor_watts=segment.rows.floor_watts(row, now_seconds),
+        floor_watts=shared_file.rows.floor_watts(row, now_seconds),
         watts=watts,
         waiting_seconds=None if math.isnan(since) else max(0.0, now_seconds - since),
         claims=int(mark["claims"]),

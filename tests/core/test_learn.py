@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from shaper.core.learn.joules import GAINS, KNOTS, JouleGains, place
+from shaper.core.learn.joules import GAINS, POWER_BINS, JouleGains, place
 from shaper.core.learn.seconds import StepSeconds, bin_of
 from shaper.core.learn.ticks import CounterTicks
 from shaper.core.types import StepBatch
@@ -105,7 +105,7 @@ def test_a_steady_counter_is_dated_to_a_few_milliseconds(period, seed):
 
 
 def test_a_counter_that_moves_at_each_reading_has_no_period():
-    """The middle of each bracket, and its width as the doubt."""
+    """The middle of each bracket, and its width as the deviation."""
     ticks = CounterTicks()
     for index in range(50):
         tick = ticks.move(0.02 * index, 0.02 * (index + 1))
@@ -125,10 +125,10 @@ def test_another_phase_starts_the_dating_again():
     assert tick.deviation_seconds > 0.002
 
 
-def test_places_are_continuous_and_within_the_knots():
-    """A power between knots lies between them; beyond the ends, at the ends."""
+def test_places_are_continuous_and_within_the_power_bins():
+    """A power between bins lies between them; beyond the ends, at the ends."""
     assert place(0.1) == (0, 0.0)
-    assert place(3.0) == (KNOTS - 2, 1.0)
+    assert place(3.0) == (POWER_BINS - 2, 1.0)
     sums = [sum(place(ratio / 1000.0)) for ratio in range(500, 1200)]
     assert sums == sorted(sums)
     assert max(b - a for a, b in pairwise(sums)) < 0.006
@@ -153,7 +153,7 @@ def test_gains_of_low_and_high_power_are_told_apart(seed):
     assert 0.89 < learned.applied[0] < 0.94
     assert 1.085 < learned.applied[2] < 1.13
     right = learn([1.0] * GAINS, 300, seed)
-    assert right.applied[:KNOTS] == pytest.approx([1.0] * KNOTS, abs=0.006)
+    assert right.applied[:POWER_BINS] == pytest.approx([1.0] * POWER_BINS, abs=0.006)
 
 
 def test_work_of_one_kind_moves_all_gains():
@@ -161,7 +161,7 @@ def test_work_of_one_kind_moves_all_gains():
     learned = JouleGains()
     for _ in range(50):
         learned.observe([50.0, 0.0, 0.0, 0.0], 0.1, 52.5, 0.1)
-    assert learned.applied[:KNOTS] == pytest.approx([1.05] * KNOTS, abs=0.01)
+    assert learned.applied[:POWER_BINS] == pytest.approx([1.05] * POWER_BINS, abs=0.01)
 
 
 def test_a_gpu_that_changes_is_followed():

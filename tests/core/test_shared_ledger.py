@@ -193,8 +193,6 @@ def test_decodes_slow_down_only_as_far_as_waiting_prompts_of_others_need():
         assert control.plan(DECODES, 1.033).run
 
 
-
-
 def test_the_cadence_is_the_groups():
     """Decodes of two engines that draw more than the limit together are spaced alike."""
     handles = memory_groups(

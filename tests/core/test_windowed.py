@@ -45,7 +45,7 @@ def view(
         decodes=predict(load.batch(0)) if load.decode_requests else None,
         decode_deadline_seconds=itl or 1.0,
         since_decode_seconds=since,
-        turn=turn,
+        prefill_overdue=turn,
         idle_watts=IDLE,
         **{"predict": predict, **more},
     )

@@ -10,7 +10,7 @@ between its moves (`learn/ticks.py` dates them), against what ran in that time. 
 long enough that its ends, as well as they are dated, are a fortieth of it. The meter is the
 truth: limits hold in metered watts, so the meter's own error is learned as gain.
 
-The margin leans on the meter: what the last second counted above the corrected prediction
+The margin follows the bias of the meter: what the last second counted above the prediction
 is kept free at once, less what the dating of spans explains, and fades as the gains follow; of
 what the last three seconds counted above it, all but that dating. It also covers idle power that
 the meter shows above the model's, which the ledger enters.
@@ -24,7 +24,7 @@ import math
 from collections import deque
 from typing import NamedTuple
 
-from shaper.core.learn.joules import IDLE, KNOTS, MAX_GAIN, MIN_GAIN, JouleGains, place
+from shaper.core.learn.joules import IDLE, MAX_GAIN, MIN_GAIN, POWER_BINS, JouleGains, place
 from shaper.core.learn.seconds import StepSeconds
 from shaper.core.learn.ticks import CounterTicks, Tick
 from shaper.core.types import PowerState, StepBatch, StepPrediction
@@ -44,10 +44,10 @@ _LONG_SPAN_SECONDS, _MOST_SPAN_SECONDS = 1.0, 2.0
 # A GPU that rests for longer than this draws less than between steps: by a fifth, within 15%
 # of it (from 10% on B200 to a third on A100). Of a span that mostly rests nothing is learned.
 _REST_SECONDS = 0.05
-_REST_SAVES_RATIO, _REST_DOUBT_RATIO, _MOST_REST_RATIO = 0.2, 0.15, 0.5
+_REST_SAVES_RATIO, _REST_ERROR_RATIO, _MOST_REST_RATIO = 0.2, 0.15, 0.5
 # An unqueued step's time has the host's in it: it counts where that is a small part of it.
 _HOST_RATIO = 0.03
-_LEAN_SECONDS, _LEAN_FREE_RATIO, _LEAN_DEVIATIONS = 1.0, 0.005, 3.0
+_BIAS_SECONDS, _BIAS_FREE_RATIO, _BIAS_DEVIATIONS = 1.0, 0.005, 3.0
 # A difference over three seconds that is said when it has lasted, and by half of it to end. A
 # busy host that sees steps end late makes one for some seconds; a wrong model makes it for good.
 _DISAGREE_SECONDS, _DISAGREE_RATIO, _SAID_AFTER_SECONDS = 3.0, 0.05, 10.0
@@ -66,7 +66,7 @@ class _Run(NamedTuple):
 
     start_seconds: float
     end_seconds: float
-    knot: int
+    bin_index: int
     part: float
     joules: float
 
@@ -137,9 +137,9 @@ class Estimator:
     def correct(self, batch: StepBatch, raw: StepPrediction) -> StepPrediction:
         """A prediction of `batch` with all gains applied."""
         stretch = self._seconds.gain(batch)
-        knot, part = place(raw.joules / (raw.seconds * self._full_watts))
+        bin_index, part = place(raw.joules / (raw.seconds * self._full_watts))
         gains = self._joules.held
-        gain = gains[knot] + part * (gains[knot + 1] - gains[knot])
+        gain = gains[bin_index] + part * (gains[bin_index + 1] - gains[bin_index])
         if stretch == 1.0 and gain == 1.0:
             return raw
         return StepPrediction(raw.seconds * stretch, raw.joules * max(stretch, 1.0) * gain)
@@ -163,9 +163,9 @@ class Estimator:
         if raw.seconds <= 0.0:
             return
         if end_seconds > start_seconds:
-            knot, part = place(raw.joules / (raw.seconds * self._full_watts))
+            bin_index, part = place(raw.joules / (raw.seconds * self._full_watts))
             joules = raw.joules * max(self._seconds.gain(batch), 1.0)
-            self._runs.append(_Run(start_seconds, end_seconds, knot, part, joules))
+            self._runs.append(_Run(start_seconds, end_seconds, bin_index, part, joules))
         if measured_seconds is None:
             if self._seconds.noise_seconds > _HOST_RATIO * raw.seconds:
                 return
@@ -217,7 +217,7 @@ class Estimator:
         self._new_means()
 
     def _new_means(self) -> None:
-        self._bias = _Mean(_LEAN_SECONDS)
+        self._bias = _Mean(_BIAS_SECONDS)
         self._late = _Mean(_DISAGREE_SECONDS)
         self._steps = _Mean(_MIX_SECONDS)
         self._idle_joules = 0.0
@@ -241,7 +241,7 @@ class Estimator:
     def _span(self, begin: Tick, end: Tick, metered_joules: float) -> None:
         """Learn from what ran between two moves."""
         span = end.at_seconds - begin.at_seconds
-        joules = [0.0] * (KNOTS + 1)
+        joules = [0.0] * (POWER_BINS + 1)
         # Power at both ends; that between steps where none ran.
         watts = [self._idle_watts, self._idle_watts]
         busy = rest = 0.0
@@ -256,8 +256,8 @@ class Estimator:
             if inside and not run.joules:
                 return
             busy += inside
-            joules[run.knot] += run.watts * inside * (1.0 - run.part)
-            joules[run.knot + 1] += run.watts * inside * run.part
+            joules[run.bin_index] += run.watts * inside * (1.0 - run.part)
+            joules[run.bin_index + 1] += run.watts * inside * run.part
             if run.start_seconds >= end.at_seconds:
                 break
         if rest > _MOST_REST_RATIO * span:
@@ -267,12 +267,12 @@ class Estimator:
         last = end.deviation_seconds * watts[1]
         # Of a steady period both ends are early or late together.
         edges = first * first + last * last - 2.0 * end.kept_ratio * first * last
-        edges += (_REST_DOUBT_RATIO * self._idle_watts * rest) ** 2
+        edges += (_REST_ERROR_RATIO * self._idle_watts * rest) ** 2
         predicted = self._joules.predicted(joules)
         steps = predicted - self._joules.applied[IDLE] * joules[IDLE]
         self._bias.add(span, metered_joules, predicted)
         self._late.add(span, metered_joules, predicted)
-        self._steps.add(span, steps, math.fsum(joules[:KNOTS]))
+        self._steps.add(span, steps, math.fsum(joules[:POWER_BINS]))
         keep = math.exp(-span / _MIX_SECONDS)
         self._idle_joules = self._idle_joules * keep + joules[IDLE]
         self._joules.observe(joules, span, metered_joules, max(edges, 0.0))
@@ -280,12 +280,12 @@ class Estimator:
 
     def _publish(self, span_seconds: float) -> None:
         gains = self._joules.applied
-        untouched = all(gain == 1.0 for gain in gains[:KNOTS])
+        untouched = all(gain == 1.0 for gain in gains[:POWER_BINS])
         self.joules_gain_ratio = 1.0 if untouched else 1.0 + self._steps.excess_ratio
-        noise = _LEAN_DEVIATIONS * self._joules.noise_seconds
+        noise = _BIAS_DEVIATIONS * self._joules.noise_seconds
         margin = max(
             0.0,
-            self._bias.excess_ratio - _LEAN_FREE_RATIO - noise / _LEAN_SECONDS,
+            self._bias.excess_ratio - _BIAS_FREE_RATIO - noise / _BIAS_SECONDS,
             self._late.excess_ratio - noise / _DISAGREE_SECONDS,
         )
         if gains[IDLE] > 1.0:

@@ -154,8 +154,8 @@ class HeatFilter:
 
     def seconds_to_cool(self, celsius: float, watts: float) -> float | None:
         """Until the sink has cooled by `celsius` at a mean load of `watts`; None: it never does."""
-        sink, headroom, resistance, _ = self._best.state
-        end = float(headroom + resistance * watts)
+        sink, inlet, resistance, _ = self._best.state
+        end = float(inlet + resistance * watts)
         if celsius <= 0.0:
             return 0.0
         if sink - celsius <= end:

@@ -5,8 +5,8 @@ quarter of a power of two of their tokens. A bin holds exponential sums of measu
 predicted seconds: sums, not ratios, so that an end seen late and the next step, which then
 seems short, cancel. With `noise` the error of one step's time,
 
-    gain   = (measured + doubt * beside) / (predicted + doubt)
-    doubt  = predicted seconds of (noise / (5% of a step))^2 steps
+    gain   = (measured + prior * beside) / (predicted + prior)
+    prior  = predicted seconds of (noise / (5% of a step))^2 steps
     beside = the gain of the bin below, or that of all steps
 
 and what then differs from the gain of all steps by less than the host's share (1.5 times
@@ -110,8 +110,8 @@ class _Table:
     def _own(self, index: int, beside: float, shared: float, noise_seconds: float) -> float:
         predicted = self.predicted[index]
         step = predicted / self.steps[index]
-        doubt = step * (noise_seconds / (_BIN_RATIO * step)) ** 2
-        off = (self.measured[index] + doubt * beside) / (predicted + doubt) - shared
+        prior = step * (noise_seconds / (_BIN_RATIO * step)) ** 2
+        off = (self.measured[index] + prior * beside) / (predicted + prior) - shared
         own = max(0.0, abs(off) - _HOST_DEVIATIONS * noise_seconds / step)
         return bounded(shared + math.copysign(own, off))
 

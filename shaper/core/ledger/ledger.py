@@ -46,7 +46,7 @@ class Ledger:
         start_seconds: the ledger's first moment.
         rest_watts: what they draw when nothing ran for `rest_after_seconds`; by default the same.
         rest_after_seconds: see `rest_watts`.
-        full: take every window as used up at the start, because nobody knows what ran
+        full: take every window as used up at the start, because it is unknown what ran
             before; by default idle is assumed.
     """
 

@@ -6,7 +6,7 @@ has committed, as joules on the host's monotonic clock, and what it will draw af
 it is launched (`reserve`); what really ran, and what is in flight, it enters (`commit`).
 
 The pace of decode steps that the limits leave is the same for all (`group/fairness.py`), so
-that nobody's decodes pay for another's prompts.
+that the decodes of one engine never pay for the prompts of another.
 """
 
 from __future__ import annotations

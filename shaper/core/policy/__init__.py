@@ -37,8 +37,8 @@ class PlanInput(NamedTuple):
     """Longest time between two decode steps: the ITL target, if there is one."""
     since_decode_seconds: float = 0.0
     """From the end of the last step with decodes to the start of this one."""
-    turn: bool = False
-    """Prompts have waited so long that decodes shall wait for them."""
+    prefill_overdue: bool = False
+    """Prompts have waited so long that decodes must wait for them."""
     held_seconds: float = 0.0
     """How long prompts have not got all that they want."""
     idle_watts: float = 0.0

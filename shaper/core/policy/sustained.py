@@ -58,7 +58,7 @@ def cadence_seconds(view: PlanInput) -> float | None:
     if decodes is None or not headroom.bounded:
         return None
     if view.targets.itl_seconds is None and group is None:
-        # Nobody has named a price for it: their pace falls while prompts wait, and no longer.
+        # Without a target decodes slow down only while prompts wait.
         return None
     extra = decodes.joules_above(view.idle_watts)
     available = min(

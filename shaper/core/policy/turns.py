@@ -1,7 +1,7 @@
-"""Whose turn it is among engines that share a budget.
+"""Which engine's work comes first among engines that share a budget.
 
-Laws. A step yields what comes before it the headroom, and no more: it runs where the group's
-windows hold it and, beside it, what these want:
+Laws. A step leaves headroom for the work that comes before it, and no more: it runs where the
+group's windows hold it and, beside it, what these want:
 
     first    decodes of others that are late (past the slowest cadence) and due before this
              engine's own, for `DEFER_SECONDS` (`group/fairness.py`): who is still late then waits
@@ -10,12 +10,12 @@ windows hold it and, beside it, what these want:
              last chunk of each), one step of each; before a step with prompts
     then     prompts of all others; before a step of decodes alone that are not late
 
-Prompts that have waited for their bound (`turn`) yield to nothing. So as many prompts run at
+Prompts that have waited for their bound (`prefill_overdue`) go first. So as many prompts run at
 once as fit, in the order in which they began to wait, and decodes slow down as far as what
 waits needs.
 
-So turns are bounded, too. Nobody takes the headroom of whoever has waited longest, who has it when
-a window has let go of what ran before, and after that the next: prompts wait for about a
+So waits are bounded, too. No engine takes the headroom of the prompts that have waited longest:
+they run when what ran before has left the window, and then the next. Prompts wait for about one
 window for each engine whose prompts come before them, beside what late decodes take. And a
 count holds whatever else keeps them: while prompts wait for `t` seconds, with `b` the
 longest pause, each other engine runs at most `1 + floor(t / b)` steps with prompts that
@@ -43,7 +43,7 @@ def comes_first_joules(view: PlanInput, *, prompts: bool) -> float:
         prompts: it has prompts; else it is one of decodes that don't wait for any.
     """
     group = view.group
-    if group is None or view.turn:
+    if group is None or view.prefill_overdue:
         return 0.0
     return group.ahead_joules if prompts else group.late_joules
 

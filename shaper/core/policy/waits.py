@@ -34,7 +34,7 @@ def again_seconds(
     Args:
         view: of the step that is not launched.
         refused: the smallest steps that would be launched if they fitted; None for one
-            that waits for something else than headroom. In a group nobody looks at them.
+            that waits for something else than headroom. In a group they are not used.
         until_seconds: when something else may be launched.
     """
     if view.group is not None:

@@ -11,8 +11,8 @@ leaves for a step of its length, with decodes going on after it. In order:
 1. where only decodes are ready and their target leaves time: nothing, for `SLACK_SHARE` of
    the target if slack shall be spent, else for the cadence that the budget asks for. A
    decode step mostly reads weights, so its joules hardly depend on how many share it. Without
-   a target they go on at once while no prompt waits, unless a group asks for an easy cadence
-   (`DEFAULT_DECODE_INTERVAL`);
+   a target they go on at once while no prompt waits, unless a group asks for the default
+   decode interval (`DEFAULT_DECODE_INTERVAL`);
 2. what the engine wants, if it fits: then nothing is limited;
 3. all decodes and the largest efficient prefill chunk that fits; without an ITL target
    it takes at most `SOFT_STEP_CAP` decode steps' time, so that prompts which had to wait
@@ -21,17 +21,17 @@ leaves for a step of its length, with decodes going on after it. In order:
    slower: the least efficient chunk then fits beside less of them, or the largest that an
    empty window would hold with idle power after it;
 4. while prompts wait for the budget: nothing, for the decodes' share of slack, so that the
-   headroom which they leave goes to the prompts; without an ITL target an easy pace, or a share
-   of the time for which prompts have been held;
+   headroom which they leave goes to the prompts; without an ITL target for the default decode
+   interval, or a share of the time for which prompts have been held;
 5. the decodes alone, slower where an empty window would not hold them at their pace: prompts
    wait for the window to move on;
 6. as many of the decodes as an empty window would hold, if it would not hold all once:
    those that have waited longest;
 7. nothing: a pause until what was refused could fit at the earliest (`policy/waits.py`).
 
-When prompts have waited for their bound (`turn`), the decodes wait until a chunk has run or
-their own deadline comes. In a group that shares a budget, engines take turns
-(`policy/turns.py`).
+When prompts have waited for their bound (`prefill_overdue`), the decodes wait until a chunk has
+run or their own deadline comes. In a group that shares a budget, the order in which engines began
+to wait decides (`policy/turns.py`).
 
 A chunk is efficient when its joules per prompt token are near those of a long
 chunk: a small one reads all the weights for a few tokens, unless decodes read
@@ -125,12 +125,12 @@ class WindowedPlanner:
             sharing = 0 if waits else load.decode_requests
             chunk = self._largest_chunk(view, wanted, sharing)
             if self._way_seconds and not waits:
-                slack = _way_slack_seconds(view, self._way_seconds)
+                slack = _make_way_slack_seconds(view, self._way_seconds)
                 waits = may_wait(view, slack)
             if chunk:
                 reason = Reason.CHUNK_POWER if fits_itl else Reason.CHUNK_ITL
                 return Plan(StepLimits(prefill_tokens=chunk), reason, cadence)
-            if decodes and view.turn and may_wait(view, view.decode_deadline_seconds):
+            if decodes and view.prefill_overdue and may_wait(view, view.decode_deadline_seconds):
                 return Plan(NOTHING, Reason.PREFILL_OVERDUE)
             if waits:
                 refused = self._refused(view, wanted, sharing, None)
@@ -166,18 +166,18 @@ class WindowedPlanner:
         least = self._least_chunk(view, wanted, sharing_decodes)
         first, last = bisect_right(CHUNK_TOKENS, least), bisect_left(CHUNK_TOKENS, most)
         sizes = (least, *CHUNK_TOKENS[first:last], most)
-        gentle = _gentle_seconds(view)
+        soft_cap = _soft_cap_seconds(view)
 
         def fits(tokens: int) -> bool:
             batch = load.batch(tokens)
             if not batch.prefill_tokens:
                 return False  # below the blocks that a hybrid model takes whole
             prediction = view.predict(batch)
-            # A prompt whose turn it is may break the ITL target, by its smallest chunk.
-            least_turn = view.turn and tokens == least
-            if not (tokens == least or prediction.seconds <= gentle):
+            # An overdue prompt may break the ITL target, by its smallest chunk.
+            overdue_least = view.prefill_overdue and tokens == least
+            if not (tokens == least or prediction.seconds <= soft_cap):
                 return False
-            if not (least_turn or _fits_itl(view, prediction)):
+            if not (overdue_least or _fits_itl(view, prediction)):
                 return False
             return fits_beside(view, prediction, beside)
 
@@ -292,7 +292,7 @@ def _largest_whole(view: PlanInput, beside: float) -> int:
         if batch.prefill_tokens < tokens:
             break
         prediction = view.predict(batch)
-        itl = (view.turn and not best) or _fits_itl(view, prediction)
+        itl = (view.prefill_overdue and not best) or _fits_itl(view, prediction)
         if not (itl and fits_beside(view, prediction, beside)):
             break
         best = tokens
@@ -319,7 +319,7 @@ def _never_fits(view: PlanInput, step: StepPrediction) -> bool:
     return step.watts > view.headroom.empty_watts(step.seconds)
 
 
-def _gentle_seconds(view: PlanInput) -> float:
+def _soft_cap_seconds(view: PlanInput) -> float:
     """How long a chunk that has to be cut anyway may keep decodes waiting."""
     if view.itl_target_seconds is not None or view.decodes is None:
         return math.inf
@@ -336,7 +336,7 @@ def _fits_itl(view: PlanInput, prediction: StepPrediction) -> bool:
     return waited + prediction.seconds * LATE_RATIO <= target
 
 
-def _way_slack_seconds(view: PlanInput, window_seconds: float) -> float:
+def _make_way_slack_seconds(view: PlanInput, window_seconds: float) -> float:
     """How long decodes may go without a step until a window has headroom for a chunk with them.
 
     Where they alone, however slow, leave it none, prompts get theirs when the window is empty.
