@@ -65,12 +65,11 @@ class ModelShape:
             name: for messages; by default the config's own.
             quantisation: what says how weights are stored, if `config` does not
                 (`hf_quant_config.json`).
-            method: that a server quantises weights with when it loads them.
+            method: with which a server quantises at load.
             plain_bytes: of a weight that is not quantised, if not the config's.
 
         Raises:
-            ValueError: a dimension is missing or wrong, or a key or a kind of model is
-                not understood (`shaper.core.model.model_keys`); the message names the key.
+            ValueError: a key is missing, wrong or not understood; the message names it.
         """
         label = name or str(config.get("_name_or_path") or config.get("model_type") or "model")
         text = _decoder(config, label)
