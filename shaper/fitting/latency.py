@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import exp
 
 import numpy as np
 
@@ -67,12 +68,7 @@ def fit_latency(
     found: dict[str, FittedParameter] = {}
     covariance = np.zeros((0, 0))
     while names:
-        start = np.log([max(value_of(profile, name), 1e-12) for name in names])
-        low = start - math.log(RANGE_RATIO)
-        high = start + math.log(RANGE_RATIO)
-        ratios = np.array([name.endswith("_ratio") for name in names])
-        high = np.where(ratios, np.minimum(high, 0.0), high)
-        start = np.clip(start, low + 1e-9, high - 1e-9)
+        start, low, high = _start_and_bounds(profile, names)
 
         def residuals(point: FloatArray, names: list[str] = names) -> FloatArray:
             candidate = StepModel(
@@ -86,15 +82,10 @@ def fit_latency(
 
         fit = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=0.05)
         widths = half_widths(np.asarray(fit.jac), fit.fun)
+        ends = np.minimum(widths, 50.0)
         found = {
-            name: FittedParameter(
-                name,
-                value_of(profile, name),
-                math.exp(fit.x[index]),
-                math.exp(fit.x[index] - min(widths[index], 50.0)),
-                math.exp(fit.x[index] + min(widths[index], 50.0)),
-            )
-            for index, name in enumerate(names)
+            name: FittedParameter(name, value_of(profile, name), exp(a), exp(b), exp(c))
+            for name, a, b, c in zip(names, fit.x, fit.x - ends, fit.x + ends, strict=True)
         }
         bound = np.isclose(fit.x, low, atol=1e-3) | np.isclose(fit.x, high, atol=1e-3)
         worst = int(np.argmax(np.where(bound, widths + 1e3, widths)))
@@ -110,6 +101,17 @@ def fit_latency(
     ]
     fitted = replaced(profile, {one.name: one.value for one in found.values()})
     return fitted, result, covariance
+
+
+def _start_and_bounds(
+    profile: GpuProfile, names: Sequence[str]
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """[parameters] of the logarithms; a ratio is at most 1."""
+    start = np.log([max(value_of(profile, name), 1e-12) for name in names])
+    low, high = start - math.log(RANGE_RATIO), start + math.log(RANGE_RATIO)
+    ratios = np.array([name.endswith("_ratio") for name in names])
+    high = np.where(ratios, np.minimum(high, 0.0), high)
+    return np.clip(start, low + 1e-9, high - 1e-9), low, high
 
 
 def _used_in(name: str, steps: Sequence[RecordedStep], model: StepModel) -> str:

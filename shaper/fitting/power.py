@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -80,8 +81,6 @@ def fit_power(
         The profile with them, the outcome of each parameter, and the median relative
         error of the windows' joules.
     """
-    from scipy.optimize import least_squares
-
     celsius = sampled(steps, samples, "temperature_celsius", smooth=True)
     features, shift = best_features(steps, clocks, celsius, windows, samples, profile, coefficients)
     changes = sways(
@@ -101,35 +100,17 @@ def fit_power(
     value = base.copy()
     while free:
         scale = np.maximum(base[free], 1e-15)
-        fixed = [index for index in range(len(names)) if index not in free]
-        rest = joules - features[:, fixed] @ base[fixed]
-        matrix = features[:, free] * scale
-
-        def residuals(
-            point: FloatArray, matrix: FloatArray = matrix, rest: FloatArray = rest
-        ) -> FloatArray:
-            errors: FloatArray = (matrix @ point - rest) / spans
-            return errors
-
-        fit = least_squares(
-            residuals,
-            np.ones(len(free)),
-            bounds=(np.zeros(len(free)), np.full(len(free), RANGE_RATIO)),
-            loss="soft_l1",
-            f_scale=SOFT_WATTS,
-        )
+        fit, matrix = _solved(features, joules, spans, base, free, scale)
         value = base.copy()
         value[free] = fit.x * scale
         shifts = [(change @ value) / spans for change in changes]
         widths = _widened(np.asarray(fit.jac), fit.fun, matrix / spans[:, None], shifts)
         relative = widths / np.maximum(np.abs(fit.x), 1e-9)
-        found = {}
-        for place, index in enumerate(free):
-            low, high = (fit.x[place] + sign * widths[place] for sign in (-1.0, 1.0))
-            ends = float(max(0.0, low * scale[place])), float(high * scale[place])
-            found[names[index]] = FittedParameter(
-                names[index], float(base[index]), float(value[index]), *ends
-            )
+        lows, highs = np.maximum(0.0, (fit.x - widths) * scale), (fit.x + widths) * scale
+        found = {
+            names[index]: FittedParameter(names[index], float(a), float(b), float(c), float(d))
+            for index, a, b, c, d in zip(free, base[free], value[free], lows, highs, strict=True)
+        }
         bound = (fit.x < 1e-3) | (fit.x > RANGE_RATIO - 1e-3)
         worst = int(np.argmax(np.where(bound, relative + 1e6, relative)))
         if not bound[worst] and relative[worst] <= WIDEST_RATIO:
@@ -145,6 +126,35 @@ def fit_power(
     ]
     decided = {one.name: one.value for one in found.values()}
     return replaced(profile, _in_order(profile, decided)), parameters, error
+
+
+def _solved(
+    features: FloatArray,
+    joules: FloatArray,
+    spans: FloatArray,
+    base: FloatArray,
+    free: Sequence[int],
+    scale: FloatArray,
+) -> tuple[Any, FloatArray]:
+    """scipy's fit of the free parameters over their scale, and its matrix [windows, free]."""
+    from scipy.optimize import least_squares
+
+    fixed = [index for index in range(len(base)) if index not in free]
+    rest = joules - features[:, fixed] @ base[fixed]
+    matrix = features[:, free] * scale
+
+    def residuals(point: FloatArray) -> FloatArray:
+        errors: FloatArray = (matrix @ point - rest) / spans
+        return errors
+
+    fit = least_squares(
+        residuals,
+        np.ones(len(free)),
+        bounds=(np.zeros(len(free)), np.full(len(free), RANGE_RATIO)),
+        loss="soft_l1",
+        f_scale=SOFT_WATTS,
+    )
+    return fit, matrix
 
 
 def _widened(

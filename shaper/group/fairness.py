@@ -75,8 +75,7 @@ def fair_terms(
     """
     # In plain Python: for the few engines of a host that takes a quarter of numpy's time.
     column = {name: table[name].tolist() for name in _COLUMNS}
-    idle_watts = column["idle_watts"]
-    oldest = now_seconds - HEARD_SECONDS
+    idle_watts, oldest = column["idle_watts"], now_seconds - HEARD_SECONDS
     spoke = zip(column["entered_seconds"], column["end_seconds"], strict=True)
     heard = [row for row, (said, end) in enumerate(spoke) if said >= oldest or end >= oldest]
     joules, seconds = column["decode_joules"], column["decode_seconds"]

@@ -80,9 +80,7 @@ class ModelShape:
         head_dim = count(text, label, "head_dim", HEAD_DIMS.get(kind, hidden // heads))
         number, chosen, expert_size, shared = experts(text, label, kind)
         mask = moe_mask(text, label, layers) if number else (False,) * layers
-        dense = None
-        if all(mask):
-            dense = expert_size if kind in EXPERT_WIDTH_TYPES else 4 * hidden
+        dense = expert_size if kind in EXPERT_WIDTH_TYPES else 4 * hidden
         window, window_layers = sliding(text, label, kind, layers)
         width = plain_bytes or _plain_bytes(text, config, label)
         found = cls(
@@ -92,7 +90,7 @@ class ModelShape:
             attention_heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            intermediate_size=count(text, label, "intermediate_size", dense),
+            intermediate_size=count(text, label, "intermediate_size", dense if all(mask) else None),
             vocab_size=count(text, label, "vocab_size"),
             max_context_tokens=count(text, label, "max_position_embeddings"),
             tied_embeddings=_tied(text, config, kind, label),
