@@ -222,15 +222,16 @@ async def _replay(
                 task.cancel()
             await asyncio.gather(probing, *tasks, return_exceptions=True)
     report()
+    return _result(records, start, time.process_time() - cpu_before, probe.max_lag_seconds)
+
+
+def _result(
+    records: list[RequestRecord], start: float, cpu_seconds: float, lag_seconds: float
+) -> Replay:
     records.sort(key=lambda record: record.due_seconds)
     ends = [record.token_seconds[-1] for record in records if len(record.token_seconds)]
-    return Replay(
-        records=tuple(records),
-        started_seconds=start,
-        finished_seconds=float(max(ends, default=time.monotonic())),
-        client_cpu_seconds=time.process_time() - cpu_before,
-        max_loop_lag_seconds=probe.max_lag_seconds,
-    )
+    end = float(max(ends, default=time.monotonic()))
+    return Replay(tuple(records), start, end, cpu_seconds, lag_seconds)
 
 
 def replay(

@@ -30,8 +30,8 @@ from shaper.simulate.simulated_engine import SimulatedEngine
 from shaper.traffic.figures import GRID_SECONDS
 from shaper.traffic.workload import Workload, prompt_token_ids
 
-# Progress is told so often in simulated time.
-_TOLD_SECONDS = 0.5
+# How often progress is shown, in simulated time.
+_PROGRESS_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +106,45 @@ def _fitting(arrivals: Sequence[Arrival], config: Any) -> tuple[list[Arrival], i
     return kept, len(arrivals) - len(kept)
 
 
+def _serve(
+    setup: RackSetup,
+    seats: Sequence[SimulatedEngine],
+    arrivals: Sequence[Arrival],
+    config: Any,
+    progress: Callable[[RackProgress], None] | None,
+) -> dict[str, int]:
+    """Let the requests arrive and the engines run to the end: prompt tokens by request's name."""
+    from shaper.simulate.engine import new_request
+
+    router = new_router(setup.router, seats)
+    rack = VirtualRack([each.engine for each in seats])
+    prompts: dict[str, int] = {}
+    shown_seconds = 0.0
+
+    def run_until(seconds: float) -> None:
+        nonlocal shown_seconds
+        while progress is not None and shown_seconds + _PROGRESS_SECONDS <= seconds:
+            shown_seconds += _PROGRESS_SECONDS
+            rack.run_until(shown_seconds)
+            progress(RackProgress(shown_seconds, setup.duration_seconds, len(prompts)))
+        rack.run_until(seconds)
+
+    # The engines' blocks and tables are some million objects that no collection need look at.
+    gc.freeze()
+    try:
+        for number, arrival in enumerate(arrivals):
+            run_until(arrival.at_seconds)
+            name = f"r{number}"
+            tokens = prompt_token_ids(arrival.request, number, setup.seed)
+            prompts[name] = len(tokens)
+            request = new_request(name, tokens, arrival.request.output_tokens, config)
+            rack.arrive(router(arrival), request, arrival.at_seconds)
+        run_until(setup.duration_seconds)
+    finally:
+        gc.unfreeze()
+    return prompts
+
+
 def run_rack(
     setup: RackSetup,
     workload: Workload,
@@ -116,13 +155,11 @@ def run_rack(
     Args:
         setup: the rack.
         workload: as recorded; `setup` says how it is dealt and how fast it goes.
-        progress: is told now and then.
+        progress: called now and then.
 
     Raises:
         ConfigError: the setup can't be run, or no request fits the model.
     """
-    from shaper.simulate.engine import new_request
-
     check_setup(setup)
     caching = any(request.block_ids for request in workload.requests)
     config = _config(
@@ -148,37 +185,12 @@ def run_rack(
             f"no request of {workload.name} arrives within {setup.duration_seconds:g} s and fits "
             f"{setup.model}: {too_long} are longer than its context"
         )
-    router = new_router(setup.router, seats)
-    rack = VirtualRack([seat.engine for seat in seats])
-    prompts: dict[str, int] = {}
-    told_seconds = 0.0
-
-    def run_until(seconds: float) -> None:
-        nonlocal told_seconds
-        while progress is not None and told_seconds + _TOLD_SECONDS <= seconds:
-            told_seconds += _TOLD_SECONDS
-            rack.run_until(told_seconds)
-            progress(RackProgress(told_seconds, setup.duration_seconds, len(prompts)))
-        rack.run_until(seconds)
-
-    # The engines' blocks and tables are some million objects that no collection need look at.
-    gc.freeze()
-    try:
-        for number, arrival in enumerate(arrivals):
-            run_until(arrival.at_seconds)
-            name = f"r{number}"
-            tokens = prompt_token_ids(arrival.request, number, setup.seed)
-            prompts[name] = len(tokens)
-            request = new_request(name, tokens, arrival.request.output_tokens, config)
-            rack.arrive(router(arrival), request, arrival.at_seconds)
-        run_until(setup.duration_seconds)
-    finally:
-        gc.unfreeze()
+    prompts = _serve(setup, seats, arrivals, config, progress)
     milliseconds = round(setup.duration_seconds / GRID_SECONDS)
     return RackResult(
         setup=setup,
         workload=workload.name,
-        engines=tuple(seat.result(prompts, milliseconds) for seat in seats),
+        engines=tuple(each.result(prompts, milliseconds) for each in seats),
         too_long_requests=too_long,
         wall_seconds=time.perf_counter() - start,
     )

@@ -22,6 +22,13 @@ from shaper.traffic.figures import GRID_SECONDS
 
 # A chunk of usual length; its joules per token stand for those of a prompt.
 _CHUNK_TOKENS = 1024
+_CHUNK = StepBatch(
+    prefill_requests=1,
+    prefill_tokens=_CHUNK_TOKENS,
+    prefill_context_tokens=_CHUNK_TOKENS,
+    prefill_token_context_product=_CHUNK_TOKENS**2,
+    prefill_squared_tokens=_CHUNK_TOKENS**2,
+)
 
 
 def drawn_gpu(model: StepModel, errors: Errors, seed: int, index: int) -> true_gpu.TrueGpu:
@@ -86,14 +93,7 @@ class SimulatedEngine:
             else true_gpu.metered_ratio(gpus.profile, gpus.gpu_count, meter_seed)
         )
         _set_gpus(gpus, setup)
-        chunk = StepBatch(
-            prefill_requests=1,
-            prefill_tokens=_CHUNK_TOKENS,
-            prefill_context_tokens=_CHUNK_TOKENS,
-            prefill_token_context_product=_CHUNK_TOKENS**2,
-            prefill_squared_tokens=_CHUNK_TOKENS**2,
-        )
-        self._joules_per_token = model.predict(chunk).joules / _CHUNK_TOKENS
+        self._joules_per_token = model.predict(_CHUNK).joules / _CHUNK_TOKENS
         self._share_watts = min(
             [
                 *(limit.watts for limit in setup.limits),

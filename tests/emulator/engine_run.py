@@ -40,12 +40,8 @@ def main() -> None:
     from shaper.emulator.executor import EmulatedExecutor, emulated_reader
     from shaper.emulator.models import model_directory
 
-    arguments = {
-        "max_model_len": 512,
-        "max_num_batched_tokens": 8192,
-        "max_num_seqs": 64,
-        "async_scheduling": True,
-    } | settings
+    arguments = {"max_model_len": 512, "max_num_batched_tokens": 8192, "max_num_seqs": 64}
+    arguments |= {"async_scheduling": True} | settings
     config = EngineArgs(
         model=str(model_directory(model)),
         distributed_executor_backend=EmulatedExecutor,
@@ -78,20 +74,17 @@ def main() -> None:
             for output in batch.outputs:
                 tokens[output.request_id].extend(output.new_token_ids)
     manager = core.scheduler.kv_cache_manager
-    print(
-        json.dumps(
-            {
-                "tokens": tokens,
-                "wanted": {f"r{i}": length for i, (_, length) in enumerate(requests_of(1))},
-                "steps": steps,
-                "preemptions": sum(request.num_preemptions for request in requests.values()),
-                "kv_usage": manager.usage,
-                "tracked": len(core.model_executor._tracker),
-                "gpus": [gpu.name for gpu in reader.gpus],
-                "kv_groups": len(core.scheduler.kv_cache_config.kv_cache_groups),
-            }
-        )
-    )
+    found = {
+        "tokens": tokens,
+        "wanted": {f"r{i}": length for i, (_, length) in enumerate(requests_of(1))},
+        "steps": steps,
+        "preemptions": sum(request.num_preemptions for request in requests.values()),
+        "kv_usage": manager.usage,
+        "tracked": len(core.model_executor._tracker),
+        "gpus": [gpu.name for gpu in reader.gpus],
+        "kv_groups": len(core.scheduler.kv_cache_config.kv_cache_groups),
+    }
+    print(json.dumps(found))
     core.shutdown()
 
 

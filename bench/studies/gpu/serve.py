@@ -86,17 +86,10 @@ def serve_run(
     fresh_folder(folder)
     port = free_port()
     arguments = serve_arguments(settings, run, limit, engine, port)
-    environment = {
-        "SHAPER_DECISION_LOG": str(folder / DECISIONS),
-        # Without a network vLLM finds no address of its own.
-        "VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", "127.0.0.1"),
-    }
-    if settings.emulate is not None:
-        environment["SHAPER_EMULATE_TRACE"] = str(folder / TRUE_POWER)
     command = ServerCommand(
         run.name,
         shaper_serve((*arguments, "--record", str(folder / RECORDING))),
-        clean_environment(environment),
+        _environment(settings, folder),
         folder / "server.log",
         port,
     )
@@ -134,6 +127,17 @@ def serve_run(
     command_line = ("shaper", "serve", *arguments)
     meta = RunMeta(run, limit, settings.source, command_line, *span, start_up, about)
     write_run(folder, meta, replayed)
+
+
+def _environment(settings: Settings, folder: Path) -> dict[str, str]:
+    environment = {
+        "SHAPER_DECISION_LOG": str(folder / DECISIONS),
+        # Without a network vLLM finds no address of its own.
+        "VLLM_HOST_IP": os.environ.get("VLLM_HOST_IP", "127.0.0.1"),
+    }
+    if settings.emulate is not None:
+        environment["SHAPER_EMULATE_TRACE"] = str(folder / TRUE_POWER)
+    return clean_environment(environment)
 
 
 def _versions() -> str:

@@ -149,13 +149,10 @@ class Supervisor:
                 wait_seconds=wait_seconds,
             )
             admissibility = self._parts.run("admission", self._admission.update, given, now_seconds)
-        for name, holds in (
-            ("lost", lost),
-            ("disagrees", known.disagrees),
-            ("infeasible", known.infeasible),
-            ("heat", thermal.limit is not None),
-        ):
-            lines += self._conditions[name].note(now_seconds, holds)
+        conditions = {"lost": lost, "heat": thermal.limit is not None}
+        conditions |= {"disagrees": known.disagrees, "infeasible": known.infeasible}
+        for name, condition in self._conditions.items():
+            lines += condition.note(now_seconds, conditions[name])
         return EngineStatus(
             at_seconds=now_seconds,
             admissibility=admissibility or Admissibility(),
