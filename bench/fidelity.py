@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.harness.fidelity_plot import plot
 from bench.harness.options import one_line
-from bench.studies.calibrate import LAWS, PRIORS
-from bench.studies.meter_check import check_meter
-from bench.studies.published import (
+from bench.published.meter_check import check_meter
+from bench.published.plot import plot
+from bench.published.rows import (
     DATA,
     KERNEL_FILES,
     ServingRow,
@@ -31,8 +30,9 @@ from bench.studies.published import (
     meter_recording,
     serving_rows,
 )
-from bench.studies.serving_fit import Assumptions, fit_serving, predict_rows, replaced
-from bench.studies.steady_state import ServingPoint
+from bench.published.serving_fit import Assumptions, fit_serving, predict_rows, replaced
+from bench.published.steady_state import ServingPoint
+from bench.studies.calibrate import LAWS, PRIORS
 from shaper.cli.arguments import Parser
 from shaper.core.model.profile import GpuProfile
 from shaper.emulator.shapes import load_shape

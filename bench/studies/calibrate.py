@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.harness.options import one_line
-from bench.studies.published import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
-from bench.studies.serving_fit import Prior, fit_serving, predict_rows, replaced
+from bench.published.rows import DATA, KERNEL_FILES, KernelTimes, kernel_times, serving_rows
+from bench.published.serving_fit import Prior, fit_serving, predict_rows, replaced
 from shaper.cli.arguments import Parser
 from shaper.core.model.profile import GpuProfile
 from shaper.gpu.profiles import load_profile

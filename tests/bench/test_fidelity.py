@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from bench import fidelity
-from bench.studies.published import kernel_times, meter_recording, serving_rows
-from bench.studies.serving_fit import Assumptions, Prior, fit_serving, predict_rows, replaced
-from bench.studies.steady_state import POINTS, ServingLoad, batches, steady_state
+from bench.published.rows import kernel_times, meter_recording, serving_rows
+from bench.published.serving_fit import Assumptions, Prior, fit_serving, predict_rows, replaced
+from bench.published.steady_state import POINTS, ServingLoad, batches, steady_state
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.work import WorkCoefficients
 from shaper.core.types import StepBatch
@@ -81,7 +81,7 @@ def test_no_parameter_belongs_to_one_model() -> None:
 @pytest.mark.needs_shared
 def test_the_recorded_card_is_followed(shared_data: Path) -> None:
     """The emulated meter, heat and clock stay close to those of the recorded A100."""
-    from bench.studies.meter_check import check_meter
+    from bench.published.meter_check import check_meter
 
     found = check_meter(meter_recording(shared_data), load_profile("a100-sxm-80gb"))
     assert abs(found.gain - 1.0) < 0.05

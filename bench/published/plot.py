@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.studies.published import ServingRow, serving_rows
-from bench.studies.serving_fit import predict_rows
+from bench.published.rows import ServingRow, serving_rows
+from bench.published.serving_fit import predict_rows
 from shaper.errors import ConfigError
 from shaper.files.outputs import check_package
 from shaper.gpu.profiles import load_profile

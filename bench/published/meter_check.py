@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from bench.studies.published import MeterRecording
+from bench.published.rows import MeterRecording
 from shaper.core.model.profile import GpuProfile
 from shaper.core.types import ClockEventReasons, GpuSample, StepBatch, StepPrediction
 from shaper.emulator.meter import Meter, PowerHistory

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from bench.studies.published import ServingRow
-from bench.studies.steady_state import ServingLoad, ServingPoint, steady_state
+from bench.published.rows import ServingRow
+from bench.published.steady_state import ServingLoad, ServingPoint, steady_state
 from shaper.core.model.power_model import StepModel
 from shaper.core.model.profile import GpuProfile
 from shaper.emulator.shapes import load_shape
