@@ -134,6 +134,7 @@ def constants(root: Path = ROOT) -> Iterator[Constant]:
                 first -= 1
             words = " ".join(line.lstrip("# ") for line in lines[first : node.lineno - 1])
             end = node.end_lineno or node.lineno
+            words = words or lines[end - 1][node.end_col_offset :].lstrip(" #")
             after = body[index + 1] if index + 1 < len(body) else None
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                 words = " ".join(str(after.value.value).split())

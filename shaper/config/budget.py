@@ -37,6 +37,7 @@ from shaper.core.types import PowerLimit
 from shaper.errors import ConfigError
 from shaper.units import parse_duration, parse_seconds, parse_watts, parse_watts_per_second
 
+# A step takes about 10 ms, and no breaker averages over more than a minute.
 MIN_WINDOW_SECONDS = 0.010
 MAX_WINDOW_SECONDS = 60.0
 # The largest rack-scale server draws about 15 kW; more than this is a unit mistake.

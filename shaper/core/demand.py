@@ -19,6 +19,7 @@ from shaper.core.policy import Plan
 from shaper.core.supervise.status import EngineDemand
 from shaper.core.types import EngineLoad, Reason, StepBatch, StepPrediction
 
+# The share of time that work was held back is a mean over about a second.
 _HELD_SECONDS = 1.0
 # Long enough to average over prompts that come one by one, short enough to follow a burst.
 _PREFILL_SECONDS = 5.0

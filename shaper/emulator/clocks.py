@@ -17,9 +17,10 @@ from shaper.core.model.profile import GpuProfile
 from shaper.core.types import ClockEventReasons
 from shaper.errors import ConfigError
 
+# An estimate: the cap does not raise the clock for less power than this.
 _DEADBAND_RATIO = 0.01
 _GAIN = 0.5  # power goes with about the square of the clock there
-_THERMAL_HYSTERESIS_CELSIUS = 3.0
+_THERMAL_HYSTERESIS_CELSIUS = 3.0  # an estimate
 
 
 def check_power_cap(profile: GpuProfile, watts: float) -> None:

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from shaper.emulator.batching import TrackedRequest
 
+# Made up: tokens of answers whose length a request leaves to the model.
 SHORTEST_ANSWER = 64
 LONGEST_ANSWER = 320
 

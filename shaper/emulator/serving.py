@@ -13,7 +13,7 @@ from shaper.errors import ConfigError
 
 EXECUTOR_CLASS_PATH = "shaper.emulator.executor.EmulatedExecutor"
 _GIBIBYTE = 1 << 30
-_DEFAULT_UTILIZATION_RATIO = 0.9
+_DEFAULT_UTILIZATION_RATIO = 0.9  # vLLM's default --gpu-memory-utilization
 _SMALLEST_CONTEXT_TOKENS = 1024
 
 

@@ -29,6 +29,7 @@ from shaper.fitting.latency import fit_latency
 from shaper.fitting.power import SHORTEST_WINDOW_SECONDS, energy_windows, fit_power
 from shaper.recording.format import Recording
 
+# With fewer, intervals are wider than what a profile is good for.
 _FEWEST_STEPS = 50
 _FEWEST_WINDOWS = 12
 

@@ -27,6 +27,7 @@ from shaper.fitting.common import (
 from shaper.fitting.features import POWER_PARAMETERS, best_features, sways
 from shaper.recording.format import RecordedStep
 
+# Several refreshes of a meter: the counter's grain is then a small part of a window's joules.
 SHORTEST_WINDOW_SECONDS = 0.5
 SOFT_WATTS = 10.0
 """A window further off than this pulls less than its square."""

@@ -40,6 +40,7 @@ _HISTORY_SECONDS = 4.0
 _LEAST_MATCHES, _MOST_MATCHES = 20, 400
 # The mean error of the window that is told, beside that of those far from it, and in watts.
 _CLEARLY, _FAR_STEPS = 0.5, 4
+# Power that moves less is steady: it has the same mean over every window.
 _SWING_WATTS = 5.0
 
 

@@ -24,6 +24,7 @@ from shaper.errors import ConfigError
 from shaper.simulate.figures import RackFigures, rack_figures
 from shaper.simulate.setup import RackResult, RackSetup
 
+# What a good limit may cost in tokens, and by how much a metered window may pass it.
 THROUGHPUT_RATIO = 0.99
 OVER_LIMIT_RATIO = 1.005
 # Of the unshaped peak: what the traffic of another minute moves a limit by.

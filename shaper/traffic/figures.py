@@ -20,6 +20,7 @@ from shaper.emulator.trace import PowerTrace, Stall
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+# The finest window that anyone is held to is 10 ms.
 GRID_SECONDS = 0.001
 STALL_SECONDS = 0.002
 # Above the limit by less than this is the rounding of a decision, not a miss.

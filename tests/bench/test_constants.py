@@ -80,3 +80,9 @@ def test_effects_are_kept_while_the_value_stays() -> None:
     assert study.written_effects(text)[name] == ["none", "rack: tokens/s x 0.9"]
     old = text.replace(f"| {first.value} |", f"| {math.pi} |", 1)
     assert name not in study.written_effects(old)
+
+
+def test_the_page_has_the_constants_of_the_code() -> None:
+    """`python -m bench.studies.constants --write` makes it again."""
+    text = study.DOCUMENT.read_text()
+    assert text == study.page(study.written_effects(text))

@@ -48,6 +48,7 @@ _REFERENCE_RANGE = (0.7, 1.15)
 # Bursts cap the clock while the mean is lower: a cap with this share of the limit as the
 # highest reading of the last two seconds is the load's; near the limit even without the bit.
 _CAPPED_RATIO, _AT_LIMIT_RATIO = 0.75, 0.9
+# A swing of a power cap reaches its peak within this: a peak that is older is let go.
 _PEAK_SECONDS = 2.0
 # Longer than any pause of a busy engine; short enough for a router that probes again.
 _UNSEEN_SECONDS = 60.0
