@@ -113,24 +113,29 @@ class Server:
         self.process.wait()
 
 
-def started_server(
-    directory: Path, *flags: str, environment: dict[str, str] | None = None
-) -> Server:
-    """`shaper serve llama-3.1-8b --emulate h200-sxm FLAGS`, on its way up."""
-    port = free_port()
+def started(command: list[str], port: int, directory: Path, environment: dict[str, str]) -> Server:
+    """A server on its way up."""
     log = directory / f"server-{port}.log"
-    command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
-    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=os.environ | LOGGED | (environment or {}),
+            env=environment,
             start_new_session=True,
         )
     return Server(process, port, log)
+
+
+def started_server(
+    directory: Path, *flags: str, environment: dict[str, str] | None = None
+) -> Server:
+    """`shaper serve llama-3.1-8b --emulate h200-sxm FLAGS`, on its way up."""
+    port = free_port()
+    command = [sys.executable, "-m", "shaper", "serve", MODEL, "--emulate", "h200-sxm"]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
+    return started(command, port, directory, os.environ | LOGGED | (environment or {}))
 
 
 def refused_start(directory: Path, *flags: str) -> str:
@@ -150,16 +155,20 @@ def refused_start(directory: Path, *flags: str) -> str:
 
 
 @contextlib.contextmanager
-def running_server(
-    directory: Path, *flags: str, environment: dict[str, str] | None = None
-) -> Iterator[Server]:
-    """The same, ready, until the block ends."""
-    server = started_server(directory, *flags, environment=environment)
+def ready(server: Server) -> Iterator[Server]:
+    """The server, once it answers, until the block ends."""
     try:
         server.wait_for("start", server.ready, START_SECONDS)
         yield server
     finally:
         server.kill()
+
+
+def running_server(
+    directory: Path, *flags: str, environment: dict[str, str] | None = None
+) -> contextlib.AbstractContextManager[Server]:
+    """`started_server`, ready, until the block ends."""
+    return ready(started_server(directory, *flags, environment=environment))
 
 
 SHAPED = ("--power-limit", "450W@1s", "--power-limit", "550W@100ms")

@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.e2e.conftest import LOGGED, MODEL, START_SECONDS, Server, free_port
+from tests.e2e.conftest import LOGGED, MODEL, Server, free_port, ready, started
 
 pytestmark = pytest.mark.e2e
 
@@ -39,25 +38,9 @@ def vllm_command(port: int, *flags: str) -> list[str]:
     ]
 
 
-@contextmanager
-def plain_vllm(directory: Path, *flags: str) -> Iterator[Server]:
+def plain_vllm(directory: Path, *flags: str) -> AbstractContextManager[Server]:
     port = free_port()
-    log = directory / "vllm.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            vllm_command(port, *flags),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment(),
-            start_new_session=True,
-        )
-    server = Server(process, port, log)
-    try:
-        server.wait_for("start", server.ready, START_SECONDS)
-        yield server
-    finally:
-        server.kill()
+    return ready(started(vllm_command(port, *flags), port, directory, environment()))
 
 
 def test_a_plain_vllm_is_shaped(tmp_path: Path) -> None:
