@@ -133,7 +133,7 @@ class EngineSetup:
     """The SM clock that nothing holds down."""
     group: PowerGroup | None = None
     capped: Callable[[PowerBudget], PowerBudget] = lambda budget: budget
-    """What the safe cap has to keep, of a budget."""
+    """What the fallback cap has to keep, of a budget."""
     parts: Parts = field(default_factory=Parts)
     clock: Callable[[], float] = time.monotonic
     sampler: Callable[..., Sampler] = Sampler

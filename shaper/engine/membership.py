@@ -4,7 +4,7 @@ While a controller schedules by the ledger, the ledger knows what the engine dra
 none does, the engine counts there for what it may draw at the most:
 
     a controller decides, applied or in shadow    what it has entered
-    it has failed, and the safe cap holds         the engine's static share
+    it has failed, and the fallback cap holds         the engine's static share
     it has failed in shadow, or the mode is off   the GPUs' enforced limits
 
 so that the others keep the limit beside an engine that nobody holds back. Only where the
@@ -65,7 +65,7 @@ class Membership:
         return self._usage
 
     def capped(self, budget: PowerBudget) -> PowerBudget:
-        """The budget and the engine's static share: what the safe cap has to keep."""
+        """The budget and the engine's static share: what the fallback cap has to keep."""
         return dataclasses.replace(budget, limits=budget.limits + self._static_limits)
 
     def tick(self, mode: Mode, *, decides: bool) -> bool:

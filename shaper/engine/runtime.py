@@ -1,7 +1,7 @@
 """One engine's shaper at run time: the controller, its sensors and its boundary.
 
 Everything that may fail in the shaper is called inside `_guarded`: a failure is
-counted, logged once a minute at most, and vLLM schedules on under the safe cap,
+counted, logged once a minute at most, and vLLM schedules on under the fallback cap,
 which shares nothing with the controller. After `RETRY_SECONDS` a new controller
 takes over; nobody knows what ran before it, so it takes every window as used up.
 
@@ -202,13 +202,13 @@ class LiveShaper:
             self._wanted = dataclasses.replace(self._wanted, mode=mode)
 
     def renew_cap(self) -> None:
-        """Make the safe cap anew at the next step: something else that it keeps has changed."""
+        """Make the fallback cap anew at the next step: something else that it keeps has changed."""
         self._wanted = dataclasses.replace(self._wanted)
 
     # --- what the calls do
 
     def _shape(self) -> Levers | None:
-        """The levers, set; None where the safe cap shall hold."""
+        """The levers, set; None where the fallback cap shall hold."""
         limits = self._decide()
         if limits is None:
             return None
@@ -296,7 +296,7 @@ class LiveShaper:
     def _record(self, output: Any) -> None:
         now = self.clock()
         if output.total_num_scheduled_tokens:
-            # First: the safe cap's spacing counts on it whatever fails below.
+            # First: the fallback cap's spacing counts on it whatever fails below.
             self._launched_seconds = now
         planned = self._load, self._limits
         batch = launched_batch(self._scheduler, output, self._previous, *planned, self._tally)
@@ -350,7 +350,7 @@ class LiveShaper:
             if self._logged_seconds is None or now - self._logged_seconds > _LOG_AGAIN_SECONDS:
                 self._logged_seconds = now
                 logger.exception(
-                    "the shaper failed (%d times so far); vLLM goes on under the safe cap %s",
+                    "the shaper failed (%d times so far); vLLM goes on under the fallback cap %s",
                     self.counters.errors,
                     self._cap,
                 )

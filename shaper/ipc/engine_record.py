@@ -54,7 +54,7 @@ class SchedulerCounters:
         self.held += decision.limits.binding
         self.forced += decision.reason is Reason.FORCED_OVER_BUDGET
         tokens = decision.prefill_tokens
-        # Under the safe cap a step runs without a prediction.
+        # Under the fallback cap a step runs without a prediction.
         if tokens or decision.decode_requests:
             self.steps += 1
         predicted = decision.predicted

@@ -279,7 +279,7 @@ METRICS = (
     Metric("shaper_model_joules_gain_ratio", _counters(lambda c: c.joules_gain),
         "Metered over predicted joules."),
     Metric("shaper_errors_total", _counters(lambda c: c.errors),
-        "Failures inside the shaper; vLLM went on under the safe cap."),
+        "Failures inside the shaper; vLLM went on under the fallback cap."),
     Metric("shaper_forced_steps_total", _counters(lambda c: c.forced),
         "Steps that ran over the budget to keep requests moving."),
     Metric("shaper_decisions_total", _counters(lambda c: c.decisions),

@@ -123,7 +123,7 @@ class EngineResult:
     reasons: tuple[tuple[str, int], ...]
     """Decisions by reason, the most frequent first."""
     shaper_errors: int
-    """Times that the shaper failed and vLLM went on under the safe cap."""
+    """Times that the shaper failed and vLLM went on under the fallback cap."""
 
     def gaps(self, from_seconds: float = 0.0) -> FloatArray:
         """Seconds between two tokens of one request, the later one made since `from_seconds`."""

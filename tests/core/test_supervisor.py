@@ -149,7 +149,7 @@ def test_heat_becomes_one_more_limit_unless_that_is_switched_off() -> None:
 
 
 def test_without_a_controller_the_gpus_are_still_judged() -> None:
-    """The shaper is off or under the safe cap: a brake shows all the same."""
+    """The shaper is off or under the fallback cap: a brake shows all the same."""
     brake = ClockEventReasons.HW_POWER_BRAKE_SLOWDOWN
     standing, _ = run(Supervisor(PROFILE), 0.0, 3.0, None, clock_event_reasons=brake)
     assert [each.cause for each in standing.degradations] == [Cause.BRAKE]

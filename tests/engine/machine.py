@@ -1,7 +1,7 @@
 """The liveness machine: everything at once, over vLLM's real scheduler in virtual time.
 
 What is promised, and checked after each turn of the engine's loop. `P` is
-`max_pause_seconds`, `S` the longest step so far, `R` the safe cap's own spacing (1 s at
+`max_pause_seconds`, `S` the longest step so far, `R` the fallback cap's own spacing (1 s at
 most), and each is counted in virtual seconds:
 
 - while anything can run, some token is scheduled within `2 P + R + S`;

@@ -33,7 +33,7 @@ class Failing:
         return self.inner.plan(view)
 
 
-def test_a_policy_that_raises_leaves_the_safe_cap(make_rig):
+def test_a_policy_that_raises_leaves_the_fallback_cap(make_rig):
     """All requests finish, each failure is counted, the cap keeps the budget, shaping resumes."""
     policy = Failing(300, 303)
     rig = make_rig((LIMIT,), policy=lambda: policy)
@@ -111,7 +111,7 @@ def model() -> StepModel:
 
 @pytest.mark.parametrize("watts", [300.0, 400.0, 500.0, 600.0])
 @pytest.mark.parametrize("window", [0.05, 0.1, 1.0])
-def test_the_safe_cap_keeps_its_law(watts, window):
+def test_the_fallback_cap_keeps_its_law(watts, window):
     """The worst steps at the least spacing stay within the limit, summed by hand."""
     step_model = model()
     idle = step_model.gap_watts
@@ -133,7 +133,7 @@ def test_the_safe_cap_keeps_its_law(watts, window):
     assert mean <= watts * 1.001
 
 
-def test_without_limits_the_safe_cap_is_none():
+def test_without_limits_the_fallback_cap_is_none():
     """Nothing to keep, nothing to hold."""
     step_model = model()
     assert (

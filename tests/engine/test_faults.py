@@ -162,7 +162,7 @@ ONCE_OR_ALWAYS = [
 
 @pytest.mark.parametrize(("seam", "times"), ONCE_OR_ALWAYS)
 def test_a_seam_that_raises(seam, times):
-    """vLLM goes on under the safe cap; every request ends; no window is over, under the cap,
+    """vLLM goes on under the fallback cap; every request ends; no window is over, under the cap,
     when a new controller takes over, and after."""
     world, sabotage = attacked(LIMITS), Sabotage()
 
@@ -188,7 +188,7 @@ def test_a_seam_that_raises(seam, times):
 
 
 def test_a_new_controller_does_not_take_the_past_for_idle():
-    """What ran under the safe cap counts: the first windows of a new controller are not over,
+    """What ran under the fallback cap counts: the first windows of a new controller are not over,
     and its first step does not start as if the engine had rested."""
     world, sabotage = attacked(LIMITS), Sabotage()
     seam = "shaper.core.policy.windowed:WindowedPlanner.plan"

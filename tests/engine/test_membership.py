@@ -99,7 +99,9 @@ def test_an_engine_without_a_controller_counts_for_the_most_it_may_draw(
         assert handle.asked == [("tick", 5.0), *parked]
 
 
-def test_the_safe_cap_keeps_the_static_share_too(handle: FakeHandle, member: Membership) -> None:
+def test_the_fallback_cap_keeps_the_static_share_too(
+    handle: FakeHandle, member: Membership
+) -> None:
     """Beside the engine's own limits, and as it is now."""
     own = PowerLimit(600.0, 1.0)
     assert member.capped(PowerBudget((own,), 300.0)) == PowerBudget((own, *STATIC), 300.0)
@@ -109,7 +111,7 @@ def test_the_safe_cap_keeps_the_static_share_too(handle: FakeHandle, member: Mem
 
 
 def test_a_cap_made_anew_holds_after_a_failure(make_rig: Callable[..., Any]) -> None:
-    """A share that has become smaller is kept by the next safe cap, and changes nothing else."""
+    """The next fallback cap keeps a share that has become smaller, and nothing else changes."""
 
     class Broken(WindowedPlanner):
         def plan(self, view: PlanInput) -> Plan:

@@ -187,7 +187,7 @@ SCENARIOS = [
     ),
     one("sampler dead", {engine("heartbeat_age_seconds"): over((60, 0.01), (1140, 99))},
         "ShaperSamplerDead", "1m10s", "2m"),
-    one("safe cap", counts(engine("errors_total")), "ShaperInSafeCap", "3m", "5m"),
+    one("fallback cap", counts(engine("errors_total")), "ShaperInFallbackCap", "3m", "5m"),
     one("part failed", counts(series("shaper_part_errors_total", part="learn")),
         "ShaperPartFailed", "3m", "5m"),
     one("supervisor failed", counts(engine("supervisor_errors_total")),
