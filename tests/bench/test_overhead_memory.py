@@ -50,7 +50,7 @@ def engine():
 def test_every_lever_is_pulled_in_it(engine):
     """Steps are held, cut and free, under every phase's budget."""
     engine.run(6000)
-    counted = {reason.value for reason, n in engine.shaper.counters._decisions.items() if n}
+    counted = {reason.value for reason, n in engine.shaper.counters.decisions.items() if n}
     assert counted >= {"unconstrained", "chunk_power", "decode_pacing", "pause"}
     assert engine.shaper._tally.mismatches == 0
 

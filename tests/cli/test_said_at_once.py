@@ -129,10 +129,10 @@ def test_a_process_without_them_says_so(
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("calibrate", ["h300"], "invalid choice"),
-        ("calibrate", ["h200-sxm", "--data", "/nowhere"], "/nowhere"),
-        ("contention", ["--engines", "x"], "x"),
-        ("contention", ["--json", "/nowhere/a"], "--json .*no directory"),
+        ("studies.calibrate", ["h300"], "invalid choice"),
+        ("studies.calibrate", ["h200-sxm", "--data", "/nowhere"], "/nowhere"),
+        ("studies.contention", ["--engines", "x"], "x"),
+        ("studies.contention", ["--json", "/nowhere/a"], "--json .*no directory"),
         ("control", ["--only", "x"], "invalid choice"),
         ("control", ["--processes", "0"], "give 1 or more"),
         ("control", ["--json", "/nowhere/a"], "--json .*no directory"),
@@ -140,7 +140,7 @@ def test_a_process_without_them_says_so(
         ("overhead", ["--json", "/nowhere/a"], "--json .*no directory"),
         ("fidelity", ["--data", "/nowhere"], "/nowhere"),
         ("demo", ["--trace", "/nowhere.csv"], "."),
-        ("summarise", ["/nowhere.csv"], "can't be read"),
+        ("studies.summarise", ["/nowhere.csv"], "can't be read"),
         ("rack", ["--trace", "/nowhere.csv"], "can't be read"),
         ("rack", ["--json", "/nowhere/a"], "can't be written"),
     ],
