@@ -138,11 +138,13 @@ class StatusWriter:
 def _sweep() -> None:
     """Remove this user's blocks whose writer is gone: a killed engine leaves its own.
 
-    A writer in another container has a number that is not known here, and holds its block.
+    A writer in another container has a number that is not known here, and holds its block. The
+    header is enough to go by: a writer may have died in the middle of an update.
     """
     for path in block_directory().glob(_pattern("*", "*")):
         with contextlib.suppress(OSError, ValueError, struct.error):
-            pid = int(str(_read(path).info["pid"]))
+            with path.open("rb") as file:
+                pid = int(str(_info(file.read(_HEADER_BYTES))["pid"]))
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
@@ -177,10 +179,15 @@ def read_blocks(run: str) -> list[Block]:
 
 def _read(path: Path) -> Block:
     with path.open("rb") as file, mmap.mmap(file.fileno(), _SIZE, prot=mmap.PROT_READ) as memory:
-        (length,) = struct.unpack_from("<Q", memory, 0)
-        if not 0 < length <= _HEADER_BYTES - 8:
-            raise ValueError(f"{path} is not a status block")
-        return Block(json.loads(memory[8 : 8 + length]), _read_record(memory))
+        return Block(_info(memory[:_HEADER_BYTES]), _read_record(memory))
+
+
+def _info(header: bytes) -> Mapping[str, object]:
+    (length,) = struct.unpack_from("<Q", header, 0)
+    if not 0 < length <= _HEADER_BYTES - 8:
+        raise ValueError("no status block begins like this")
+    found: Mapping[str, object] = json.loads(header[8 : 8 + length])
+    return found
 
 
 def _read_record(memory: mmap.mmap) -> bytes:

@@ -115,25 +115,22 @@ def test_each_lever_has_its_effect_on_this_version(make_rig, limits, asynchronou
 
 # Names of our own, of argparse, and of ASGI: no version of vLLM gives or takes them.
 NOT_BY_VERSION = {
-    "plugin.py": {
+    "engine/plugin.py": {
         *("power_shaper_config", "additional_config", "scheduler_cls", "_MARK"),
         "_FROM_COMMAND_LINE",
     },
-    "refusal.py": {"__module__"},
-    "admission_http.py": {"state", "vllm_config", "additional_config"},
-    "control_http.py": {"state", "vllm_config", "additional_config"},
-    "drain_http.py": {"state", "engine_client"},
-    "stats.py": {"_MARK"},
-    "flags.py": set(),
-    "deferral.py": set(),
-    "load.py": {"shaper_arrival_seconds"},
-    "waiting.py": {"shaper_found", "connector"},
-    "queue.py": {"shaper_shown_first"},
-    "flex.py": {"deferral"},
-    "middleware.py": {"middleware"},
+    "engine/refusal.py": {"__module__"},
+    "engine/load.py": {"shaper_arrival_seconds"},
+    "engine/waiting.py": {"shaper_found", "connector"},
+    "engine/queue.py": {"shaper_shown_first"},
     # A vLLM that is there and cannot be imported is said before anything starts.
-    "preflight.py": {"data_parallel_size_local", "ImportError"},
-    "serve.py": {"uds", "replay"},
+    "engine/preflight.py": {"data_parallel_size_local", "ImportError"},
+    "server/asgi.py": {"state", "vllm_config", "additional_config"},
+    "server/drain.py": {"state", "engine_client"},
+    "server/middleware.py": {"middleware"},
+    "server/stats.py": {"_MARK"},
+    "cli/serve.py": {"uds", "replay"},
+    "ipc/flex.py": {"deferral"},
 }
 
 
@@ -155,14 +152,19 @@ def by_version(path: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "path",
-    [p for p in sorted((ROOT / "shaper/engine").glob("*.py")) if not p.name.startswith("compat")],
-    ids=lambda path: path.name,
-)
-def test_only_compat_knows_versions(path):
+# Every package that runs inside vLLM or starts it.
+SPEAKS_TO_VLLM = [
+    path.relative_to(ROOT / "shaper").as_posix()
+    for package in ("engine", "server", "cli", "ipc")
+    for path in sorted((ROOT / "shaper" / package).glob("*.py"))
+    if not path.name.startswith("compat")
+]
+
+
+@pytest.mark.parametrize("name", SPEAKS_TO_VLLM)
+def test_only_compat_knows_versions(name):
     """Nothing else asks whether vLLM has something."""
-    assert set(by_version(path)) <= NOT_BY_VERSION.get(path.name, set())
+    assert set(by_version(ROOT / "shaper" / name)) <= NOT_BY_VERSION.get(name, set())
 
 
 def test_optional_modules_of_vllm_are_not_needed(monkeypatch):

@@ -20,8 +20,16 @@ from shaper.core.types import (
 from shaper.engine.decision_log import DecisionLog
 from shaper.engine.meter_windows import MeterWindows
 from shaper.gpu.sampler import SensorReport
+from shaper.ipc.control_file import sweep_control_files
 from shaper.ipc.engine_record import SchedulerCounters, read_statuses
-from shaper.ipc.status_block import StatusWriter, block_directory, read_blocks, run_id
+from shaper.ipc.status_block import (
+    StatusWriter,
+    block_directory,
+    block_paths,
+    control_paths,
+    read_blocks,
+    run_id,
+)
 from tests.scraping import control, run, scrape, write
 
 __all__ = ["run"]
@@ -140,6 +148,30 @@ def test_the_block_of_a_killed_engine_is_swept(run):
         assert read_statuses(run) == []
     finally:
         writer.close()
+
+
+def _die_in_an_update(run: str) -> None:
+    writer = StatusWriter(run, 0, {})
+    writer._memory[4096] = 1  # the sequence is odd while a record is written
+    os._exit(9)
+
+
+def test_the_block_of_an_engine_killed_in_an_update_is_swept(run):
+    """And with it the run's control file, which stays as long as the run has a block."""
+    process = multiprocessing.get_context("spawn").Process(target=_die_in_an_update, args=(run,))
+    process.start()
+    process.join()
+    assert read_blocks(run) == []
+    control, _ = control_paths(run)
+    control.touch(0o600)
+    writer = StatusWriter(run + "b", 0, {})
+    try:
+        assert block_paths(run) == []
+        sweep_control_files()
+        assert not control.exists()
+    finally:
+        writer.close()
+        control.unlink(missing_ok=True)
 
 
 def test_the_block_of_an_engine_in_another_container_is_kept(run, monkeypatch):
