@@ -3,5 +3,5 @@
 `findings` has the values and the document, `screen` draws it. What can hang or crash runs in
 a child with a deadline (`bounded`): the driver (`gpu_probe`), and vLLM's imports
 (`shaper.doctor.import_check`). The checks are small functions that return findings:
-`software`, `host`, `gpus`, `server`, `groups`. `command` puts them together.
+`software`, `host`, `gpus`, `server`, `groups`. `shaper.cli.doctor` puts them together.
 """

@@ -2,7 +2,7 @@
 
 Runs on the engine's sampler thread. Each tick it looks whether the control file is
 another one, and whether time has changed what holds; `shaper/core/budget.py` has the
-rules. What it finds is handed on by `startup.py`; the engine itself never waits for it.
+rules. What it finds is handed on by `tick.py`; the engine itself never waits for it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One GPU as the driver shows it: one batch of fields, and getters for the rest.
 
-Law. A quantity is an ordered list of ways to read it (`nvml_ways.py`). Each tick asks for
+Law. A quantity is an ordered list of ways to read it (`read_methods.py`). Each tick asks for
 all quantities whose first way is a field in one call. A way that this GPU or driver does
 not support, or refuses, is struck out the first time it says so, and the next one is tried
 at once; a quantity with no way left is None from then on. A reading that failed this time

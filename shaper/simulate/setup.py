@@ -26,7 +26,7 @@ class Errors:
     """What the controller does not know about the GPUs, the meters and the host.
 
     The ratios of a model error are drawn uniformly within plus or minus the number, by seed,
-    for each of `plant.TERMS`: first one that all engines share (the profile is wrong),
+    for each of `true_gpu.TERMS`: first one that all engines share (the profile is wrong),
     then one of each engine's own (no two GPUs are alike).
     """
 
