@@ -134,21 +134,6 @@ class PowerTrace:
         widths[-1] = max(min(step_seconds, end - edges[-2]), 1e-12)
         return begin, energy / widths
 
-    def sliding_mean(self, window_seconds: float, step_seconds: float = 0.001) -> FloatArray:
-        """Mean watts over each window that lies inside the trace and starts on the grid.
-
-        A trace shorter than the window gives one value: its own mean.
-        """
-        begin, end = self.start_seconds, self.end_seconds
-        if end - begin <= window_seconds:
-            return np.array([self.joules / max(end - begin, 1e-12)])
-        count = int(np.floor((end - begin - window_seconds) / step_seconds + 1e-9)) + 1
-        starts = begin + np.arange(count) * step_seconds
-        low = np.interp(starts, self._edges, self._joules)
-        high = np.interp(starts + window_seconds, self._edges, self._joules)
-        means: FloatArray = (high - low) / window_seconds
-        return means
-
 
 def read_power_trace(path: str | os.PathLike[str]) -> PowerTrace:
     """Reads a file that `PowerTraceWriter` wrote, a half-written end left out.

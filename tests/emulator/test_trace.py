@@ -50,13 +50,6 @@ def test_energy_by_hand() -> None:
     assert trace.joules_between(-5.0, 0.5) == 0.0
 
 
-def test_sliding_mean_by_hand() -> None:
-    """The highest 0.5 s window is the one of 500 W."""
-    means = PowerTrace(SEGMENTS).sliding_mean(0.5, 0.25)
-    assert means == pytest.approx([100.0, 300.0, 500.0, 350.0, 200.0, 200.0, 200.0])
-    assert PowerTrace(SEGMENTS).sliding_mean(10.0) == pytest.approx([250.0])
-
-
 @given(
     lengths=st.lists(st.floats(1e-5, 0.3), min_size=1, max_size=30),
     watts=st.lists(st.floats(0.0, 1000.0), min_size=30, max_size=30),
